@@ -1,0 +1,56 @@
+// What the doors (`<stem>.cpp`, compiled for any machine) share: the choice of instruction set, work over threads,
+// and per-thread scratch memory.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+
+namespace var_kernels {
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+
+// The best level that this machine has and this library was built for; VAR_KERNELS_ISA forces a lower one.
+Isa active_isa();
+
+// Each `<stem>.isa.cpp` defines one table of function pointers per level, `extern const Table table` inside its
+// level's namespace. VAR_DECLARE_ISA_TABLES(Table, table) declares them and defines `const Table& table()`.
+#if defined(VAR_ISA_X86)
+#define VAR_DECLARE_ISA_TABLES(Table, name)                                              \
+  namespace portable { extern const Table name; }                                        \
+  namespace avx2 { extern const Table name; }                                            \
+  namespace avx512 { extern const Table name; }                                          \
+  namespace avx512_bf16 { extern const Table name; }                                     \
+  inline const Table& name() {                                                           \
+    static const Table* const tables[] = {&portable::name, &avx2::name, &avx512::name, &avx512_bf16::name}; \
+    return *tables[int(active_isa())];                                                   \
+  }
+#else
+#define VAR_DECLARE_ISA_TABLES(Table, name)      \
+  namespace portable { extern const Table name; } \
+  inline const Table& name() { return portable::name; }
+#endif
+
+// Run f(task) for every task in [0, tasks). Workers draw tasks from one counter, so ragged tasks (a query tile of the
+// last scale sees a hundred times the keys of the first) balance themselves; each task writes its own outputs, so the
+// result does not depend on who ran it.
+template <class F>
+void parallel_tasks(int64_t tasks, const F& f) {
+  const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  if (workers <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) f(task);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t task = next++; task < tasks; task = next++) f(task);
+  });
+}
+
+// At least `floats` floats of 64-byte aligned memory owned by the calling thread, kept between calls: fresh
+// allocations of this size would fault in their pages on every call. Contents are unspecified; one user at a time.
+float* thread_scratch(int64_t floats);
+
+}  // namespace var_kernels

@@ -1,0 +1,200 @@
+// The vector layer of the CPU kernels: one source, compiled once per instruction set.
+//
+// A `*.isa.cpp` file includes this header and keeps everything in namespace var_kernels::VAR_ISA. The namespace is
+// what makes several copies safe in one library: an inline function compiled with AVX-512 must never be the copy
+// that the linker keeps for a machine without it. For the same reason no function template of the standard library
+// is called here or in those files (std::max<float> is such an inline function).
+//
+// Vectors are GCC/Clang vector extensions, so AVX-512, AVX2, SSE2 and NEON come from the same lines; intrinsics
+// appear only where the compiler cannot find the instruction (half precision, bfloat16 rounding).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define VAR_INLINE inline __attribute__((always_inline))
+#define VAR_RESTRICT __restrict__
+
+namespace var_kernels {
+
+// Storage types of the two 16-bit formats; arithmetic is always fp32.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+namespace VAR_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+using Vec = float __attribute__((vector_size(4 * kWidth)));
+using IVec = int32_t __attribute__((vector_size(4 * kWidth)));
+using UVec = uint32_t __attribute__((vector_size(4 * kWidth)));
+using HVec = uint16_t __attribute__((vector_size(2 * kWidth)));  // one vector of 16-bit storage
+
+constexpr float kInfinity = __builtin_inff();
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+VAR_INLINE int64_t min_i(int64_t a, int64_t b) { return a < b ? a : b; }
+VAR_INLINE int64_t max_i(int64_t a, int64_t b) { return a > b ? a : b; }
+
+VAR_INLINE Vec splat(float x) { return Vec{} + x; }
+VAR_INLINE Vec as_float(UVec v) { return (Vec)v; }
+VAR_INLINE UVec as_bits(Vec v) { return (UVec)v; }
+VAR_INLINE Vec max_v(Vec a, Vec b) { return a > b ? a : b; }
+VAR_INLINE Vec min_v(Vec a, Vec b) { return a < b ? a : b; }
+
+// ---- scalar conversions (tails, portable half precision) -------------------------------------------------------
+
+VAR_INLINE float bits_to_float(uint32_t u) {
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+VAR_INLINE uint32_t float_to_bits(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+VAR_INLINE float to_float(float x) { return x; }
+VAR_INLINE float to_float(bf16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+VAR_INLINE float to_float(fp16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);  // Inf, NaN
+  // Multiplying by 2^112 rebiases the exponent and normalises subnormals in one exact step.
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
+}
+VAR_INLINE void from_float(float x, float* out) { *out = x; }
+VAR_INLINE void from_float(float x, bf16* out) {
+  const uint32_t u = float_to_bits(x);
+  out->bits = x != x ? 0x7fc0u : uint16_t((u + 0x7fffu + (u >> 16 & 1u)) >> 16);  // round to nearest even
+}
+VAR_INLINE void from_float(float x, fp16* out) {
+  const uint32_t u = float_to_bits(x), sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
+  uint32_t h;
+  if (magnitude > 0x7f800000u) {
+    h = 0x7e00u;  // NaN
+  } else if (magnitude >= 0x477ff000u) {
+    h = 0x7c00u;  // rounds to infinity
+  } else if (magnitude < 0x38800000u) {
+    h = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;  // subnormal: the adder rounds to 2^-24
+  } else {
+    h = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+  }
+  out->bits = uint16_t(sign | h);
+}
+
+// ---- whole vectors ---------------------------------------------------------------------------------------------
+
+VAR_INLINE Vec load(const float* p) {
+  Vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+VAR_INLINE Vec load(const bf16* p) {
+  HVec h;
+  memcpy(&h, p, sizeof h);
+  return as_float(__builtin_convertvector(h, UVec) << 16);
+}
+VAR_INLINE Vec load(const fp16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+VAR_INLINE void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
+VAR_INLINE void store(bf16* p, Vec v) {
+#if defined(__AVX512BF16__)
+  const auto h = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &h, sizeof h);
+#else
+  const UVec u = as_bits(v);
+  UVec r = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  r = v != v ? UVec{} + 0x7fc0u : r;
+  const HVec h = __builtin_convertvector(r, HVec);
+  memcpy(p, &h, sizeof h);
+#endif
+}
+VAR_INLINE void store(fp16* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kWidth; ++i) from_float(v[i], p + i);
+#endif
+}
+
+// ---- tails: the first n of kWidth lanes, the others read as zero and are not written ----------------------------
+
+template <class T>
+VAR_INLINE Vec load_tail(const T* p, int64_t n) {
+  T lanes[kWidth] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+template <class T>
+VAR_INLINE void store_tail(T* p, Vec v, int64_t n) {
+  T lanes[kWidth];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+#if defined(__AVX512F__)
+VAR_INLINE Vec load_tail(const float* p, int64_t n) { return (Vec)_mm512_maskz_loadu_ps((1u << n) - 1u, p); }
+VAR_INLINE void store_tail(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1u, (__m512)v); }
+#endif
+
+// ---- reductions in a fixed order: results do not depend on the caller ------------------------------------------
+
+VAR_INLINE float reduce_add(Vec v) {
+  float lanes[kWidth];
+  memcpy(lanes, &v, sizeof v);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+VAR_INLINE float reduce_max(Vec v) {
+  float lanes[kWidth];
+  memcpy(lanes, &v, sizeof v);
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  return lanes[0];
+}
+
+// exp(x) for x <= 88: 2^n · p(r) with n = round(x·log2 e), |r| <= ln2/2 and a degree-6 polynomial; relative error
+// below 2e-7. Below -87.3 the result is 0 (subnormals are flushed), NaN stays NaN, -inf gives 0.
+VAR_INLINE Vec exp_v(Vec x) {
+  const Vec rounder = splat(12582912.0f);  // 1.5·2^23: adding it rounds to an integer in the low mantissa bits
+  const Vec shifted = x * 1.44269504088896341f + rounder;
+  const Vec n = shifted - rounder;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: n·0.693359375 is exact
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Vec power = as_float((as_bits(shifted) + 127u - 0x4b400000u) << 23);
+  const Vec y = p * power;
+  return x < -87.3f ? Vec{} : y;
+}
+
+}  // namespace VAR_ISA
+}  // namespace var_kernels

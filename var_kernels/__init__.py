@@ -1,0 +1,19 @@
+"""Kernels for next-scale image generation: block-causal attention, AdaLN-modulated LayerNorm, nearest code.
+
+Importing this package is inert: no kernel is loaded, built or run until the first call of an op.
+"""
+
+from .adaln_layer_norm import adaln_layer_norm, gated_residual_adaln
+from .block_causal_attention import block_causal_attention
+from .multi_scale_quantize import multi_scale_quantize, next_scale_input
+from .nearest_code import nearest_code
+
+__version__ = "0.1.0"
+__all__ = [
+    "adaln_layer_norm",
+    "block_causal_attention",
+    "gated_residual_adaln",
+    "multi_scale_quantize",
+    "nearest_code",
+    "next_scale_input",
+]

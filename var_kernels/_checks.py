@@ -1,0 +1,43 @@
+"""Validation at the door of every public function: one message format, the same exceptions everywhere."""
+
+from collections.abc import Sequence
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check(condition: bool, argument: str, expected: str, got: object) -> None:
+    """Raise ValueError `<argument>: expected <expected>, got <got>` unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def check_tensor(argument: str, tensor: object, *, rank: int | None = None) -> None:
+    """TypeError unless `tensor` is a floating-point tensor of a supported dtype; ValueError for a wrong rank."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{argument}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if rank is not None and tensor.dim() != rank:
+        raise ValueError(f"{argument}: expected {rank} dimensions, got shape {tuple(tensor.shape)}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{argument}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_same(reference: str, first: torch.Tensor, **others: torch.Tensor) -> None:
+    """Every other tensor has the dtype and the device of the first."""
+    for argument, tensor in others.items():
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{argument}: expected {first.dtype} like {reference}, got {tensor.dtype}")
+        check(tensor.device == first.device, argument, f"device {first.device} like {reference}", tensor.device)
+
+
+def check_shape(argument: str, tensor: torch.Tensor, *shapes: Sequence[int]) -> None:
+    """The tensor has exactly one of the given shapes."""
+    if tuple(tensor.shape) not in {tuple(shape) for shape in shapes}:
+        expected = " or ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"{argument}: expected shape {expected}, got {tuple(tensor.shape)}")
+
+
+def unit_inner_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself if its last dimension is dense (any other strides are fine for the kernels), else one copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

@@ -1,0 +1,58 @@
+"""Which backend serves which op on which device: one table, and resolve() which returns a backend or raises.
+
+`"auto"` takes the first backend in the table's order that can serve the call. A backend asked for by name is that
+backend or an error: there is no silent fallback from a named backend.
+"""
+
+import torch
+
+OPS = ("block_causal_attention", "adaln_layer_norm", "gated_residual_adaln", "nearest_code", "multi_scale_quantize")
+
+# In the order that "auto" tries them.
+BACKENDS = ("cpu", "reference")
+_DEVICES = {"cpu": ("cpu",), "reference": None}  # None: any device
+_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16),
+    "reference": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+}
+
+
+@torch.compiler.assume_constant_result
+def _native_reason() -> str | None:
+    from . import _native  # imported at the first op call: importing var_kernels loads and builds nothing
+
+    status = _native.load()
+    return None if status.available else f"the native library is not available: {status.reason}"
+
+
+def unavailable_reason(backend: str, device_type: str, op: str) -> str | None:
+    """Why `backend` cannot serve `op` on `device_type`; None if it can."""
+    devices = _DEVICES[backend]
+    if devices is not None and device_type not in devices:
+        return f"runs on {', '.join(devices)} tensors only"
+    return _native_reason() if backend == "cpu" else None
+
+
+def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that serves this call.
+
+    Raises ValueError if `backend` is unknown, or names one that cannot serve `op` on this device and dtype.
+    """
+    if backend == "auto":
+        for name in BACKENDS:
+            if dtype in _DTYPES[name] and unavailable_reason(name, device_type, op) is None:
+                return name
+        raise ValueError(f"{op}: no backend serves {dtype} on {device_type}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    reason = unavailable_reason(backend, device_type, op)
+    if reason is None and dtype not in _DTYPES[backend]:
+        reason = f"does not take {dtype}"
+    if reason is not None:
+        serving = [name for name in BACKENDS
+                   if dtype in _DTYPES[name] and unavailable_reason(name, device_type, op) is None]
+        raise ValueError(
+            f"backend: {backend!r} cannot serve {op} on {device_type} with {dtype}: {reason}; "
+            f"expected one of auto, {', '.join(serving)}"
+        )
+    return backend
