@@ -1,0 +1,217 @@
+"""AdaLN-modulated LayerNorm, and the gated residual sum fused in front of it.
+
+Next-scale transformers modulate each LayerNorm by a scale and a shift that depend on the condition, and gate each
+branch before it joins the residual stream (AdaLN-zero). Composed of framework calls that is six passes over memory
+for the norm and about ten for gate, sum and norm; the kernels here need two and four.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ._checks import check, check_same, check_tensor
+from ._library import autocast_dtype, define, needs_grad, register_fake
+from .backends import resolve
+from .reference import adaln_layer_norm as _reference
+
+# Raw ops take modulation (scale, shift, gate) as 3-D views of shape (B or 1, L or 1, C). mean and rstd are (B, L) fp32.
+# A gradient of modulation has the shape of that view; shift itself is not needed to differentiate, only its shape.
+define("_adaln_layer_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor y, Tensor mean, Tensor rstd)")
+define(
+    "_adaln_layer_norm_backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, "
+    "bool shift_per_sample, bool shift_per_token) -> (Tensor dx, Tensor dscale, Tensor dshift)"
+)
+define(
+    "_gated_residual_adaln(Tensor x, Tensor branch, Tensor gate, Tensor scale, Tensor shift, float eps) "
+    "-> (Tensor residual, Tensor y, Tensor mean, Tensor rstd)"
+)
+define(
+    "_gated_residual_adaln_backward(Tensor? dresidual, Tensor? dy, Tensor residual, Tensor branch, Tensor gate, "
+    "Tensor scale, Tensor mean, Tensor rstd, bool shift_per_sample, bool shift_per_token) "
+    "-> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dscale, Tensor dshift)"
+)
+_OPS = torch.ops.var_kernels
+
+
+def _dense(like: torch.Tensor, shape=None) -> torch.Tensor:
+    return like.new_empty(like.shape if shape is None else shape)
+
+
+def _shift_shape(x: torch.Tensor, per_sample: bool, per_token: bool) -> tuple[int, int, int]:
+    return (x.shape[0] if per_sample else 1, x.shape[1] if per_token else 1, x.shape[2])
+
+
+@register_fake("_adaln_layer_norm")
+def _(x, scale, shift, eps):
+    mean = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return _dense(x), mean, torch.empty_like(mean)
+
+
+@register_fake("_adaln_layer_norm_backward")
+def _(dy, x, scale, mean, rstd, shift_per_sample, shift_per_token):
+    return _dense(x), _dense(scale), _dense(x, _shift_shape(x, shift_per_sample, shift_per_token))
+
+
+@register_fake("_gated_residual_adaln")
+def _(x, branch, gate, scale, shift, eps):
+    mean = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return _dense(x), _dense(x), mean, torch.empty_like(mean)
+
+
+@register_fake("_gated_residual_adaln_backward")
+def _(dresidual, dy, residual, branch, gate, scale, mean, rstd, shift_per_sample, shift_per_token):
+    dshift = _dense(residual, _shift_shape(residual, shift_per_sample, shift_per_token))
+    return _dense(residual), _dense(branch), _dense(gate), _dense(scale), dshift
+
+
+class _AdaLN(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, scale, shift, eps):
+        return _OPS._adaln_layer_norm(x, scale, shift, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, scale, shift, _ = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x, scale, mean, rstd)
+        ctx.shift_varies = (shift.shape[0] != 1, shift.shape[1] != 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, _dmean, _drstd):
+        return *_OPS._adaln_layer_norm_backward(dy, *ctx.saved_tensors, *ctx.shift_varies), None
+
+
+class _GatedResidualAdaLN(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, branch, gate, scale, shift, eps):
+        return _OPS._gated_residual_adaln(x, branch, gate, scale, shift, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, branch, gate, scale, shift, _ = inputs
+        residual, _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)  # the last block of a network uses only one of the two outputs
+        ctx.save_for_backward(residual, branch, gate, scale, mean, rstd)
+        ctx.shift_varies = (shift.shape[0] != 1, shift.shape[1] != 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dresidual, dy, _dmean, _drstd):
+        if dresidual is None and dy is None:
+            return (None,) * 6
+        return *_OPS._gated_residual_adaln_backward(dresidual, dy, *ctx.saved_tensors, *ctx.shift_varies), None
+
+
+def adaln_layer_norm(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, *, eps: float = 1e-6, backend: str = "auto"
+) -> torch.Tensor:
+    """LayerNorm over the last dimension without weights of its own, modulated by a condition.
+
+    y[b,l,c] = (x[b,l,c] - mean) * rstd * (1 + scale[b,l,c]) + shift[b,l,c], where mean and variance are those of the
+    C values x[b,l,:] (the variance divided by C) and rstd = 1 / sqrt(variance + eps).
+
+    Args:
+        x: (B, L, C), float32, bfloat16 or float16 (float64 is served by the reference).
+        scale, shift: each (B, C), (B, 1, C), (1, 1, C) or, one per token, (B, L, C), independently of each other.
+            A view such as a `chunk` of a modulation tensor is read in place. Under autocast they are converted to
+            the dtype of x; otherwise they must have it.
+        eps: added to the variance; not negative.
+        backend: "auto", "cpu" or "reference".
+
+    Returns:
+        (B, L, C), dense, in the dtype of x. All arithmetic and the statistics are fp32; the result is rounded once.
+
+    Differentiable once in x, scale and shift. Gradients of modulation are summed in fp32 in an order that depends on
+    the shape only, so repeated runs, with any number of threads, are bit-equal. Rows with NaN or Inf give NaN rows.
+
+    Raises:
+        TypeError: for an argument that is not a tensor, or of an unsupported or different dtype.
+        ValueError: for a wrong shape, device, eps or backend.
+
+    Source: adaptive layer norm as in Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748),
+    used by VAR (arXiv 2404.02905).
+    """
+    check_tensor("x", x, rank=3)
+    scale = _modulation_view("scale", scale, x)
+    shift = _modulation_view("shift", shift, x)
+    check(eps >= 0, "eps", "a number that is not negative", eps)
+    if autocast_dtype(x.device.type) is not None:
+        scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+    check_same("x", x, scale=scale, shift=shift)
+    if x.numel() == 0 or resolve("adaln_layer_norm", backend, x.device.type, x.dtype) == "reference":
+        return _reference.adaln_layer_norm(x, scale, shift, eps=eps)
+    if needs_grad(x, scale, shift):
+        return _AdaLN.apply(x, scale, shift, eps)[0]
+    return _OPS._adaln_layer_norm(x, scale, shift, eps)[0]
+
+
+def gated_residual_adaln(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A gated branch joins the residual stream, and the sum is normalised for the next branch, in one pass.
+
+    residual = x + gate * branch
+    y = adaln_layer_norm(residual, scale, shift, eps=eps)
+
+    The sum is computed in fp32 and rounded to the dtype of x; the norm is that of the rounded residual, so the result
+    is the composition of the two lines.
+
+    Args:
+        x, branch: (B, L, C), float32, bfloat16 or float16 (float64 is served by the reference).
+        gate, scale, shift: each (B, C), (B, 1, C), (1, 1, C) or (B, L, C), as in `adaln_layer_norm`. Under autocast
+            they and `branch` are converted to the dtype of x; otherwise they must have it.
+        eps: added to the variance; not negative.
+        backend: "auto", "cpu" or "reference".
+
+    Returns:
+        (residual, y), both (B, L, C), dense, in the dtype of x.
+
+    Differentiable once in all five tensors; deterministic, see `adaln_layer_norm`.
+
+    Raises:
+        TypeError: for an argument that is not a tensor, or of an unsupported or different dtype.
+        ValueError: for a wrong shape, device, eps or backend.
+    """
+    check_tensor("x", x, rank=3)
+    check_tensor("branch", branch, rank=3)
+    check(branch.shape == x.shape, "branch", f"shape {tuple(x.shape)} like x", tuple(branch.shape))
+    gate = _modulation_view("gate", gate, x)
+    scale = _modulation_view("scale", scale, x)
+    shift = _modulation_view("shift", shift, x)
+    check(eps >= 0, "eps", "a number that is not negative", eps)
+    if autocast_dtype(x.device.type) is not None:
+        branch, gate, scale, shift = (tensor.to(x.dtype) for tensor in (branch, gate, scale, shift))
+    check_same("x", x, branch=branch, gate=gate, scale=scale, shift=shift)
+    if x.numel() == 0 or resolve("gated_residual_adaln", backend, x.device.type, x.dtype) == "reference":
+        return _reference.gated_residual_adaln(x, branch, gate, scale, shift, eps=eps)
+    if needs_grad(x, branch, gate, scale, shift):
+        return _GatedResidualAdaLN.apply(x, branch, gate, scale, shift, eps)[:2]
+    return _OPS._gated_residual_adaln(x, branch, gate, scale, shift, eps)[:2]
+
+
+def _modulation_view(argument: str, modulation: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The modulation as a view of shape (B or 1, L or 1, C); its shape must be one of the four, exactly."""
+    check_tensor(argument, modulation)
+    batch, length, channels = x.shape
+    shape = modulation.shape
+    if shape == (batch, channels):
+        return modulation.unsqueeze(1)
+    if shape not in ((batch, 1, channels), (1, 1, channels), (batch, length, channels)):
+        raise ValueError(
+            f"{argument}: expected shape {(batch, channels)}, {(batch, 1, channels)}, {(1, 1, channels)} or "
+            f"{(batch, length, channels)} for x of shape {(batch, length, channels)}, got {tuple(shape)}"
+        )
+    return modulation

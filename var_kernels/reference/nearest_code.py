@@ -1,0 +1,28 @@
+"""Nearest codebook entry: the specification."""
+
+import torch
+from torch.nn.functional import normalize
+
+_SCORES_AT_ONCE = 1 << 20  # rows are taken in chunks, so that memory does not grow with N·V
+
+
+def nearest_code(z: torch.Tensor, codebook: torch.Tensor, *, metric: str = "l2") -> torch.Tensor:
+    """Index of the code with the largest score, `z·c - |c|²/2` (l2) or `z·c/|c|` (cosine), the lowest among equals.
+
+    A score that is NaN or -inf is never chosen; a row without any other score gets index 0.
+    """
+    # fp64, because no setting (TF32, bf16 matmul on CPU, autocast) lowers its precision. MPS has fp32 only.
+    wide = torch.float32 if z.device.type == "mps" else torch.float64
+    codes = codebook.detach().to(wide)
+    if metric == "cosine":
+        codes = normalize(codes, dim=-1, eps=1e-12)
+        bias = codes.new_zeros(codes.shape[0])
+    else:
+        bias = -0.5 * codes.square().sum(-1)
+    rows = z.detach().reshape(-1, z.shape[-1])
+    best = []
+    for chunk in rows.split(max(1, _SCORES_AT_ONCE // codes.shape[0])):
+        scores = torch.addmm(bias, chunk.to(wide), codes.T)
+        # argmax returns the first of equal values.
+        best.append(scores.masked_fill(scores.isnan(), -torch.inf).argmax(-1))
+    return torch.cat(best).reshape(z.shape[:-1])
