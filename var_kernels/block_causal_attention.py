@@ -1,0 +1,150 @@
+"""Block-causal attention: every token sees its own scale and all earlier ones.
+
+The attention of next-scale image generation (VAR, arXiv 2404.02905): a sequence is K scales of n_1 ... n_K tokens, the
+tokens of one scale are predicted together, and each sees the whole of its own scale and of all earlier ones. The mask
+is given by the lengths alone, so the kernels skip what is invisible and no L x L tensor ever exists.
+"""
+
+import math
+from collections.abc import Sequence
+from operator import index
+
+import torch
+
+from ._checks import check, check_same, check_shape, check_tensor, unit_inner_stride
+from ._library import autocast_dtype, define, needs_grad, register_fake
+from .backends import resolve
+from .reference import block_causal_attention as reference
+
+MAX_HEAD_DIM = 256
+
+define(
+    "_block_causal_attention(Tensor q, Tensor k, Tensor v, SymInt[] scale_lens, float softmax_scale, "
+    "SymInt q_offset) -> (Tensor out, Tensor lse)"
+)
+define(
+    "_block_causal_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor? dlse, SymInt[] scale_lens, float softmax_scale, SymInt q_offset) -> (Tensor dq, Tensor dk, Tensor dv)"
+)
+
+
+@register_fake("_block_causal_attention")
+def _fake_forward(q, k, v, scale_lens, softmax_scale, q_offset):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@register_fake("_block_causal_attention_backward")
+def _fake_backward(dout, q, k, v, out, lse, dlse, scale_lens, softmax_scale, q_offset):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+class _BlockCausalAttention(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q, k, v, scale_lens, softmax_scale, q_offset):
+        return torch.ops.var_kernels._block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, *ctx.options = inputs
+        ctx.save_for_backward(q, k, v, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else unit_inner_stride(dout)
+        grads = torch.ops.var_kernels._block_causal_attention_backward(dout, q, k, v, out, lse, dlse, *ctx.options)
+        return *grads, None, None, None
+
+
+def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    for argument, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(argument, tensor, rank=4)
+    batch, heads, _, dim = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    check(1 <= dim <= MAX_HEAD_DIM, "q", f"a head dimension from 1 to {MAX_HEAD_DIM}", tuple(q.shape))
+    check_shape("k", k, (batch, kv_heads, keys, dim))
+    check(kv_heads > 0 and heads % kv_heads == 0, "k", f"a number of heads that divides q's {heads}", kv_heads)
+    check_shape("v", v, k.shape)
+
+
+def _check_schedule(scale_lens: Sequence[int], queries: int, keys: int, q_offset: int | None) -> tuple[list[int], int]:
+    try:
+        lens = [index(n) for n in scale_lens]
+    except TypeError:
+        raise TypeError(f"scale_lens: expected a sequence of ints, got {scale_lens!r}") from None
+    check(len(lens) > 0 and min(lens) > 0, "scale_lens", "one or more lengths > 0", lens)
+    check(sum(lens) == keys, "scale_lens", f"lengths that sum to the {keys} keys", f"{lens}, sum {sum(lens)}")
+    offset = keys - queries if q_offset is None else q_offset
+    check(0 <= offset <= keys - queries, "q_offset", f"0 to Lk - Lq = {keys} - {queries}", offset)
+    return lens, offset
+
+
+def block_causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale_lens: Sequence[int],
+    *,
+    softmax_scale: float | None = None,
+    q_offset: int | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention in which a query sees every key of its own scale and of all earlier scales.
+
+    With ``end(t)`` the end of the scale that holds token t, and query row i being token ``t = q_offset + i``::
+
+        scores[i, j] = softmax_scale * <q[i], k[j]>      for j < end(t), no other key is read
+        lse[i]       = log(sum_j exp(scores[i, j]))
+        out[i]       = sum_j exp(scores[i, j] - lse[i]) * v[j]
+
+    All scales of length 1 give plain causal attention, one single scale gives full attention.
+
+    Args:
+        q: Queries (B, H, Lq, D), head dimension D from 1 to 256.
+        k: Keys (B, Hkv, Lk, D). H is a multiple of Hkv: query head h reads key head ``h // (H // Hkv)``.
+        v: Values, the shape of k.
+        scale_lens: Tokens per scale, ints > 0 with sum Lk.
+        softmax_scale: Factor of the scores, default ``1 / sqrt(D)``.
+        q_offset: Token index of the first query row, default ``Lk - Lq``: the queries are the last Lq tokens, as in a
+            step against a key-value cache.
+        backend: ``"auto"``, or the name of one backend, which then serves the call or raises.
+        return_lse: Also return the log-sum-exp; gradients flow through it.
+
+    Returns:
+        out (B, H, Lq, D) in q's dtype and, in the kernels, in q's memory layout: for q a view of (B, L, H, D) memory,
+        ``out.transpose(1, 2)`` is contiguous. With `return_lse` also lse (B, H, Lq), float32 (float64 for float64
+        inputs). An empty batch or Lq = 0 gives empty results.
+
+    The three tensors share dtype (float32, bfloat16, float16; float64 by the reference) and device. Any strides are
+    taken without a copy if the last dimension is dense. Arithmetic is float32 and the result does not depend on the
+    number of threads. Under autocast q, k and v are cast to the autocast dtype, as for scaled_dot_product_attention.
+    NaN and infinite values propagate as in PyTorch. First derivatives only.
+
+    Raises:
+        TypeError: A dtype is not supported or differs from q's, or `scale_lens` holds something other than ints.
+        ValueError: A shape, device, length or offset is wrong; the message names the argument. Also if `backend` is
+            unknown or cannot serve the call.
+
+    Source: Tian et al., Visual Autoregressive Modeling, arXiv 2404.02905; the online softmax and the recomputation
+    from lse are those of FlashAttention, arXiv 2205.14135.
+    """
+    _check_inputs(q, k, v)
+    lens, offset = _check_schedule(scale_lens, q.shape[2], k.shape[2], q_offset)
+    cast = autocast_dtype(q.device.type)
+    if cast is not None and torch.float64 not in (q.dtype, k.dtype, v.dtype):
+        q, k, v = q.to(cast), k.to(cast), v.to(cast)
+    check_same("q", q, k=k, v=v)
+    scale = 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale)
+    if resolve("block_causal_attention", backend, q.device.type, q.dtype) == "reference":
+        out, lse = reference.block_causal_attention(q, k, v, lens, scale, offset)
+    else:
+        q, k, v = unit_inner_stride(q), unit_inner_stride(k), unit_inner_stride(v)
+        if needs_grad(q, k, v):
+            out, lse = _BlockCausalAttention.apply(q, k, v, lens, scale, offset)
+        else:
+            out, lse = torch.ops.var_kernels._block_causal_attention(q, k, v, lens, scale, offset)
+    return (out, lse) if return_lse else out
