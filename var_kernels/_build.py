@@ -19,13 +19,11 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import mmap
 import os
 import platform
 import re
 import shlex
 import shutil
-import struct
 import subprocess
 import sys
 import time
@@ -88,7 +86,7 @@ class TorchInstall:
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: the command, its family and major version, and whether it targets x86-64."""
+    """A C++ compiler: the command, "g++" or "clang++", its major version, and whether it targets x86-64."""
 
     command: str
     family: str
@@ -116,13 +114,14 @@ def build_mode() -> str:
 def source_hash() -> str:
     """Hexadecimal SHA-256 over every source file and this file: two libraries with the same hash are the same code."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
-    for path in _sources():
+    for path in sources():
         digest.update(f"\0{path.relative_to(CSRC).as_posix()}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _sources() -> list[Path]:
+def sources() -> list[Path]:
+    """Every file that the native library is made of."""
     return sorted(path for path in CSRC.rglob("*") if path.suffix in SOURCE_SUFFIXES and path.is_file())
 
 
@@ -135,7 +134,7 @@ def cache_root() -> Path:
 
 
 def find_torch(extra: Iterable[str] = ()) -> TorchInstall | None:
-    """The first torch on ``sys.path``, in the site directories `extra`, or in this interpreter's own environment."""
+    """The torch on ``sys.path``, else the first one in the site directories `extra`."""
     spec = importlib.util.find_spec("torch")
     if spec and spec.origin:
         return read_torch(Path(spec.origin).parent)
@@ -143,14 +142,6 @@ def find_torch(extra: Iterable[str] = ()) -> TorchInstall | None:
         if found := read_torch(Path(directory) / "torch"):
             return found
     return None
-
-
-def find_torch_of_interpreter() -> TorchInstall | None:
-    """torch as this interpreter sees it without ``PYTHONPATH``, which pip's isolated build uses to hide it."""
-    code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
-    answer = subprocess.run([sys.executable, "-E", "-c", code], capture_output=True, text=True)
-    origin = answer.stdout.strip()
-    return read_torch(Path(origin).parent) if answer.returncode == 0 and origin else None
 
 
 def read_torch(path: Path) -> TorchInstall | None:
@@ -247,37 +238,8 @@ def cuda_compiler(mode: str, torch: TorchInstall) -> Nvcc | None:
         return None
     nvcc = find_nvcc()
     if nvcc is None and mode == "cuda":
-        raise BuildUnavailable("VAR_KERNELS_BUILD=cuda, but nvcc was not found: install the CUDA toolkit, set CUDA_HOME")
+        raise BuildUnavailable("nvcc not found: install the CUDA toolkit or set CUDA_HOME")
     return nvcc
-
-
-def read_build_info(library: Path) -> dict | None:
-    """What `library` was built from, read without loading it; None for a file that is not a whole library of ours.
-
-    Loading first and asking then would be too late: the stale kernels would be registered already.
-    """
-    if not library.is_file() or library.stat().st_size < 64:
-        return None
-    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[:4] == b"\x7fELF" and not _elf_is_complete(data):
-            return None
-        start = data.find(INFO_MARKER)
-        end = data.find(b"\0", start)
-        if start < 0 or end < 0:
-            return None
-        try:
-            return json.loads(data[start + len(INFO_MARKER) : end])
-        except ValueError:
-            return None
-
-
-def _elf_is_complete(data: mmap.mmap) -> bool:
-    """Whether a 64-bit little-endian ELF file reaches to the end of its section table, which linkers write last."""
-    if data[4:6] != b"\x02\x01":
-        return False
-    (section_table,) = struct.unpack_from("<Q", data, 0x28)
-    entry_size, entries = struct.unpack_from("<HH", data, 0x3A)
-    return section_table > 0 and len(data) >= section_table + entry_size * entries
 
 
 def install_library(library: Path, destination: Path) -> None:
@@ -347,7 +309,7 @@ def _tail(answer: subprocess.CompletedProcess) -> str:
 def _build_info_source(info: dict) -> str:
     text = (INFO_MARKER.decode() + json.dumps(info, sort_keys=True)).replace("\\", "\\\\").replace('"', '\\"')
     return (
-        "// Generated. The text is found in the file without loading it; see read_build_info in _build.py.\n"
+        "// Generated. The text is found in the file without loading it; see read_build_info in _native.py.\n"
         f'__attribute__((used)) static const char build_info[] = "{text}";\n'
         'extern "C" __attribute__((visibility("default"))) const char* var_kernels_build_info() {\n'
         f"  return build_info + {len(INFO_MARKER)};\n"
@@ -359,21 +321,17 @@ def _ninja_file(
     compiler: Compiler, torch: TorchInstall, nvcc: Nvcc | None, info: dict, report: bool, work_dir: Path
 ) -> str:
     """The ninja plan: one object per door, one per vector file and ISA level, one per CUDA file, one link."""
-    quote = shlex.quote
-    headers = hashlib.sha256(torch.version.encode())
-    for path in _sources():
-        if path.suffix in (".h", ".cuh", ".inc"):
-            headers.update(path.read_bytes())
-    torch_flags = " ".join(
-        [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-        + [f"-isystem {quote(str(torch.path / p))}" for p in ("include", "include/torch/csrc/api/include")]
-    )
-    include = f"-I{quote(str(CSRC))}"
-    cxx_flags = f"{COMMON_FLAGS} {include} -ffile-prefix-map={quote(str(CSRC.parent))}=. {os.environ.get('CXXFLAGS', '')}"
-    x86 = " -DVAR_ISA_X86" if compiler.x86_64 else ""
-    rules = {"cxx": f"{compiler.command} -MMD -MF $out.d {cxx_flags}"}
+    include = f"-I{shlex.quote(str(CSRC))}"
+    stable_abi = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+    for directory in ("include", "include/torch/csrc/api/include"):
+        stable_abi += f" -isystem {shlex.quote(str(torch.path / directory))}"
+    prefix_map = f"-ffile-prefix-map={shlex.quote(str(CSRC.parent))}=."  # no paths of this machine in the library
+    rules = {
+        "cxx": f"{compiler.command} -MMD -MF $out.d {COMMON_FLAGS} {include} {prefix_map} "
+        + os.environ.get("CXXFLAGS", "")
+    }
     if nvcc:
-        rules["nvcc"] = _nvcc_command(nvcc, info["cuda_archs"], f"{include} {torch_flags}", report)
+        rules["nvcc"] = _nvcc_command(nvcc, info["cuda_archs"], f"{include} {stable_abi}", report)
     lines = ["ninja_required_version = 1.5"]
     for name, command in rules.items():
         # The key is a shell comment: it makes ninja compile again whenever a file's content changed, also where a
@@ -385,38 +343,49 @@ def _ninja_file(
             "  deps = gcc",
             f"  description = {name.upper()} $out",
         ]
-    objects: list[str] = []
-
-    def add(rule: str, source: Path, name: str, flags: str) -> None:
+    objects = [("cxx", work_dir / "build_info.cpp", "build_info.o", ""), *_objects(compiler, nvcc, info, stable_abi)]
+    headers = hashlib.sha256(torch.version.encode())
+    for path in sources():
+        if path.suffix in (".h", ".cuh", ".inc"):
+            headers.update(path.read_bytes())
+    for rule, source, name, flags in objects:
         key = hashlib.sha256(source.read_bytes() + headers.digest()).hexdigest()[:16]
-        objects.append(name)
-        lines.append(f"build {name}: {rule} {_escape_path(source)}")
-        lines.extend([f"  flags = {_escape_command(flags)}", f"  key = {key}"])
-
-    # The lowest level comes first in the link: of an inline function that several objects carry, the linker keeps the
-    # first, and that must not be one compiled for instructions the processor may lack.
-    add("cxx", work_dir / "build_info.cpp", "build_info.o", "")
-    sources = sorted((CSRC / "cpu").glob("*.cpp"))
-    for source in sources:
-        if not source.name.endswith(".isa.cpp"):
-            add("cxx", source, f"{source.stem}.door.o", torch_flags + x86)
-    for level, name in enumerate(info["isa_levels"]):
-        for source in sources:
-            if source.name.endswith(".isa.cpp"):
-                flags = f"-DVAR_ISA={name} -DVAR_ISA_LEVEL={level} {ISA_LEVELS[name]}"
-                add("cxx", source, f"{source.name.removesuffix('.isa.cpp')}.{name}.o", flags)
-    if nvcc:
-        for source in sorted((CSRC / "cuda").glob("*.cu")):
-            add("nvcc", source, f"{source.stem}.cu.o", "")
+        lines += [
+            f"build {name}: {rule} {_escape_path(source)}",
+            f"  flags = {_escape_command(flags)}",
+            f"  key = {key}",
+        ]
     link = f"{compiler.command} -shared $in -o $out {_link_flags(torch, nvcc)}"
     lines += [
         "rule link",
         f"  command = {_escape_command(link)}",
         "  description = LINK $out",
-        f"build {LIBRARY_NAME}: link {' '.join(objects)}",
-        f"default {LIBRARY_NAME}",
+        f"build {LIBRARY_NAME}: link {' '.join(name for _, _, name, _ in objects)}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _objects(
+    compiler: Compiler, nvcc: Nvcc | None, info: dict, stable_abi: str
+) -> Iterable[tuple[str, Path, str, str]]:
+    """(rule, source, object, flags) of every object, in link order.
+
+    The lowest ISA level comes first: of an inline function that several objects carry, the linker keeps the first one,
+    and that must not be one compiled for instructions the processor may lack.
+    """
+    cpu = sorted((CSRC / "cpu").glob("*.cpp"))
+    door_flags = stable_abi + (" -DVAR_ISA_X86" if compiler.x86_64 else "")
+    for source in cpu:
+        if not source.name.endswith(".isa.cpp"):
+            yield "cxx", source, f"{source.stem}.door.o", door_flags
+    for level, name in enumerate(info["isa_levels"]):
+        for source in cpu:
+            if source.name.endswith(".isa.cpp"):
+                flags = f"-DVAR_ISA={name} -DVAR_ISA_LEVEL={level} {ISA_LEVELS[name]}"
+                yield "cxx", source, f"{source.name.removesuffix('.isa.cpp')}.{name}.o", flags
+    if nvcc:
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            yield "nvcc", source, f"{source.stem}.cu.o", ""
 
 
 def _nvcc_command(nvcc: Nvcc, archs: Iterable[str], flags: str, report: bool) -> str:
@@ -462,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=AHEAD_OF_TIME_LIBRARY, help="where the library goes (in place)")
     parser.add_argument("--mode", choices=MODES[:3], help="default: VAR_KERNELS_BUILD, else auto")
     parser.add_argument("--archs", help=f"CUDA architectures, comma-separated; of {','.join(CUDA_ARCHS)}")
-    parser.add_argument("--report", action="store_true", help="print registers, spills and shared memory of CUDA kernels")
+    parser.add_argument("--report", action="store_true", help="print what each CUDA kernel uses")
     parser.add_argument("--verbose", action="store_true", help="print every command")
     options = parser.parse_args(arguments)
     archs = options.archs.split(",") if options.archs else None

@@ -8,8 +8,11 @@ one in the cache, a build into the cache behind a lock.
 from __future__ import annotations
 
 import ctypes
+import json
+import mmap
 import platform
 import shutil
+import struct
 import sys
 import threading
 import time
@@ -114,8 +117,37 @@ def _load_cached(mode: str, found: _build.TorchInstall) -> NativeStatus:
 
 def _current_info(library: Path) -> dict | None:
     """The build info of `library` if it is whole and was built from the sources present now."""
-    info = _build.read_build_info(library)
+    info = read_build_info(library)
     return info if info and info["source_hash"] == _build.source_hash() else None
+
+
+def read_build_info(library: Path) -> dict | None:
+    """What `library` was built from, read without loading it; None for a file that is not a whole library of ours.
+
+    Loading first and asking then would be too late: the stale kernels would be registered already.
+    """
+    if not library.is_file() or library.stat().st_size < 64:
+        return None
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] == b"\x7fELF" and not _elf_is_complete(data):
+            return None
+        start = data.find(_build.INFO_MARKER)
+        end = data.find(b"\0", start)
+        if start < 0 or end < 0:
+            return None
+        try:
+            return json.loads(data[start + len(_build.INFO_MARKER) : end])
+        except ValueError:
+            return None
+
+
+def _elf_is_complete(data: mmap.mmap) -> bool:
+    """Whether a 64-bit little-endian ELF file reaches to the end of its section table, which linkers write last."""
+    if data[4:6] != b"\x02\x01":
+        return False
+    (section_table,) = struct.unpack_from("<Q", data, 0x28)
+    entry_size, entries = struct.unpack_from("<HH", data, 0x3A)
+    return section_table > 0 and len(data) >= section_table + entry_size * entries
 
 
 def _exclusive(found: _build.TorchInstall):
