@@ -239,8 +239,9 @@ def poison(*like: torch.Tensor, copies: int = 4) -> None:
     """Fill CPU memory of the sizes of `like` (by default of many sizes up to 8 MiB) with NaN, and free it.
 
     The allocator then hands this memory to the next outputs: an element that a kernel forgets to write is NaN (-1 in
-    integers) instead of the right value left over from an earlier call, but for the first 64 bytes of a block. On glibc the first call makes the process keep
-    freed memory (``mallopt``); elsewhere large blocks may go back to the system and come back as zeros.
+    integers) instead of the right value left over from an earlier call, but for the first 64 bytes of a block. On
+    glibc the first call makes the process keep freed memory (``mallopt``); elsewhere large blocks may go back to the
+    system and come back as zeros.
     """
     _keep_freed_memory()
     sizes = [tensor.numel() * tensor.element_size() for tensor in like] or [2**power for power in range(6, 24)]
