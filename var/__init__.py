@@ -1,0 +1,13 @@
+"""A thin VAR: multi-scale VQ-VAE and next-scale transformer on the ops of var_kernels."""
+
+from .checkpoints import Pipeline, load, save
+from .config import PRESETS, ScaleSchedule, VARConfig, VQVAEConfig
+from .editing import edit
+from .sampler import Generated, generate
+from .transformer import VAR
+from .vqvae import VQVAE
+
+__all__ = [
+    "PRESETS", "VAR", "VQVAE", "Generated", "Pipeline", "ScaleSchedule", "VARConfig", "VQVAEConfig",
+    "edit", "generate", "load", "save",
+]

@@ -1,0 +1,365 @@
+"""Images by class: Fashion-MNIST from its IDX files, or any folder with one sub-folder per class.
+
+Every data set here answers the same three questions, and nothing else is asked of it by the training loops:
+``len(data)``, ``data.labels`` (N,) int64, and ``data.batch(indices, generator=None) -> (images, labels)`` with images
+(B, 3, S, S) float32 in [-1, 1]. Which images form a batch is a pure function of (seed, step), see :func:`batch_indices`:
+a resumed training needs no data state beyond its step number.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import struct
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+# Where the IDX files lie below a directory the user names: the directory itself, or a root that the Debian package was
+# extracted into.
+_IDX_SUBDIRS = ("", "usr/share/datasets/fashion-mnist", "share/datasets/fashion-mnist", "fashion-mnist")
+_IDX_SEARCH_PATH = (Path("/usr/share/datasets/fashion-mnist"), Path("~/.cache/var/fashion-mnist"))
+_IDX_PREFIX = {"train": "train", "test": "t10k"}
+_IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+FASHION_MNIST_HELP = (
+    "Fashion-MNIST not found: `apt-get install dataset-fashion-mnist`, or without root `apt-get download "
+    "dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb DIR` and pass --data DIR"
+)
+
+
+class DataError(ValueError):
+    """A data set is missing, malformed or empty; the message names the file or directory and what was expected."""
+
+
+class ImageData(Protocol):
+    """What the training loops need of a data set."""
+
+    name: str
+    class_names: tuple[str, ...]
+    labels: Tensor  # (N,) int64
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]: ...
+
+
+# --------------------------------------------------------------------------------------------------------- IDX files
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """Array stored in an IDX file, plain or gzip-compressed (recognised by content, not by name).
+
+    Format: two zero bytes, one type code, one rank byte, `rank` big-endian uint32 sizes, then the elements, row-major.
+    Raises :class:`DataError` naming `path` for a wrong magic number, an unknown type code, or an element count that
+    differs from what the sizes promise.
+    """
+    path = Path(path)
+    raw = _read_maybe_gzip(path)
+    if len(raw) < 4 or raw[0] != 0 or raw[1] != 0 or raw[2] not in _IDX_DTYPES or raw[3] == 0:
+        raise DataError(f"{path}: not an IDX file: expected a magic number like 0x00000803, got 0x{raw[:4].hex()}")
+    dtype, rank = np.dtype(_IDX_DTYPES[raw[2]]), raw[3]
+    header = 4 + 4 * rank
+    if len(raw) < header:
+        raise DataError(f"{path}: truncated IDX header: expected {header} bytes, got {len(raw)}")
+    shape = struct.unpack(f">{rank}I", raw[4:header])
+    expected = math.prod(shape) * dtype.itemsize
+    if len(raw) - header != expected:
+        state = "truncated" if len(raw) - header < expected else "oversized"
+        raise DataError(
+            f"{path}: {state} IDX file: expected {expected} data bytes for shape {shape}, got {len(raw) - header}"
+        )
+    return np.frombuffer(raw, dtype, offset=header).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def _read_maybe_gzip(path: Path) -> bytes:
+    try:
+        raw = path.read_bytes()
+        return gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: truncated or corrupt gzip file: {error}") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def find_fashion_mnist(path: str | Path | None = None) -> Path:
+    """Directory of the Fashion-MNIST IDX files: below `path` if given, else the Debian location, else the user cache.
+
+    Raises :class:`DataError` with the one line that says how to get the files.
+    """
+    if path is not None:
+        directory = _idx_directory(Path(path).expanduser())
+        if directory is None:
+            raise DataError(f"{FASHION_MNIST_HELP} (no train-images-idx3-ubyte[.gz] below {path})")
+        return directory
+    for candidate in _IDX_SEARCH_PATH:
+        directory = _idx_directory(candidate.expanduser())
+        if directory is not None:
+            return directory
+    raise DataError(FASHION_MNIST_HELP)
+
+
+def _idx_directory(root: Path) -> Path | None:
+    for sub in _IDX_SUBDIRS:
+        if any(_idx_file(root / sub, prefix, "images-idx3") is not None for prefix in _IDX_PREFIX.values()):
+            return root / sub
+    return None
+
+
+def _idx_file(directory: Path, prefix: str, kind: str) -> Path | None:
+    for suffix in (".gz", ""):
+        candidate = directory / f"{prefix}-{kind}-ubyte{suffix}"
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+class FashionMNIST:
+    """Fashion-MNIST (28×28 grey, 10 classes; 60 000 training and 10 000 test images), held in memory as uint8.
+
+    Images are centred on an `image_size` square (default 32) and repeated over 3 channels. The border is filled with 0,
+    the background of the originals, so background and border are both exactly −1.
+    """
+
+    name = "fashion-mnist"
+    class_names = FASHION_MNIST_CLASSES
+
+    def __init__(self, path: str | Path | None = None, split: str = "train", image_size: int = 32) -> None:
+        if split not in _IDX_PREFIX:
+            raise DataError(f"split: expected one of {sorted(_IDX_PREFIX)}, got {split!r}")
+        directory = find_fashion_mnist(path)
+        arrays = {}
+        for kind in ("images-idx3", "labels-idx1"):
+            file = _idx_file(directory, _IDX_PREFIX[split], kind)
+            if file is None:
+                raise DataError(f"{directory}: missing {_IDX_PREFIX[split]}-{kind}-ubyte[.gz]")
+            arrays[kind] = read_idx(file)
+        pixels, labels = arrays["images-idx3"], arrays["labels-idx1"]
+        _check_idx_pair(directory, pixels, labels, image_size)
+        before = [(image_size - side) // 2 for side in pixels.shape[1:]]
+        after = [image_size - side - b for side, b in zip(pixels.shape[1:], before, strict=True)]
+        padded = np.pad(pixels, ((0, 0), (before[0], after[0]), (before[1], after[1])))
+        self.pixels = torch.from_numpy(padded)  # (N, S, S) uint8
+        self.labels = torch.from_numpy(labels.astype(np.int64))
+        self.image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) float32 in [-1, 1] and labels (B,) at `indices`; no augmentation, `generator` is unused.
+
+        Nothing is flipped or shifted: every shoe of Fashion-MNIST points left, and a model of it should know.
+        """
+        grey = to_unit_range(self.pixels[indices]).unsqueeze(1)  # (B, 1, S, S)
+        return grey.expand(-1, 3, -1, -1).contiguous(), self.labels[indices]
+
+
+def _check_idx_pair(directory: Path, pixels: np.ndarray, labels: np.ndarray, image_size: int) -> None:
+    if pixels.ndim != 3 or pixels.dtype != np.uint8:
+        raise DataError(f"{directory}: images: expected uint8 of rank 3, got {pixels.dtype} of shape {pixels.shape}")
+    if labels.ndim != 1 or labels.dtype != np.uint8:
+        raise DataError(f"{directory}: labels: expected uint8 of rank 1, got {labels.dtype} of shape {labels.shape}")
+    if len(pixels) != len(labels):
+        raise DataError(f"{directory}: {len(pixels)} images but {len(labels)} labels: expected equal counts")
+    if len(pixels) == 0:
+        raise DataError(f"{directory}: the data set is empty")
+    if max(pixels.shape[1:]) > image_size:
+        raise DataError(f"image_size: expected at least {max(pixels.shape[1:])} to hold the images, got {image_size}")
+    if labels.max() >= len(FASHION_MNIST_CLASSES):
+        raise DataError(f"{directory}: labels: expected 0..{len(FASHION_MNIST_CLASSES) - 1}, got {labels.max()}")
+
+
+# ----------------------------------------------------------------------------------------------------- image folders
+
+
+class ImageFolder:
+    """Images of `root/<class name>/**/*.{png,jpg,…}`; class indices follow the sorted class names.
+
+    An image is converted to RGB (transparency over white), its shorter side resized to `image_size` (to
+    ``round(1.125·image_size)`` with `random_crop`), and a square cut out: at a random place and, with `flip`, mirrored
+    with probability ½ when :meth:`batch` is given a generator; the centre, unmirrored, otherwise.
+
+    Headers of all files are read at construction, so a file that is no image is reported at once; a file that turns out
+    truncated is reported, by name, when it is decoded. Resized images stay in memory as uint8 up to `cache_bytes`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_size: int,
+        *,
+        random_crop: bool = False,
+        flip: bool = False,
+        cache_bytes: int = 2 << 30,
+    ) -> None:
+        root = Path(root).expanduser()
+        if not root.is_dir():
+            raise DataError(f"{root}: not a directory: expected ROOT/<class name>/*.png|jpg|…")
+        if image_size < 1:
+            raise DataError(f"image_size: expected a positive number of pixels, got {image_size}")
+        classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        if not classes:
+            raise DataError(f"{root}: no class directories: expected ROOT/<class name>/*.png|jpg|…")
+        files = [_image_files(root / name) for name in classes]
+        empty = [name for name, found in zip(classes, files, strict=True) if not found]
+        if empty:
+            raise DataError(f"{root}: no images in class director{'y' if len(empty) == 1 else 'ies'} {', '.join(empty)}")
+        self.name = root.name
+        self.class_names = tuple(classes)
+        self.paths = [path for found in files for path in found]
+        self.labels = torch.tensor([i for i, found in enumerate(files) for _ in found], dtype=torch.int64)
+        self.image_size, self.random_crop, self.flip = image_size, random_crop, flip
+        self._resized_side = round(1.125 * image_size) if random_crop else image_size
+        self._cache: dict[int, np.ndarray] = {}
+        self._cache_left = cache_bytes
+        self._pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1), thread_name_prefix="decode")
+        list(self._pool.map(_check_header, self.paths))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) float32 in [-1, 1] and labels (B,); augmented, reproducibly, if `generator` is given."""
+        images = list(self._pool.map(self._resized, indices.tolist()))
+        size = self.image_size
+        cropped = np.empty((len(images), size, size, 3), np.uint8)
+        for row, image in enumerate(images):
+            free_y, free_x = image.shape[0] - size, image.shape[1] - size
+            y, x, mirrored = free_y // 2, free_x // 2, False
+            if generator is not None:
+                # Three numbers are drawn whatever the options, so that switching one on leaves the others' draws alone.
+                u = torch.rand(3, generator=generator).tolist()
+                if self.random_crop:
+                    y, x = int(u[0] * (free_y + 1)), int(u[1] * (free_x + 1))
+                mirrored = self.flip and u[2] < 0.5
+            crop = image[y : y + size, x : x + size]
+            cropped[row] = crop[:, ::-1] if mirrored else crop
+        return to_unit_range(torch.from_numpy(cropped).permute(0, 3, 1, 2)).contiguous(), self.labels[indices]
+
+    def _resized(self, index: int) -> np.ndarray:
+        """Image `index` as (h, w, 3) uint8 with its shorter side resized."""
+        cached = self._cache.get(index)
+        if cached is None:
+            cached = _load_resized(self.paths[index], self._resized_side)
+            if cached.nbytes <= self._cache_left:
+                self._cache[index] = cached
+                self._cache_left -= cached.nbytes
+        return cached
+
+
+def _image_files(directory: Path) -> list[Path]:
+    return sorted(
+        path
+        for path in directory.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _check_header(path: Path) -> None:
+    try:
+        with Image.open(path):
+            pass
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        raise DataError(f"{path}: not a readable image: {error}") from error
+
+
+def _load_resized(path: Path, shorter_side: int) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * shorter_side, 2 * shorter_side))
+            rgb = _to_rgb(image)
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise DataError(f"{path}: not a readable image: {error}") from error
+    factor = shorter_side / min(rgb.size)
+    size = tuple(max(shorter_side, round(side * factor)) for side in rgb.size)
+    return np.asarray(rgb.resize(size, Image.Resampling.LANCZOS), np.uint8)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode.startswith("I;16"):
+        # Pillow's own conversion of 16-bit grey clips at 255 instead of scaling.
+        return Image.fromarray((np.asarray(image, np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+# --------------------------------------------------------------------------------------------- choosing and ordering
+
+
+def open_dataset(
+    path: str | Path | None = None,
+    split: str = "train",
+    image_size: int = 32,
+    *,
+    random_crop: bool = False,
+    flip: bool = False,
+) -> ImageData:
+    """Data set at `path`: Fashion-MNIST if `path` is None or holds its IDX files, else a folder of images by class.
+
+    A folder with sub-folders ``train`` and ``test`` (or ``val``) is taken as split; any other folder serves both splits.
+    Augmentation applies to the training split of folders.
+    """
+    if path is None:
+        return FashionMNIST(None, split, image_size)
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root}: not a directory: expected Fashion-MNIST's IDX files or ROOT/<class name>/*.png|jpg|…")
+    if _idx_directory(root) is not None:
+        return FashionMNIST(root, split, image_size)
+    if (root / "train").is_dir() and any((root / name).is_dir() for name in ("test", "val")):
+        parts = {"train": ("train",), "test": ("test", "val")}[split]
+        root = next(root / name for name in parts if (root / name).is_dir())
+    training = split == "train"
+    return ImageFolder(root, image_size, random_crop=random_crop and training, flip=flip and training)
+
+
+def to_unit_range(pixels: Tensor) -> Tensor:
+    """uint8 0..255 to float32 in [-1, 1]; 0 becomes exactly −1 and 255 exactly 1."""
+    return pixels.to(torch.float32).div_(127.5).sub_(1.0)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] to uint8 0..255, rounded, values outside clamped. Inverse of :func:`to_unit_range`."""
+    return images.detach().to(torch.float32).add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def split_indices(count: int, held_out: int) -> tuple[Tensor, Tensor]:
+    """(training, held-out) indices of a fixed shuffle: the same for every seed, so runs with other seeds compare."""
+    if not 0 <= held_out < count:
+        raise DataError(f"held_out: expected 0..{count - 1} of {count} images, got {held_out}")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[held_out:], order[:held_out]
+
+
+def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """Generator for what is random in training step `step`; `stream` separates uses. Stateless, hence resumable."""
+    words = np.random.SeedSequence([seed, step, stream]).generate_state(2, np.uint64)
+    return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
+
+
+def batch_indices(pool: Tensor | Sequence[int], batch_size: int, seed: int, step: int) -> Tensor:
+    """Members of `pool` that form the batch of `step`: epochs of a shuffle by (seed, epoch), whole batches only."""
+    pool = torch.as_tensor(pool)
+    per_epoch = len(pool) // batch_size
+    if batch_size < 1 or per_epoch == 0:
+        raise DataError(f"batch_size: expected 1..{len(pool)} (the number of training images), got {batch_size}")
+    epoch, position = divmod(step, per_epoch)
+    order = torch.randperm(len(pool), generator=step_generator(seed, epoch, stream=1))
+    return pool[order[position * batch_size : (position + 1) * batch_size]]

@@ -1,0 +1,303 @@
+"""The multi-scale residual VQ-VAE of VAR: image ↔ K token maps. Parameter names are those of the released files."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from var_kernels import multi_scale_quantize, next_scale_input
+
+from .config import VQVAEConfig
+
+
+class VQVAEOutput(NamedTuple):
+    """What the training forward returns."""
+
+    reconstruction: Tensor  # (B, 3, H, W), not clamped
+    vq_loss: Tensor  # scalar: β·commitment + codebook loss, mean over scales
+    tokens: Tensor  # (B, L) int64
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """x + conv(SiLU(norm(conv(SiLU(norm(x))))))."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x_BCHW)))
+        return self.nin_shortcut(x_BCHW) + self.conv2(F.silu(self.norm2(h)))
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over the pixels of a small map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        # One head as wide as the map has channels (up to 640): beyond our attention kernel, and off the hot path.
+        q, k, v = self.qkv(self.norm(x_BCHW)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+        h_BLC = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+        return x_BCHW + self.proj_out(h_BLC.transpose(1, 2).reshape(x_BCHW.shape))
+
+
+class Downsample(nn.Module):
+    """Halves the side by a strided convolution, padded at the right and the bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the side by nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution of the encoder or decoder: residual blocks, attention at the coarsest, then the resampling."""
+
+    def __init__(self, in_channels: int, channels: int, blocks: int, attention: bool, **resample: nn.Module) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResnetBlock(in_channels if i == 0 else channels, channels) for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(channels) for _ in range(blocks if attention else 0))
+        for name, module in resample.items():
+            self.add_module(name, module)
+        self.resample = tuple(resample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        for name in self.resample:
+            x = getattr(self, name)(x)
+        return x
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the latent resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """Image (B,3,H,W) to features (B, z_channels, H/f, W/f)."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        widths = [config.ch * mult for mult in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(
+                config.ch if i == 0 else widths[i - 1], width, config.num_res_blocks, i == last,
+                **({} if i == last else {"downsample": Downsample(width)}),
+            )
+            for i, width in enumerate(widths)
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Features (B, z_channels, h, w) to an image (B,3,H,W), not clamped."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        widths = [config.ch * mult for mult in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(
+            Level(
+                widths[min(i + 1, last)], width, config.num_res_blocks + 1, i == last,
+                **({} if i == 0 else {"upsample": Upsample(width)}),
+            )
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(x))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class QuantResi(nn.Module):
+    """Holder of the φ convolutions; the quantizer kernels apply them."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        self.qresi_ls = nn.ModuleList(
+            nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1) for _ in range(config.num_phi)
+        )
+
+
+class Quantizer(nn.Module):
+    """Codebook and φ convolutions with the three things done with them: quantize, accumulate a scale, look up."""
+
+    def __init__(self, config: VQVAEConfig, backend: str) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = backend
+        self.embedding = nn.Embedding(config.vocab_size, config.z_channels)
+        self.quant_resi = QuantResi(config)
+
+    def _phi(self) -> tuple[Tensor, Tensor]:
+        convs = self.quant_resi.qresi_ls
+        return torch.stack([conv.weight for conv in convs]), torch.stack([conv.bias for conv in convs])
+
+    def forward(self, f_BCHW: Tensor):
+        """Multi-scale residual quantization: tokens, straight-through features, loss."""
+        config = self.config
+        weight, bias = self._phi()
+        return multi_scale_quantize(
+            f_BCHW, self.embedding.weight, weight, bias, config.patch_nums, phi_ratio=config.phi_ratio,
+            metric="cosine" if config.using_znorm else "l2", beta=config.beta, backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def accumulate(self, f_hat_BCHW: Tensor, codes_BLC: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+        """Add the codes of scale k to f_hat; also return f_hat pooled to the next map, (B, l_{k+1}, C)."""
+        weight, bias = self._phi()
+        return next_scale_input(
+            f_hat_BCHW, codes_BLC, weight, bias, self.config.patch_nums, k,
+            phi_ratio=self.config.phi_ratio, backend=self.backend,
+        )
+
+    def empty_features(self, batch: int) -> Tensor:
+        """The f_hat before the first scale."""
+        side = self.config.schedule.side
+        return self.embedding.weight.new_zeros(batch, self.config.z_channels, side, side)
+
+
+class VQVAE(nn.Module):
+    """Multi-scale residual VQ-VAE (arXiv 2404.02905, algorithms 1 and 2).
+
+    Images are (B, 3, H, W) in [−1, 1] with H = W = config.image_size; tokens are (B, L) int64, scales concatenated
+    coarse to fine, row-major within a scale. `backend` is passed to every var_kernels op.
+    """
+
+    def __init__(self, config: VQVAEConfig, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Quantizer(config, backend)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1)
+        self.register_load_state_dict_pre_hook(_drop_usage_buffer)
+
+    def forward(self, images: Tensor) -> VQVAEOutput:
+        """Training forward: reconstruction (not clamped), quantizer loss, tokens."""
+        quantized = self.quantize(self.features(images))
+        return VQVAEOutput(self._decode(quantized.f_hat), quantized.vq_loss, quantized.tokens)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Continuous features (B, z_channels, h, w) before quantization."""
+        size = self.config.image_size
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, size, size):
+            raise ValueError(f"images: expected shape (B, 3, {size}, {size}), got {tuple(images.shape)}")
+        return self.quant_conv(self.encoder(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens (B, L) of the images."""
+        return self.quantize(self.features(images)).tokens
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images in [−1, 1] from the tokens of all scales."""
+        for f_hat, _ in self._scales(tokens):
+            pass
+        return self.decode_features(f_hat)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """decode(encode(images))."""
+        return self.decode_features(self.quantize(self.features(images)).f_hat)
+
+    @torch.no_grad()
+    def decode_scales(self, tokens: Tensor) -> list[Tensor]:
+        """K batches of images: the image decoded after each scale, coarse to fine."""
+        return [self.decode_features(f_hat) for f_hat, _ in self._scales(tokens)]
+
+    @torch.no_grad()
+    def teacher_forcing_input(self, tokens: Tensor) -> Tensor:
+        """(B, L − l_1, z_channels): for every scale after the first, the features of all earlier ones, pooled to it."""
+        maps = [following for _, following in self._scales(tokens) if following is not None]
+        if not maps:
+            return self.quantize.embedding.weight.new_zeros(len(tokens), 0, self.config.z_channels)
+        return torch.cat(maps, dim=1)
+
+    @torch.no_grad()
+    def decode_features(self, f_hat_BCHW: Tensor) -> Tensor:
+        """Images in [−1, 1] from accumulated features."""
+        return self._decode(f_hat_BCHW).clamp_(-1, 1)
+
+    def _decode(self, f_hat_BCHW: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(f_hat_BCHW))
+
+    def _scales(self, tokens: Tensor):
+        """Yield (f_hat after scale k, pooled input of scale k+1 or None) for every scale."""
+        config = self.config
+        length = config.schedule.length
+        if tokens.dim() != 2 or tokens.shape[1] != length:
+            raise ValueError(f"tokens: expected shape (B, {length}), got {tuple(tokens.shape)}")
+        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < config.vocab_size):
+            raise ValueError(
+                f"tokens: expected values in [0, {config.vocab_size}), got [{int(tokens.min())}, {int(tokens.max())}]"
+            )
+        f_hat = self.quantize.empty_features(len(tokens))
+        for k, scale_tokens in enumerate(tokens.split(config.schedule.lengths, dim=1)):
+            f_hat, following = self.quantize.accumulate(f_hat, self.quantize.embedding(scale_tokens), k)
+            yield f_hat, following
+
+
+def _drop_usage_buffer(module: VQVAE, state_dict: dict, prefix: str, *_: object) -> None:
+    """Released files carry the usage statistics of training; they are checked for shape and not kept."""
+    name = f"{prefix}quantize.ema_vocab_hit_SV"
+    buffer = state_dict.pop(name, None)
+    expected = (module.config.schedule.num_scales, module.config.vocab_size)
+    if buffer is not None and tuple(buffer.shape) != expected:
+        raise ValueError(f"{name}: expected shape {expected}, got {tuple(buffer.shape)}")
