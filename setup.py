@@ -1,0 +1,107 @@
+"""What pyproject.toml cannot say: the native library, and its sources in the wheel for a build at first use."""
+
+import importlib.util
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+# By path: the package itself imports torch, which pip's isolated build does not have.
+_spec = importlib.util.spec_from_file_location("var_kernels_build", ROOT / "var_kernels" / "_build.py")
+_build = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_build)
+
+
+def target_torch():
+    """The torch of the environment that the package is installed into, which pip's isolated build hides."""
+    directories = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
+    return _build.find_torch(directories) or torch_without_pythonpath()
+
+
+def torch_without_pythonpath():
+    """torch as this interpreter sees it by itself (a venv with the system's packages, say): pip hides by PYTHONPATH."""
+    code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
+    answer = subprocess.run([sys.executable, "-E", "-c", code], capture_output=True, text=True)
+    origin = answer.stdout.strip()
+    return _build.read_torch(Path(origin).parent) if answer.returncode == 0 and origin else None
+
+
+def say(message):
+    print(f"[var_kernels] {message}", file=sys.stderr)
+
+
+def native_extensions():
+    """The native library where it can be built now; in mode "auto" a missing piece only postpones it to first use."""
+    try:
+        mode = _build.build_mode()
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    if mode == "none":
+        return []
+    try:
+        _build.require_torch(target_torch())
+        _build.find_compiler()
+        _build.find_ninja()
+    except _build.BuildUnavailable as reason:
+        if mode != "auto":
+            raise SystemExit(f"VAR_KERNELS_BUILD={mode}: {reason}") from None
+        say(f"the native kernels are not built now, they will be at first use: {reason}")
+        return []
+    return [Extension("var_kernels._C", sources=[], py_limited_api=True, optional=mode == "auto")]
+
+
+class BuildLibrary(build_ext):
+    def build_extension(self, ext):
+        library = Path(self.get_ext_fullpath(ext.name))
+        try:
+            info = _build.build(
+                library.resolve(), Path(self.build_temp).resolve(), mode=_build.build_mode(), torch=target_torch()
+            )
+        except (_build.BuildUnavailable, _build.BuildFailed) as error:
+            raise CompileError(str(error)) from error
+        say(f"built {library.name} with {info['compiler']}, torch {info['torch']}, CUDA {info['cuda']}")
+
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split(".")).with_name(_build.LIBRARY_NAME))
+
+    def copy_extensions_to_source(self):
+        # Atomic, unlike setuptools' own: a process may be about to load the old one.
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(ext.name))
+            if built.is_file():
+                _build.install_library(built, _build.AHEAD_OF_TIME_LIBRARY)
+
+
+class BuildPython(build_py):
+    def run(self):
+        super().run()
+        if not getattr(self, "editable_mode", False):
+            # Emptied first: a file deleted since an earlier build in this tree would be compiled by its users.
+            shutil.rmtree(Path(self.build_lib, "var_kernels", "csrc"), ignore_errors=True)
+            for source, target in self._native_sources():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+
+    def get_outputs(self, include_bytecode=True):
+        return super().get_outputs(include_bytecode) + [str(target) for _, target in self._native_sources()]
+
+    def _native_sources(self):
+        target = Path(self.build_lib, "var_kernels", "csrc")
+        return [(path, target / path.relative_to(_build.CSRC)) for path in _build.sources()]
+
+
+extensions = native_extensions()
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildLibrary, "build_py": BuildPython},
+    # One library for every Python: it holds no Python code.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
+)
