@@ -1,0 +1,220 @@
+// The door of block-causal attention on the CPU: checks, allocation, which tiles exist, and the split into tasks.
+#include "block_causal_attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "dispatch.h"
+
+namespace var_kernels {
+
+VAR_DECLARE_ISA_TABLES(AttentionForward, attention_forward)
+VAR_DECLARE_ISA_TABLES(AttentionBackward, attention_backward)
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Lens = std::vector<int64_t>;
+
+AttentionType type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return kAttentionFloat;
+    case ScalarType::BFloat16: return kAttentionBf16;
+    case ScalarType::Half: return kAttentionFp16;
+    default: VAR_CHECK(false, "q", "float32, bfloat16 or float16", "another dtype");
+  }
+}
+
+HeadRows rows_of(const Tensor& x) {
+  return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+void check_like(const Tensor& x, const char* name, const Tensor& q, int64_t heads, int64_t length) {
+  VAR_CHECK(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == heads && x.size(2) == length &&
+                x.size(3) == q.size(3),
+            name, "a shape that fits q", "another");
+  VAR_CHECK(x.scalar_type() == q.scalar_type(), name, "the dtype of q", "another");
+  VAR_CHECK(x.size(3) == 1 || x.stride(3) == 1, name, "a dense last dimension", "another stride");
+}
+
+// Query rows aligned to scale starts, so that the rows of a tile see the same keys and no element is masked. Scales
+// of fewer rows than half a tile share one: its rows see the keys of their own scale only, up to 47 fewer.
+std::vector<QueryTile> query_tiles(const Lens& lens, int64_t first, int64_t count) {
+  constexpr int64_t register_rows = 6;
+  std::vector<QueryTile> tiles;
+  bool open = false;  // whether the last tile may take the next small scale
+  int64_t scale_begin = 0;
+  for (const int64_t length : lens) {
+    const int64_t begin = std::max(scale_begin - first, int64_t{0});
+    const int64_t end = std::min(scale_begin + length - first, count);
+    scale_begin += length;
+    const int64_t rows = end - begin;
+    if (rows <= 0) continue;
+    if (rows < kMaxTileRows / 2) {
+      if (open && end - tiles.back().begin <= kMaxTileRows)
+        tiles.back().end = end;
+      else
+        tiles.push_back({begin, end});
+      open = true;
+      continue;
+    }
+    // Equal tiles of whole register tiles: 100 rows are 36 + 36 + 28, since 48 + 48 + 4 reads all keys for 4 rows.
+    const int64_t parts = (rows + kMaxTileRows - 1) / kMaxTileRows;
+    const int64_t size = ((rows + parts - 1) / parts + register_rows - 1) / register_rows * register_rows;
+    for (int64_t row = begin; row < end; row += size) tiles.push_back({row, std::min(row + size, end)});
+    open = false;
+  }
+  return tiles;
+}
+
+// The keys that each query row sees: the end of its scale.
+std::vector<int64_t> visible_keys(const Lens& lens, int64_t first, int64_t count) {
+  std::vector<int64_t> visible;
+  visible.reserve(count);
+  int64_t end = 0;
+  for (const int64_t length : lens) {
+    end += length;
+    for (int64_t row = visible.size(); row < std::min(end - first, count); ++row) visible.push_back(end);
+  }
+  return visible;
+}
+
+// The problem and the memory that it points to.
+struct Plan {
+  std::vector<int64_t> visible;
+  std::vector<QueryTile> tiles;
+  AttentionProblem problem;
+};
+
+Plan make_plan(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& lens, double softmax_scale,
+               int64_t q_offset) {
+  VAR_CHECK(q.dim() == 4 && k.dim() == 4, "q, k", "4 dimensions", q.dim());
+  const int64_t heads = q.size(1), queries = q.size(2), dim = q.size(3), kv_heads = k.size(1), keys = k.size(2);
+  VAR_CHECK(dim >= 1 && dim <= 256, "q", "a head dimension from 1 to 256", dim);
+  VAR_CHECK(kv_heads > 0 && heads % kv_heads == 0, "k", "a number of heads that divides that of q", kv_heads);
+  check_like(q, "q", q, heads, queries);
+  check_like(k, "k", q, kv_heads, keys);
+  check_like(v, "v", q, kv_heads, keys);
+  int64_t sum = 0;
+  for (const int64_t length : lens) {
+    VAR_CHECK(length > 0, "scale_lens", "lengths > 0", length);
+    sum += length;
+  }
+  VAR_CHECK(sum == keys, "scale_lens", "lengths that sum to the number of keys", sum);
+  VAR_CHECK(q_offset >= 0 && q_offset + queries <= keys, "q_offset", "0 to Lk - Lq", q_offset);
+  Plan plan{visible_keys(lens, q_offset, queries), query_tiles(lens, q_offset, queries), {}};
+  plan.problem = {q.size(0), heads, kv_heads, queries, keys, dim, float(softmax_scale), plan.visible.data(),
+                  plan.tiles.data(), int64_t(plan.tiles.size())};
+  return plan;
+}
+
+// Every key head gives as many tasks as the threads need, each with consecutive query tiles of about equal work. A
+// task packs K and V for itself; a row's result does not depend on the split.
+std::vector<AttentionForwardTask> forward_tasks(const AttentionProblem& p) {
+  const int64_t pairs = p.batch * p.kv_heads, units = p.heads / p.kv_heads * p.tile_count;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t wanted = threads == 1 || pairs >= 4 * threads ? 1 : (4 * threads + pairs - 1) / std::max<int64_t>(pairs, 1);
+  const int64_t parts = std::min(wanted, units);
+  std::vector<int64_t> work(units + 1, 0);
+  for (int64_t unit = 0; unit < units; ++unit) {
+    const QueryTile tile = p.tiles[unit % p.tile_count];
+    work[unit + 1] = work[unit] + (tile.end - tile.begin) * p.visible[tile.end - 1];
+  }
+  std::vector<AttentionForwardTask> tasks;
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    int64_t begin = 0;
+    for (int64_t part = 1; part <= parts; ++part) {
+      int64_t end = begin;
+      while (end < units && work[end] < work[units] * part / parts) ++end;
+      if (end > begin) tasks.push_back({pair / p.kv_heads, pair % p.kv_heads, begin, end});
+      begin = end;
+    }
+  }
+  return tasks;
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& scale_lens,
+                                   double softmax_scale, int64_t q_offset) {
+  const Plan plan = make_plan(q, k, v, scale_lens, softmax_scale, q_offset);
+  const AttentionProblem& p = plan.problem;
+  Tensor out = torch::stable::empty_like(q);
+  Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.queries}, ScalarType::Float);
+  const AttentionForwardArgs args{p, rows_of(q), rows_of(k), rows_of(v), rows_of(out),
+                                  static_cast<float*>(lse.mutable_data_ptr())};
+  const AttentionForward& kernels = attention_forward();
+  const auto run = kernels.run[type_of(q)];
+  const std::vector<AttentionForwardTask> tasks = forward_tasks(p);
+  parallel_tasks(tasks.size(), [&](int64_t i) { run(args, tasks[i], thread_scratch(kernels.scratch(p, tasks[i]))); });
+  return {out, lse};
+}
+
+// Key ranges of the backward, fixed by the shapes alone: a machine with more threads adds up the same shares of dQ.
+int64_t key_ranges(const AttentionProblem& p) {
+  constexpr int64_t wanted_tasks = 32, least_keys = 128;
+  const int64_t pairs = std::max<int64_t>(p.batch * p.kv_heads, 1);
+  return std::max<int64_t>(1, std::min((wanted_tasks + pairs - 1) / pairs, p.keys / least_keys));
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& out, const Tensor& lse, const std::optional<Tensor>& dlse,
+                                            const Lens& scale_lens, double softmax_scale, int64_t q_offset) {
+  const Plan plan = make_plan(q, k, v, scale_lens, softmax_scale, q_offset);
+  const AttentionProblem& p = plan.problem;
+  check_like(dout, "dout", q, p.heads, p.queries);
+  check_like(out, "out", q, p.heads, p.queries);
+  const auto statistics = [&](const Tensor& x, const char* name) {
+    VAR_CHECK(x.dim() == 3 && x.numel() == p.batch * p.heads * p.queries, name, "shape (B, H, Lq)", x.numel());
+    VAR_CHECK(x.scalar_type() == ScalarType::Float, name, "float32", "another dtype");
+    return torch::stable::contiguous(x);
+  };
+  const Tensor dense_lse = statistics(lse, "lse");
+  const Tensor dense_dlse = dlse ? statistics(*dlse, "dlse") : dense_lse;
+  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
+  const AttentionBackwardArgs args{
+      p, rows_of(dout), rows_of(q), rows_of(k), rows_of(v), rows_of(out), rows_of(dq), rows_of(dk), rows_of(dv),
+      static_cast<const float*>(dense_lse.const_data_ptr()),
+      dlse ? static_cast<const float*>(dense_dlse.const_data_ptr()) : nullptr};
+
+  const AttentionBackward& kernels = attention_backward();
+  const AttentionType type = type_of(q);
+  const int64_t ranges = key_ranges(p), pairs = p.batch * p.kv_heads, group = p.heads / p.kv_heads;
+  const int64_t head_floats = p.queries * kernels.padded_dim(p.dim), share_floats = group * head_floats;
+  const bool shares = ranges > 1;
+  Tensor parts = torch::stable::new_empty(q, {shares ? pairs * ranges * share_floats : 0}, ScalarType::Float);
+  float* part = static_cast<float*>(parts.mutable_data_ptr());
+  // Equal ranges of whole steps of 64 keys; all queries see the first keys, so that range comes first.
+  const int64_t step = (p.keys + ranges * 64 - 1) / (ranges * 64) * 64;
+  parallel_tasks(pairs * ranges, [&](int64_t i) {
+    const int64_t pair = i % pairs, range = i / pairs;
+    const AttentionBackwardTask task{pair / p.kv_heads, pair % p.kv_heads, std::min(range * step, p.keys),
+                                     std::min((range + 1) * step, p.keys),
+                                     shares ? part + (pair * ranges + range) * share_floats : nullptr};
+    kernels.run[type](args, task, thread_scratch(kernels.scratch(p, task)));
+  });
+  if (shares) {
+    constexpr int64_t chunk = 64;
+    const int64_t chunks = (p.queries + chunk - 1) / chunk;
+    parallel_tasks(p.batch * p.heads * chunks, [&](int64_t i) {
+      const int64_t begin = i % chunks * chunk, head = i / chunks % p.heads, batch = i / chunks / p.heads;
+      const int64_t pair = batch * p.kv_heads + head / group;
+      kernels.sum_parts[type](args, batch, head, begin, std::min(begin + chunk, p.queries),
+                              part + pair * ranges * share_floats + head % group * head_floats, share_floats, ranges);
+    });
+  }
+  return {dq, dk, dv};
+}
+
+}  // namespace
+}  // namespace var_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(var_kernels, CPU, m) {
+  m.impl("_block_causal_attention", TORCH_BOX(&var_kernels::forward));
+  m.impl("_block_causal_attention_backward", TORCH_BOX(&var_kernels::backward));
+}
