@@ -1,0 +1,111 @@
+"""``python -m var_kernels``: what is installed, which backend serves each op, why others do not, and a self-check."""
+
+import argparse
+import os
+import platform
+import sys
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from . import __version__, _build, _native, _self_check, backends
+
+
+def main() -> int:
+    """Prints the report; returns 1 if the self-check of an op fails or the environment is invalid, else 0."""
+    argparse.ArgumentParser(
+        prog="python -m var_kernels",
+        description="Print what is installed, which backend serves each op on each device and why the others do not, "
+        "and check every op against its reference. Exit status 1 if a check fails.",
+    ).parse_args()
+    console = Console(highlight=False)
+    try:
+        status = _native.load()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    _print_installation(console, status)
+    _print_backends(console)
+    return _print_self_check(console)
+
+
+def _print_installation(console: Console, status: _native.NativeStatus) -> None:
+    flavour = next((f"{kind} {v}" for kind in ("cuda", "hip") if (v := getattr(torch.version, kind))), "a CPU build")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    rows = {
+        "var-kernels": f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {flavour}",
+        "GPUs": ", ".join(gpus) or "none",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
+    }
+    if status.available:
+        info = status.build_info
+        archs = ", ".join(f"sm_{arch}" for arch in info["cuda_archs"])
+        level = f"{status.isa}, {status.vector_width} floats a vector"
+        rows |= {
+            "native library": f"{status.path} ({status.origin})",
+            "built from": f"sources {info['source_hash'][:16]}, by {info['compiler']}, against torch {info['torch']}",
+            "ISA level": f"{level if status.isa else 'none'} (built: {', '.join(info['isa_levels'])})",
+            "CUDA kernels": f"toolkit {info['cuda']}, for {archs}" if info["cuda"] else "not in the library",
+        }
+    else:
+        rows["native library"] = f"not available: {status.reason}"
+    toolkit = _build.find_nvcc()
+    rows["CUDA toolkit"] = f"{'.'.join(map(str, toolkit.release))} in {toolkit.toolkit}" if toolkit else "none found"
+    for name, value in rows.items():
+        # Not a table: a path must stay on one line to be copied.
+        console.print(Text(f"{name:<16}", style="bold") + Text(value), soft_wrap=True)
+
+
+def _print_backends(console: Console) -> None:
+    """A row per op with the backend of "auto" on each device; below it, once each, why a backend does not serve."""
+    devices = {"cpu": "on cpu", "cuda": "on cuda" if torch.cuda.is_available() else "on cuda (no GPU here)"}
+    table = _table("Backend that serves each op", "op", *devices.values())
+    refused: dict[tuple[str, str, str], list[str]] = {}
+    for op in backends.OPS:
+        serving = []
+        for device in devices:
+            reasons = {name: backends.unavailable_reason(name, device, op) for name in backends.BACKENDS}
+            serving.append(next((name for name, reason in reasons.items() if reason is None), "none"))
+            for name, reason in reasons.items():
+                if reason is not None:
+                    refused.setdefault((name, device, reason), []).append(op)
+        table.add_row(op, *serving)
+    console.print(table)
+    for (name, device, reason), ops in refused.items():
+        which = "any op" if len(ops) == len(backends.OPS) else ", ".join(ops)
+        console.print(Text(f"{name} does not serve {which} on {device}: {reason}"), soft_wrap=True)
+
+
+def _print_self_check(console: Console) -> int:
+    table = _table(
+        "Self-check against the float64 reference", "op", "backend", "device", "dtype", "max error", "result"
+    )
+    failures = []
+    for check in _self_check.run():
+        dtype = str(check.dtype).removeprefix("torch.")
+        result = Text("ok", style="green")
+        if check.failure is not None:
+            result = Text("FAILED", style="red")
+            failures.append(f"{check.op}, {check.backend} on {check.device}, {dtype}: {check.failure}")
+        elif check.backward:
+            result += Text(", fwd + bwd")
+        table.add_row(check.op, check.backend, check.device, dtype, f"{check.error:.1e}", result)
+    console.print(table)
+    for failure in failures:
+        console.print(Text(failure, style="red"), soft_wrap=True)
+    return 1 if failures else 0
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title="\n" + title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

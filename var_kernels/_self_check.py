@@ -1,0 +1,170 @@
+"""A check of every op against its reference, small enough to run at any time: ``python -m var_kernels`` prints it.
+
+Each op runs forward and, where it has one, backward on random inputs, and is judged by
+:func:`var_kernels.testing.assert_accurate`: against the float64 reference, by the error that plain PyTorch makes in the
+same dtype. Token indices must be the reference's own, or name codes that are as near within that bound.
+"""
+
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from . import (
+    adaln_layer_norm,
+    backends,
+    block_causal_attention,
+    gated_residual_adaln,
+    multi_scale_quantize,
+    nearest_code,
+    next_scale_input,
+)
+from .testing import assert_accurate, attention_inputs, max_error, modulation, randn
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One op on one backend, device and dtype: the largest error against float64, or why it failed (None: it passed).
+
+    `backward` says whether gradients were part of the check.
+    """
+
+    op: str
+    backend: str
+    device: str
+    dtype: torch.dtype
+    backward: bool
+    error: float
+    failure: str | None
+
+
+def run() -> Iterator[CheckResult]:
+    """Checks every op with each of its backends, and with the reference where there is no other, on each device."""
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for op in backends.OPS:
+            serving = [name for name in backends.BACKENDS if backends.unavailable_reason(name, device, op) is None]
+            for backend in [name for name in serving if name != "reference"] or serving:
+                for dtype in DTYPES:
+                    yield _check(op, backend, device, dtype)
+
+
+def _check(op: str, backend: str, device: str, dtype: torch.dtype) -> CheckResult:
+    call, inputs = CASES[op]()
+    rounded = {name: tensor.to(device, dtype) for name, tensor in inputs.items()}
+    wide = {name: tensor.double() for name, tensor in rounded.items()}
+    backward, error, failure = False, 0.0, None
+    try:
+        exact = _outputs_and_gradients(call, wide, dtype, "reference")
+        same_dtype = _outputs_and_gradients(call, rounded, dtype, "reference")
+        actual = _outputs_and_gradients(call, rounded, dtype, backend)
+        backward = any(name.startswith("gradient") for name in exact)
+        for name, tensor in actual.items():
+            if tensor.is_floating_point():
+                error = max(error, max_error(tensor, exact[name]))
+                assert_accurate(tensor, same_dtype[name], exact[name], name=name)
+            elif "z" in wide:
+                _assert_as_near(tensor, exact[name], rounded["z"], rounded["codebook"])
+            elif not torch.equal(tensor, exact[name]):
+                different = int((tensor != exact[name]).sum())
+                raise AssertionError(f"{name}: {different} of {tensor.numel()} indices differ from the reference")
+    except Exception as problem:  # whatever goes wrong in one op, the others are still checked, and it is reported
+        failure = textwrap.shorten(f"{type(problem).__name__}: {problem}", 300)
+    return CheckResult(op, backend, device, dtype, backward, error, failure)
+
+
+def _outputs_and_gradients(call: Callable, inputs: Tensors, dtype: torch.dtype, backend: str) -> Tensors:
+    """The outputs of `call` by name, and the gradient of each input under fixed cotangents of `dtype`'s precision."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    outputs = call(backend=backend, **leaves)
+    roots = [tensor for tensor in outputs.values() if tensor.requires_grad]
+    if not roots:
+        return outputs
+    cotangents = [
+        randn(max(root.numel(), 1), seed=100 + i).to(dtype).to(root.device, root.dtype).view_as(root)
+        for i, root in enumerate(roots)
+    ]
+    gradients = torch.autograd.grad(roots, list(leaves.values()), cotangents)
+    named = {f"gradient of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    return {name: tensor.detach() for name, tensor in outputs.items()} | named
+
+
+def _assert_as_near(actual: torch.Tensor, exact: torch.Tensor, z: torch.Tensor, codebook: torch.Tensor) -> None:
+    """The chosen codes' scores are the best ones, up to the error of the fp32 scores (two codes may be that close)."""
+    scores, wide = (a @ b.mT - b.square().sum(-1) / 2 for a, b in ((z.float(), codebook.float()),
+                                                                   (z.double(), codebook.double())))  # fmt: skip
+    best = exact.unsqueeze(-1)
+    chosen = wide.gather(-1, actual.unsqueeze(-1)).float()
+    assert_accurate(chosen.flatten(), scores.gather(-1, best).flatten(), wide.gather(-1, best).flatten(), name="tokens")
+
+
+# The sizes below cross tile and vector widths: lengths and channels are no multiples of 16, heads are grouped, the
+# modulation is a chunk view per sample (gate: per token).
+
+
+def _attention() -> tuple[Callable, Tensors]:
+    q, k, v = attention_inputs(2, 4, 91, 72, kv_heads=2, seed=0)
+
+    def call(q, k, v, backend):
+        return {"out": block_causal_attention(q, k, v, (1, 4, 9, 16, 25, 36), backend=backend)}
+
+    return call, {"q": q, "k": k, "v": v}
+
+
+def _adaln() -> tuple[Callable, Tensors]:
+    scale, shift = modulation(2, 203, seed=1, parts=2)
+
+    def call(x, scale, shift, backend):
+        return {"y": adaln_layer_norm(x, scale, shift, backend=backend)}
+
+    return call, {"x": randn(2, 37, 203, seed=0), "scale": scale, "shift": shift}
+
+
+def _gated() -> tuple[Callable, Tensors]:
+    scale, shift = modulation(2, 203, seed=1, parts=2)
+    x, branch, gate = (randn(2, 37, 203, seed=seed) for seed in (2, 3, 4))
+
+    def call(x, branch, gate, scale, shift, backend):
+        residual, y = gated_residual_adaln(x, branch, gate, scale, shift, backend=backend)
+        return {"residual": residual, "y": y}
+
+    return call, {"x": x, "branch": branch, "gate": gate, "scale": scale, "shift": shift}
+
+
+def _nearest() -> tuple[Callable, Tensors]:
+    def call(z, codebook, backend):
+        return {"tokens": nearest_code(z.detach(), codebook.detach(), backend=backend)}
+
+    return call, {"z": randn(61, 33, seed=0), "codebook": randn(517, 33, seed=1)}
+
+
+def _quantize() -> tuple[Callable, Tensors]:
+    patch_nums, channels = (1, 2, 3, 5), 12
+
+    def call(f, codebook, phi_weight, phi_bias, backend):
+        weights = (phi_weight, phi_bias, patch_nums)
+        tokens, f_hat, vq_loss = multi_scale_quantize(f, codebook, *weights, backend=backend)
+        codes = codebook.detach()[tokens[:, 1:5]]
+        new_f_hat, next_map = next_scale_input(f.detach(), codes, *weights, 1, backend=backend)
+        return {"tokens": tokens, "f_hat": f_hat, "vq_loss": vq_loss, "new_f_hat": new_f_hat, "next_map": next_map}
+
+    inputs = {
+        "f": randn(2, channels, 5, 5, seed=0),
+        "codebook": randn(37, channels, seed=1),
+        "phi_weight": randn(4, channels, channels, 3, 3, seed=2, std=0.1),
+        "phi_bias": randn(4, channels, seed=3, std=0.1),
+    }
+    return call, inputs
+
+
+CASES: dict[str, Callable[[], tuple[Callable, Tensors]]] = {
+    "block_causal_attention": _attention,
+    "adaln_layer_norm": _adaln,
+    "gated_residual_adaln": _gated,
+    "nearest_code": _nearest,
+    "multi_scale_quantize": _quantize,
+}
