@@ -271,18 +271,16 @@ def build(
     CUDA kernel to the returned dictionary's "log". Raises BuildUnavailable or BuildFailed.
     """
     torch = require_torch(torch or find_torch())
-    compiler, ninja = find_compiler(), find_ninja()
+    compiler, ninja, nvcc = find_compiler(), find_ninja(), cuda_compiler(mode, torch)
     if not any((CSRC / "cpu").glob("*.cpp")):
         raise BuildUnavailable(f"there are no C++ sources in {CSRC / 'cpu'}")
-    nvcc = cuda_compiler(mode, torch)
-    chosen = tuple(archs or nvcc_archs(nvcc)) if nvcc else ()
     info = {
         "source_hash": source_hash(),
         "torch": torch.version,
         "compiler": f"{compiler.family} {compiler.major}",
         "isa_levels": list(ISA_LEVELS if compiler.x86_64 else ["portable"]),
         "cuda": ".".join(map(str, nvcc.release)) if nvcc else None,
-        "cuda_archs": list(chosen),
+        "cuda_archs": list(archs or nvcc_archs(nvcc)) if nvcc else [],
     }
     work_dir.mkdir(parents=True, exist_ok=True)
     info_source, info_file = _build_info_source(info), work_dir / "build_info.cpp"
@@ -290,6 +288,8 @@ def build(
         info_file.write_text(info_source)
     plan = _ninja_file(compiler, torch, nvcc, info, report, work_dir.resolve())
     (work_dir / "build.ninja").write_text(plan)
+    for compiled in work_dir.glob("*.cu.o") if report else ():
+        compiled.unlink()  # only a compilation reports
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     command = [ninja, "-C", str(work_dir), *jobs, *(["-v"] if verbose else [])]
     answer = subprocess.run(command, capture_output=not verbose, text=True)
@@ -298,6 +298,8 @@ def build(
         return build(destination, work_dir, mode="cpu", torch=torch, verbose=verbose)
     if answer.returncode:
         raise BuildFailed(f"compiling the kernels with {compiler.command} failed:\n{_tail(answer)}")
+    if source_hash() != info["source_hash"]:  # edited meanwhile: the library would not be what it says it is
+        return build(destination, work_dir, mode=mode, torch=torch, archs=archs, report=report, verbose=verbose)
     install_library(work_dir / LIBRARY_NAME, destination)
     return info | {"log": answer.stdout or ""}
 
@@ -325,44 +327,29 @@ def _ninja_file(
     stable_abi = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
     for directory in ("include", "include/torch/csrc/api/include"):
         stable_abi += f" -isystem {shlex.quote(str(torch.path / directory))}"
-    prefix_map = f"-ffile-prefix-map={shlex.quote(str(CSRC.parent))}=."  # no paths of this machine in the library
-    rules = {
-        "cxx": f"{compiler.command} -MMD -MF $out.d {COMMON_FLAGS} {include} {prefix_map} "
-        + os.environ.get("CXXFLAGS", "")
-    }
+    flags = f"{COMMON_FLAGS} {include} -ffile-prefix-map={shlex.quote(str(CSRC.parent))}=."  # no local paths inside
+    rules = {"cxx": f"{compiler.command} -MMD -MF $out.d {flags} {os.environ.get('CXXFLAGS', '')}"}
     if nvcc:
         rules["nvcc"] = _nvcc_command(nvcc, info["cuda_archs"], f"{include} {stable_abi}", report)
     lines = ["ninja_required_version = 1.5"]
     for name, command in rules.items():
         # The key is a shell comment: it makes ninja compile again whenever a file's content changed, also where a
         # restored or copied file is older than its object.
-        lines += [
-            f"rule {name}",
-            f"  command = {_escape_command(command)} $flags -c $in -o $out # $key",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            f"  description = {name.upper()} $out",
-        ]
+        lines += [f"rule {name}", f"  command = {_escape_command(command)} $flags -c $in -o $out # $key"]
+        lines += ["  depfile = $out.d", "  deps = gcc", f"  description = {name.upper()} $out"]
     objects = [("cxx", work_dir / "build_info.cpp", "build_info.o", ""), *_objects(compiler, nvcc, info, stable_abi)]
-    headers = hashlib.sha256(torch.version.encode())
-    for path in sources():
-        if path.suffix in (".h", ".cuh", ".inc"):
-            headers.update(path.read_bytes())
     for rule, source, name, flags in objects:
-        key = hashlib.sha256(source.read_bytes() + headers.digest()).hexdigest()[:16]
+        contents = b"\0".join(path.read_bytes() for path in _with_includes(source, []))
+        key = hashlib.sha256(torch.version.encode() + contents).hexdigest()[:16]
         lines += [
             f"build {name}: {rule} {_escape_path(source)}",
             f"  flags = {_escape_command(flags)}",
             f"  key = {key}",
         ]
     link = f"{compiler.command} -shared $in -o $out {_link_flags(torch, nvcc)}"
-    lines += [
-        "rule link",
-        f"  command = {_escape_command(link)}",
-        "  description = LINK $out",
-        f"build {LIBRARY_NAME}: link {' '.join(name for _, _, name, _ in objects)}",
-    ]
-    return "\n".join(lines) + "\n"
+    lines += ["rule link", f"  command = {_escape_command(link)}", "  description = LINK $out"]
+    lines += [f"build {LIBRARY_NAME}: link {' '.join(name for _, _, name, _ in objects)}", ""]
+    return "\n".join(lines)
 
 
 def _objects(
@@ -386,6 +373,16 @@ def _objects(
     if nvcc:
         for source in sorted((CSRC / "cuda").glob("*.cu")):
             yield "nvcc", source, f"{source.stem}.cu.o", ""
+
+
+def _with_includes(source: Path, found: list[Path]) -> list[Path]:
+    """`found` and, in a fixed order, `source` with every file of ours that it includes, directly or not."""
+    found.append(source)
+    for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', source.read_text(), re.M):
+        for path in ((source.parent / name).resolve(), (CSRC / name).resolve()):
+            if path.is_file() and path not in found:
+                _with_includes(path, found)
+    return found
 
 
 def _nvcc_command(nvcc: Nvcc, archs: Iterable[str], flags: str, report: bool) -> str:
@@ -448,10 +445,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work_dir = object_dir(torch)
         work_dir.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(str(work_dir / "lock")):
-            info = build(
-                options.output.resolve(), work_dir, mode=mode, torch=torch, archs=archs,
-                report=options.report, verbose=options.verbose,
-            )  # fmt: skip
+            settings = {"archs": archs, "report": options.report, "verbose": options.verbose}
+            info = build(options.output.resolve(), work_dir, mode=mode, torch=torch, **settings)
     except (BuildUnavailable, BuildFailed, ValueError) as error:
         print(f"[var_kernels] {error}", file=sys.stderr)
         return 1
