@@ -1,4 +1,4 @@
-"""Loading and saving weights: our safetensors files, the released .pth files, Hub repositories. No code is unpickled."""
+"""Loading and saving weights: our safetensors files, released .pth files, Hub repositories. No code is unpickled."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import PRESETS, VARConfig, VQVAEConfig
-from .transformer import VAR
+from .transformer import VAR, scale_of_token
 from .vqvae import VQVAE
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -157,8 +157,7 @@ def _without_init(kind: type, config, backend: str) -> nn.Module:
     with torch.device("meta"):
         model = kind(config, backend)
     if isinstance(model, VAR):
-        schedule = config.schedule
-        model.levels = torch.repeat_interleave(torch.arange(schedule.num_scales), torch.tensor(schedule.lengths))
+        model.levels = scale_of_token(config.schedule)
     return model
 
 

@@ -92,7 +92,7 @@ class VQVAEConfig(_Serializable):
     def __post_init__(self) -> None:
         for name in ("vocab_size", "z_channels", "num_res_blocks", "num_phi"):
             _require(getattr(self, name) > 0, name, "a positive integer", getattr(self, name))
-        _require(self.ch > 0 and self.ch % 32 == 0, "ch", "a positive multiple of 32 (GroupNorm has 32 groups)", self.ch)
+        _require(self.ch > 0 and self.ch % 32 == 0, "ch", "a positive multiple of 32, the groups of GroupNorm", self.ch)
         _require(len(self.ch_mult) > 0 and min(self.ch_mult) > 0, "ch_mult", "positive integers", self.ch_mult)
         _ = self.schedule
 

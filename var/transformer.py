@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from var_kernels import adaln_layer_norm, block_causal_attention, gated_residual_adaln
 
-from .config import VARConfig
+from .config import ScaleSchedule, VARConfig
 
 
 class Modulation(NamedTuple):
@@ -138,12 +138,11 @@ class VAR(nn.Module):
         self.head_nm = AdaLNBeforeHead(width)
         self.head = nn.Linear(width, config.vocab_size)
         self.backend = backend
-        levels = torch.repeat_interleave(torch.arange(schedule.num_scales), torch.tensor(schedule.lengths))
-        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("levels", scale_of_token(schedule), persistent=False)
         self.register_load_state_dict_pre_hook(_drop_derived_buffers)
 
     def forward(self, labels: Tensor, teacher_forcing_input: Tensor) -> Tensor:
-        """Logits (B, L, V) in fp32 of every token, given the features of all coarser scales (B, L − l_1, z_channels)."""
+        """Logits (B, L, V) in fp32 of all tokens; the input (B, L − l_1, z_channels) is what coarser scales add up to."""
         schedule = self.config.schedule
         expected = (len(labels), schedule.length - schedule.lengths[0], self.config.z_channels)
         if tuple(teacher_forcing_input.shape) != expected:
@@ -235,6 +234,12 @@ class VAR(nn.Module):
                 _scale_gates(block.ada_gss.view(6, width), gamma, adaln)
             else:
                 _scale_gates(block.ada_lin[-1].weight.view(6, width, width), gamma, adaln)
+
+
+def scale_of_token(schedule: ScaleSchedule) -> Tensor:
+    """(L,) int64: the index of each token's scale."""
+    lengths = torch.tensor(schedule.lengths)
+    return torch.repeat_interleave(torch.arange(schedule.num_scales), lengths, output_size=schedule.length)
 
 
 def _scale_gates(parameters: Tensor, gamma: float, adaln: float) -> None:

@@ -248,8 +248,7 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
         """Images in [−1, 1] from the tokens of all scales."""
-        for f_hat, _ in self._scales(tokens):
-            pass
+        *_, (f_hat, _) = self._scales(tokens)
         return self.decode_features(f_hat)
 
     @torch.no_grad()
