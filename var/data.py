@@ -2,8 +2,8 @@
 
 Every data set here answers the same three questions, and nothing else is asked of it by the training loops:
 ``len(data)``, ``data.labels`` (N,) int64, and ``data.batch(indices, generator=None) -> (images, labels)`` with images
-(B, 3, S, S) float32 in [-1, 1]. Which images form a batch is a pure function of (seed, step), see :func:`batch_indices`:
-a resumed training needs no data state beyond its step number.
+(B, 3, S, S) float32 in [-1, 1]. Which images form a batch is a pure function of (seed, step), see `batch_indices`: a
+resumed training needs no data state beyond its step number.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def read_idx(path: str | Path) -> np.ndarray:
     """Array stored in an IDX file, plain or gzip-compressed (recognised by content, not by name).
 
     Format: two zero bytes, one type code, one rank byte, `rank` big-endian uint32 sizes, then the elements, row-major.
-    Raises :class:`DataError` naming `path` for a wrong magic number, an unknown type code, or an element count that
+    Raises `DataError` naming `path` for a wrong magic number, an unknown type code, or an element count that
     differs from what the sizes promise.
     """
     path = Path(path)
@@ -99,7 +99,7 @@ def _read_maybe_gzip(path: Path) -> bytes:
 def find_fashion_mnist(path: str | Path | None = None) -> Path:
     """Directory of the Fashion-MNIST IDX files: below `path` if given, else the Debian location, else the user cache.
 
-    Raises :class:`DataError` with the one line that says how to get the files.
+    Raises `DataError` with the one line that says how to get the files.
     """
     if path is not None:
         directory = _idx_directory(Path(path).expanduser())
@@ -192,7 +192,7 @@ class ImageFolder:
 
     An image is converted to RGB (transparency over white), its shorter side resized to `image_size` (to
     ``round(1.125·image_size)`` with `random_crop`), and a square cut out: at a random place and, with `flip`, mirrored
-    with probability ½ when :meth:`batch` is given a generator; the centre, unmirrored, otherwise.
+    with probability ½ when `batch` is given a generator; the centre, unmirrored, otherwise.
 
     Headers of all files are read at construction, so a file that is no image is reported at once; a file that turns out
     truncated is reported, by name, when it is decoded. Resized images stay in memory as uint8 up to `cache_bytes`.
@@ -218,7 +218,7 @@ class ImageFolder:
         files = [_image_files(root / name) for name in classes]
         empty = [name for name, found in zip(classes, files, strict=True) if not found]
         if empty:
-            raise DataError(f"{root}: no images in class director{'y' if len(empty) == 1 else 'ies'} {', '.join(empty)}")
+            raise DataError(f"{root}: no images of class {', '.join(empty)}: expected *.png|jpg|… in each directory")
         self.name = root.name
         self.class_names = tuple(classes)
         self.paths = [path for found in files for path in found]
@@ -313,7 +313,7 @@ def open_dataset(
 ) -> ImageData:
     """Data set at `path`: Fashion-MNIST if `path` is None or holds its IDX files, else a folder of images by class.
 
-    A folder with sub-folders ``train`` and ``test`` (or ``val``) is taken as split; any other folder serves both splits.
+    A folder with sub-folders ``train`` and ``test`` (or ``val``) is taken as split; any other folder serves both.
     Augmentation applies to the training split of folders.
     """
     if path is None:
@@ -336,7 +336,7 @@ def to_unit_range(pixels: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] to uint8 0..255, rounded, values outside clamped. Inverse of :func:`to_unit_range`."""
+    """[-1, 1] to uint8 0..255, rounded, values outside clamped. Inverse of `to_unit_range`."""
     return images.detach().to(torch.float32).add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 

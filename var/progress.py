@@ -21,13 +21,14 @@ def format_duration(seconds: float) -> str:
 
 def format_metrics(record: dict[str, float]) -> str:
     """`name value` pairs, four significant digits, rates grouped by thousands."""
-    return "  ".join(f"{key} {value:,.0f}" if abs(value) >= 1e4 else f"{key} {value:.4g}" for key, value in record.items())
+    return "  ".join(f"{key} {value:,.0f}" if abs(value) >= 1e4 else f"{key} {value:.4g}"
+                     for key, value in record.items())  # fmt: skip
 
 
 class TrainingDisplay:
     """Shows `title` with step, metrics and time left; a context manager.
 
-    On a terminal one live line is redrawn; elsewhere every record becomes one line of text on `stream` (default stderr).
+    On a terminal one live line is redrawn; elsewhere every record becomes a line of text on `stream` (default stderr).
     """
 
     def __init__(self, title: str, total: int, stream: IO[str] | None = None) -> None:

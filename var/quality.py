@@ -1,8 +1,8 @@
 """Measured quality of a tokenizer and a generator: PSNR, codebook use, class agreement, Fréchet distance.
 
-The Fréchet distance here is taken on the features of a small classifier trained on the data set itself, not on Inception
-features: it compares models of one data set with one another and with the floor that real images reach, and must not be
-compared with published FID values.
+The Fréchet distance here is taken on the features of a small classifier trained on the data set itself, not on
+Inception features: it compares models of one data set with one another and with the floor that real images reach, and
+must not be compared with published FID values.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var.data import ImageData, batch_indices, split_indices, step_generator
+from .data import ImageData, batch_indices, split_indices, step_generator
 
 if TYPE_CHECKING:
-    from var.transformer import VAR
-    from var.vqvae import VQVAE
+    from .transformer import VAR
+    from .vqvae import VQVAE
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     """Fréchet distance of the Gaussians fitted to two feature sets (N_a, D), (N_b, D), in float64.
 
     |μa − μb|² + tr(Ca + Cb − 2·(Ca^½ Cb Ca^½)^½), with unbiased covariances. The symmetric form has only real,
-    non-negative eigenvalues, so neither a general matrix square root nor a regulariser is needed for singular covariances.
+    non-negative eigenvalues, so singular covariances need neither a general matrix square root nor a regulariser.
     """
     moments = []
     for name, features in (("features_a", features_a), ("features_b", features_b)):
@@ -79,7 +79,8 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     values, vectors = np.linalg.eigh(cov_a)
     root_a = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
     cross = np.linalg.eigvalsh(root_a @ cov_b @ root_a)
-    distance = np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(cross.clip(min=0)).sum()
+    spread = np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(cross.clip(min=0)).sum()
+    distance = np.square(mean_a - mean_b).sum() + spread
     # Rounding can leave a distance of equal sets a hair below zero.
     return max(0.0, float(distance))
 
@@ -155,7 +156,7 @@ def classify(model: Classifier, images: Tensor, batch_size: int = 500) -> tuple[
 
 @dataclass(frozen=True)
 class QualityReport:
-    """Figures of :func:`evaluate`. Fractions are 0..1, PSNR in dB."""
+    """Figures of `evaluate`. Fractions are 0..1, PSNR in dB."""
 
     test_images: int
     psnr: float  # mean over test images
@@ -191,9 +192,9 @@ def evaluate(
 ) -> QualityReport:
     """Quality of `vqvae` and of ``generate(labels, seed) -> images`` on the data set of `train` and `test`.
 
-    Generated labels cycle through the classes. The classifier is trained on `train` without its held-out images unless one
-    is given; the floor is the Fréchet distance of min(held_out, num_generated) of those held-out images, because the
-    distance is biased upwards for small sets and equal sizes make the two comparable.
+    Generated labels cycle through the classes. The classifier is trained on `train` without its held-out images unless
+    one is given; the floor is the Fréchet distance of min(held_out, num_generated) of those held-out images, because
+    the distance is biased upwards for small sets and equal sizes make the two comparable.
     """
     say = progress or (lambda message: None)
     fit_indices, held_indices = split_indices(len(train), held_out)
@@ -248,5 +249,5 @@ def _reconstruct(vqvae: VQVAE, images: Tensor, batch_size: int) -> tuple[Tensor,
 
 
 def generator_of(model: VAR, vqvae: VQVAE, **sampling: object) -> Callable[[Tensor, int], Tensor]:
-    """``generate(labels, seed) -> images`` for :func:`evaluate`, with fixed `sampling` options of ``VAR.generate``."""
+    """``generate(labels, seed) -> images`` for `evaluate`, with fixed `sampling` options of ``VAR.generate``."""
     return lambda labels, seed: model.generate(vqvae, labels, seed=seed, **sampling).images

@@ -3,26 +3,26 @@
 Loss: ``mse + l1_weight·l1 + vq_weight·vq_loss``. There is no perceptual or adversarial term, so nothing but images is
 needed; the price is slightly soft texture.
 
-Vector quantization with a plain loss uses a small part of its codebook: a code that no vector picks gets no gradient, and
-stays dead. Two measures against it, both in :class:`CodebookCare`: the codes start as cluster centres of what the untrained
-encoder emits, and codes that fall out of use during the first part of the training move to where the error is.
+Vector quantization with a plain loss uses a small part of its codebook: a code that no vector picks gets no gradient
+and stays dead. Two measures against it, both in `CodebookCare`: the codes start as cluster centres of what the
+untrained encoder emits, and codes that fall out of use in the first part of the training move to where the error is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from var import checkpoints
-from var.config import VQVAEConfig
-from var.data import batch_indices, open_dataset, split_indices, step_generator
-from var.quality import psnr, used_codes
-from var.training import Trainer, TrainingOptions, TrainingResult, plain
-from var.vqvae import VQVAE
+from . import checkpoints
+from .config import VQVAEConfig
+from .data import batch_indices, open_dataset, split_indices, step_generator
+from .quality import psnr, used_codes
+from .training import Trainer, TrainingOptions, TrainingResult, plain
+from .vqvae import VQVAE
 
 WEIGHTS_NAME = "vqvae.safetensors"
 _STREAM_AUGMENT, _STREAM_CODEBOOK = 2, 3
@@ -30,14 +30,13 @@ _STREAM_AUGMENT, _STREAM_CODEBOOK = 2, 3
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTraining(TrainingOptions):
-    """Options of :func:`train_tokenizer`."""
+    """Options of `train_tokenizer`."""
 
-    model: VQVAEConfig = field(default_factory=VQVAEConfig)
+    model: VQVAEConfig
     l1_weight: float = 0.2
     vq_weight: float = 1.0
     random_crop: bool = False  # folders of images only
     flip: bool = False  # folders of images only
-    channels_last: bool = True  # convolution layout; same results up to rounding
     init_images: int = 256  # images whose features give the first codebook
     restart_every: int = 50  # steps between revivals of dead codes
     restart_until: float = 0.7  # fraction of max_steps after which codes are left alone
@@ -47,8 +46,7 @@ class TokenizerTraining(TrainingOptions):
 def train_tokenizer(options: TokenizerTraining) -> TrainingResult:
     """Trains a tokenizer; writes ``checkpoint.pt``, ``log.jsonl`` and ``vqvae.safetensors`` to `options.output`.
 
-    Raises :class:`var.data.DataError` for unusable data and :class:`var.training.TrainingError` when training cannot start
-    or go on.
+    Raises `var.data.DataError` for unusable data and `var.training.TrainingError` when training cannot start or go on.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -63,9 +61,7 @@ class _TokenizerRun:
             options.data, "train", config.image_size, random_crop=options.random_crop, flip=options.flip
         )
         self.train_indices, self.val_indices = split_indices(len(self.data), options.val_images)
-        self.vqvae = VQVAE(config).to(options.device)
-        if options.channels_last:
-            self.vqvae = self.vqvae.to(memory_format=torch.channels_last)
+        self.vqvae = VQVAE(config, options.backend).to(options.device)
         hits = torch.zeros(config.vocab_size, device=options.device)
         self.trainer = Trainer(
             self.vqvae,
@@ -95,8 +91,7 @@ class _TokenizerRun:
 
     def _batch(self, indices: Tensor, step: int, augment: bool = True) -> Tensor:
         generator = step_generator(self.options.seed, step, _STREAM_AUGMENT) if augment else None
-        images = self.data.batch(indices, generator)[0].to(self.options.device)
-        return images.contiguous(memory_format=torch.channels_last) if self.options.channels_last else images
+        return self.data.batch(indices, generator)[0].to(self.options.device)
 
     def _loss(self, step: int) -> dict[str, Tensor]:
         options = self.options
@@ -134,8 +129,8 @@ class _TokenizerRun:
 class CodebookCare:
     """Keeps the codes of a multi-scale tokenizer in use.
 
-    `hits` (V,) is a running mean of how often each code is picked in a batch, relative to the mean over all codes: 1 is a
-    code of average popularity.
+    `hits` (V,) is a running mean of how often each code is picked in a batch, relative to the mean over all codes: 1 is
+    a code of average popularity.
     """
 
     _MOMENTUM = 0.98
@@ -158,12 +153,11 @@ class CodebookCare:
 
     @torch.no_grad()
     def initialise(self, images: Tensor, generator: torch.Generator, iterations: int = 6) -> None:
-        """First codebook: Lloyd's algorithm on the vectors the quantizer meets, empty clusters moved to the worst errors.
+        """First codebook: Lloyd's algorithm on what the quantizer looks up, empty clusters moved to the worst errors.
 
         The vectors of later scales are residuals, hence depend on the codes; they are recomputed every iteration.
         """
-        features = self.vqvae.features(images).float()
-        pooled = torch.cat([F.adaptive_avg_pool2d(features, side).flatten(2).mT for side in self._sides()], 1).flatten(0, 1)
+        pooled = self._pooled_features(images).flatten(0, 1)
         chosen = torch.randint(len(pooled), (len(self.codebook),), generator=generator)
         self.codebook.copy_(pooled[chosen.to(pooled.device)])
         for _ in range(iterations):
@@ -207,19 +201,21 @@ class CodebookCare:
         noise = torch.randn(vectors.shape, generator=generator).to(vectors)
         self.codebook[rows] = (vectors + 0.01 * vectors.std() * noise).to(self.codebook.dtype)
 
-    def _sides(self) -> tuple[int, ...]:
-        return tuple(self.trainer.options.model.patch_nums)
+    def _pooled_features(self, images: Tensor) -> Tensor:
+        """Encoder features pooled to every scale: (B, L, C) float32."""
+        features = self.vqvae.features(images).float()
+        sides = self.vqvae.config.patch_nums
+        return torch.cat([F.adaptive_avg_pool2d(features, side).flatten(2).mT for side in sides], 1)
 
     def _queries(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Vectors (B·L, C) that the quantizer looks up at all scales, and the codes (B·L,) it gives them.
 
-        The query of scale k is the pooled residual. Pooling is linear, so it is pool(f) − pool(f_hat of the scales before),
-        and the second term is exactly the teacher-forcing input of scale k.
+        The query of scale k is the pooled residual. Pooling is linear, so it is pool(f) − pool(f_hat of the scales
+        before), and the second term is exactly the teacher-forcing input of scale k.
         """
-        features = self.vqvae.features(images).float()
+        pooled = self._pooled_features(images)
         tokens = self.vqvae.encode(images)
-        pooled = torch.cat([F.adaptive_avg_pool2d(features, side).flatten(2).mT for side in self._sides()], 1)  # (B, L, C)
-        first = self._sides()[0] ** 2
+        first = self.vqvae.config.schedule.lengths[0]
         pooled[:, first:] -= self.vqvae.teacher_forcing_input(tokens).to(pooled)
         return pooled.flatten(0, 1), tokens.flatten()
 

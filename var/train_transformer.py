@@ -1,14 +1,14 @@
 """Training of the next-scale transformer on the tokens of a trained tokenizer.
 
-All training images are tokenized once, before the first step; a step then touches no pixels. Loss: cross-entropy, mean over
-all tokens of all scales. Classifier-free guidance needs an unconditional model, so a label becomes the extra class
+All training images are tokenized once, before the first step; a step then touches no pixels. Loss: cross-entropy, mean
+over all tokens of all scales. Classifier-free guidance needs an unconditional model, so a label becomes the extra class
 `num_classes` with probability `label_dropout`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,25 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var import checkpoints
-from var.config import VARConfig
-from var.data import ImageData, batch_indices, open_dataset, split_indices, step_generator
-from var.progress import TrainingDisplay
-from var.train_tokenizer import WEIGHTS_NAME as TOKENIZER_NAME
-from var.training import Trainer, TrainingError, TrainingOptions, TrainingResult, plain
-from var.transformer import VAR
-from var.vqvae import VQVAE
+from . import checkpoints
+from .config import VARConfig
+from .data import ImageData, batch_indices, open_dataset, split_indices, step_generator
+from .progress import TrainingDisplay
+from .train_tokenizer import WEIGHTS_NAME as TOKENIZER_NAME
+from .training import Trainer, TrainingError, TrainingOptions, TrainingResult, plain
+from .transformer import VAR
+from .vqvae import VQVAE
 
 WEIGHTS_NAME = "var.safetensors"
-_STREAM_INIT, _STREAM_DROPOUT, _STREAM_VIEW, _STREAM_AUGMENT = 4, 5, 6, 7
+_STREAM_INIT, _STREAM_BATCH, _STREAM_VIEWS = 4, 5, 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerTraining(TrainingOptions):
-    """Options of :func:`train_transformer`."""
+    """Options of `train_transformer`."""
 
     tokenizer: Path  # weights written by train_tokenizer
-    model: VARConfig = field(default_factory=VARConfig)
+    model: VARConfig
     label_dropout: float = 0.1
     random_crop: bool = False  # folders of images only; every view draws other crops
     flip: bool = False  # folders of images only; every view draws other flips
@@ -54,8 +54,7 @@ def train_transformer(options: TransformerTraining) -> TrainingResult:
     """Trains a transformer; writes ``checkpoint.pt``, ``log.jsonl``, ``var.safetensors`` and the token cache
     ``tokens-<hash>.npy`` to `options.output`.
 
-    Raises :class:`var.data.DataError` for unusable data and :class:`var.training.TrainingError` when training cannot start
-    or go on.
+    Raises `var.data.DataError` for unusable data and `var.training.TrainingError` when training cannot start or go on.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -65,18 +64,19 @@ def train_transformer(options: TransformerTraining) -> TrainingResult:
 class _TransformerRun:
     def __init__(self, options: TransformerTraining) -> None:
         self.options = options
-        self.vqvae = load_tokenizer(options.tokenizer).to(options.device).eval().requires_grad_(False)
+        self.vqvae = load_tokenizer(options.tokenizer, options.backend).to(options.device).eval().requires_grad_(False)
         config = options.model
         _check_match(config, self.vqvae)
         self.data = open_dataset(
             options.data, "train", self.vqvae.config.image_size, random_crop=options.random_crop, flip=options.flip
         )
-        if len(self.data.class_names) != config.num_classes:
+        classes = len(self.data.class_names)
+        if classes != config.num_classes:
             raise TrainingError(
-                f"num_classes: expected {len(self.data.class_names)} (the classes of {self.data.name}), got {config.num_classes}"
+                f"num_classes: expected {classes} (the classes of {self.data.name}), got {config.num_classes}"
             )
         self.train_indices, self.val_indices = split_indices(len(self.data), options.val_images)
-        self.model = VAR(config)
+        self.model = VAR(config, options.backend)
         self.model.init_weights(step_generator(options.seed, 0, _STREAM_INIT))
         self.model.to(options.device)
         self.trainer = Trainer(
@@ -104,9 +104,9 @@ class _TransformerRun:
     def _loss(self, step: int) -> dict[str, Tensor]:
         options = self.options
         indices = batch_indices(self.train_indices, options.batch_size, options.seed, step)
-        views = torch.randint(options.views, (len(indices),), generator=step_generator(options.seed, step, _STREAM_VIEW))
-        labels, tokens = self._batch(indices, views)
-        draws = torch.rand(len(labels), generator=step_generator(options.seed, step, _STREAM_DROPOUT))
+        generator = step_generator(options.seed, step, _STREAM_BATCH)
+        labels, tokens = self._batch(indices, torch.randint(options.views, (len(indices),), generator=generator))
+        draws = torch.rand(len(labels), generator=generator)
         dropped = (draws < options.label_dropout).to(labels.device)
         labels = labels.masked_fill(dropped, options.model.num_classes)
         return self._metrics(labels, tokens)
@@ -137,10 +137,10 @@ class _TransformerRun:
         checkpoints.save(path, self.model, metadata)
 
 
-def load_tokenizer(path: Path) -> VQVAE:
+def load_tokenizer(path: Path, backend: str = "auto") -> VQVAE:
     """The tokenizer of a file written by train_tokenizer, or of the run directory that holds it."""
     path = path / TOKENIZER_NAME if path.is_dir() else path
-    model = checkpoints.load_model(path)
+    model = checkpoints.load_model(path, backend)
     if not isinstance(model, VQVAE):
         raise TrainingError(f"tokenizer: expected the weights of a VQVAE in {path}, got {type(model).__name__}")
     return model
@@ -165,8 +165,8 @@ def weights_hash(module: nn.Module) -> str:
 def cached_tokens(vqvae: VQVAE, data: ImageData, options: TransformerTraining) -> np.ndarray:
     """Tokens (views, N, L) of the whole data set, uint16 or int32; read from the run directory when already there.
 
-    The file name carries a hash of the tokenizer's weights, the data set and the augmentation, so stale tokens are never
-    used. The first view is augmented only if there are several or an augmentation was asked for.
+    The file name carries a hash of the tokenizer's weights, the data set and the augmentation, so stale tokens are
+    never used.
     """
     vocab_size, length = vqvae.config.vocab_size, vqvae.config.schedule.length
     dtype = np.uint16 if vocab_size <= 2**16 else np.int32
@@ -185,14 +185,15 @@ def cached_tokens(vqvae: VQVAE, data: ImageData, options: TransformerTraining) -
             return tokens
     tokens = np.empty(shape, dtype)
     batches = torch.arange(len(data)).split(options.encode_batch)
-    with TrainingDisplay("tokenizing", options.views * len(batches)) as display, torch.no_grad():
-        for view in range(options.views):
-            for number, indices in enumerate(batches):
-                generator = step_generator(options.seed, view * len(batches) + number, _STREAM_AUGMENT) if augmented else None
-                images = data.batch(indices, generator)[0].to(options.device)
-                tokens[view, indices.numpy()] = vqvae.encode(images).cpu().numpy().astype(dtype)
-                if (number + 1) % 50 == 0:
-                    display.update(view * len(batches) + number + 1, {"images": (number + 1) * options.encode_batch})
+    total = options.views * len(batches)
+    with TrainingDisplay("tokenizing", total) as display, torch.no_grad():
+        for number in range(total):
+            view, position = divmod(number, len(batches))
+            generator = step_generator(options.seed, number, _STREAM_VIEWS) if augmented else None
+            images = data.batch(batches[position], generator)[0].to(options.device)
+            tokens[view, batches[position].numpy()] = vqvae.encode(images).cpu().numpy().astype(dtype)
+            if (number + 1) % 50 == 0 or number + 1 == total:
+                display.update(number + 1, {"images": min((number + 1) * options.encode_batch, shape[0] * shape[1])})
     _save_array(path, tokens)
     return tokens
 

@@ -1,9 +1,9 @@
 """The training loop that the tokenizer and the transformer share.
 
-Given a model and a function ``loss(step) -> {"loss": tensor, …}`` it does the rest: AdamW with linear warm-up and cosine
-decay, gradient clipping, an exponential moving average (EMA) of the weights, bf16 autocast, progress and curves, atomic
-checkpoints, resuming and interruption. A resumed run computes bit for bit what the uninterrupted one would have: data
-order and all randomness of the losses are functions of (seed, step), everything else is in the checkpoint.
+Given a model and a function ``loss(step) -> {"loss": tensor, …}`` it does the rest: AdamW with linear warm-up and
+cosine decay, gradient clipping, an exponential moving average (EMA) of the weights, bf16 autocast, progress and curves,
+atomic checkpoints, resuming and interruption. A resumed run computes bit for bit what the uninterrupted one would have:
+data order and all randomness of the losses are functions of (seed, step), everything else is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from var import checkpoints
-from var.progress import JsonLinesLog, TrainingDisplay
+from . import checkpoints
+from .progress import JsonLinesLog, TrainingDisplay
 
 CHECKPOINT_NAME = "checkpoint.pt"
 LOG_NAME = "log.jsonl"
@@ -62,6 +62,7 @@ class TrainingOptions:
     checkpoint_minutes: float = 5.0
     max_minutes: float | None = None  # stop after this long, with a checkpoint; `resume` goes on
     resume: bool = False
+    backend: str = "auto"  # of the var_kernels ops
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output).expanduser())
@@ -79,14 +80,14 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a training ended. `reason` is "finished", "interrupted" or "time limit"; `validation` holds the last figures."""
+    """How a training ended: `reason` is "finished", "interrupted" or "time limit"."""
 
     step: int
     reason: str
     checkpoint: Path
     weights: Path
     seconds: float
-    validation: dict[str, float]
+    validation: dict[str, float]  # figures of the last validation
 
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
@@ -142,7 +143,7 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     """``torch.save`` to a temporary name beside `path`, flushed to the disk, then renamed over it.
 
     On any failure (a full disk, a missing directory) the temporary file is removed, a previous `path` stays as it was,
-    and :class:`TrainingError` says so.
+    and `TrainingError` says so.
     """
 
     def write(temporary: str) -> None:
@@ -162,8 +163,8 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
 class Trainer:
     """Trains `model` for `options.max_steps` steps.
 
-    `config` (a dict of plain values) identifies the model: a checkpoint of another configuration is refused. `extra` are
-    tensors that belong to the run besides the weights; they are updated in place and travel with the checkpoint.
+    `config` (a dict of plain values) identifies the model: a checkpoint of another configuration is refused. `extra`
+    are tensors that belong to the run besides the weights; they change in place and travel with the checkpoint.
     """
 
     def __init__(
@@ -226,7 +227,7 @@ class Trainer:
         write_checkpoint(self.checkpoint_path, payload)
 
     def restore(self) -> None:
-        """Reads checkpoint.pt back; refuses another model configuration, and options that would change the data order."""
+        """Reads checkpoint.pt back; refuses another model, and options that would change the data order."""
         path = self.checkpoint_path
         if not path.exists():
             raise TrainingError(f"resume: no checkpoint at {path}")
@@ -294,7 +295,8 @@ class Trainer:
         values = {name: float(value.detach()) for name, value in metrics.items()} | {"grad_norm": float(norm)}
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            last = f"the last checkpoint is {self.checkpoint_path}" if self.checkpoint_path.exists() else "no checkpoint yet"
+            path = self.checkpoint_path
+            last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
             raise TrainingError(f"training diverged at step {self.step}: {', '.join(bad)}; {last}; try a lower lr")
         self.optimizer.step()
         self.step += 1
@@ -311,7 +313,7 @@ class Trainer:
         after_step: Callable[[int], None] | None = None,
         validate: Callable[[], dict[str, float]] | None = None,
     ) -> TrainingResult:
-        """Runs until `max_steps`, the time limit or a signal; then writes the checkpoint and exports the averaged weights.
+        """Runs until `max_steps`, the time limit or a signal; then writes the checkpoint and exports averaged weights.
 
         `after_step(step)` runs after optimizer step number `step` (counted from 1); `validate()` runs on the averaged
         weights in evaluation mode; `export(weights)` writes the model as it is then: averaged.
