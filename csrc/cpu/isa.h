@@ -103,13 +103,20 @@ VAR_INLINE Vec load(const float* p) {
   return v;
 }
 VAR_INLINE Vec load(const bf16* p) {
+  // GCC 12 widens by halves (six instructions) where vpmovzxwd and a shift will do.
+#if defined(__AVX512F__)
+  return as_float((UVec)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256((const __m256i*)p)) << 16);
+#elif defined(__AVX2__)
+  return as_float((UVec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)) << 16);
+#else
   HVec h;
   memcpy(&h, p, sizeof h);
   return as_float(__builtin_convertvector(h, UVec) << 16);
+#endif
 }
 VAR_INLINE Vec load(const fp16* p) {
 #if defined(__AVX512F__)
-  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
   return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
@@ -133,7 +140,8 @@ VAR_INLINE void store(bf16* p, Vec v) {
 }
 VAR_INLINE void store(fp16* p, Vec v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, rounding));  // GCC 12 warns without mask
 #elif defined(__F16C__)
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
@@ -158,6 +166,21 @@ VAR_INLINE void store_tail(T* p, Vec v, int64_t n) {
 #if defined(__AVX512F__)
 VAR_INLINE Vec load_tail(const float* p, int64_t n) { return (Vec)_mm512_maskz_loadu_ps((1u << n) - 1u, p); }
 VAR_INLINE void store_tail(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1u, (__m512)v); }
+template <class T>
+VAR_INLINE Vec load_tail_16bit(const T* p, int64_t n) {
+  const __m256i lanes = _mm256_maskz_loadu_epi16((1u << n) - 1u, p);
+  return load((const T*)&lanes);
+}
+template <class T>
+VAR_INLINE void store_tail_16bit(T* p, Vec v, int64_t n) {
+  __m256i lanes;
+  store((T*)&lanes, v);
+  _mm256_mask_storeu_epi16(p, (1u << n) - 1u, lanes);
+}
+VAR_INLINE Vec load_tail(const bf16* p, int64_t n) { return load_tail_16bit(p, n); }
+VAR_INLINE Vec load_tail(const fp16* p, int64_t n) { return load_tail_16bit(p, n); }
+VAR_INLINE void store_tail(bf16* p, Vec v, int64_t n) { store_tail_16bit(p, v, n); }
+VAR_INLINE void store_tail(fp16* p, Vec v, int64_t n) { store_tail_16bit(p, v, n); }
 #endif
 
 // ---- reductions in a fixed order: results do not depend on the caller ------------------------------------------

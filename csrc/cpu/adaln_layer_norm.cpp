@@ -1,0 +1,239 @@
+// The door of adaln_layer_norm and gated_residual_adaln on CPU: checks, allocation, and work over threads.
+#include "adaln_layer_norm.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "../checks.h"
+#include "dispatch.h"
+
+namespace var_kernels {
+
+VAR_DECLARE_ISA_TABLES(AdaLNTable, adaln_table)
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Below this many elements a thread costs more to wake than its share of the work.
+constexpr int64_t kSerialElements = 1 << 15;
+constexpr int64_t kElementsPerTask = 1 << 15;
+// Tokens per row of partial sums in backward. It fixes the order of summation, so it must not depend on the number of
+// threads; 48 keeps the partials' traffic at 1/16 of one input and leaves 15 tasks per sample at L = 680.
+constexpr int64_t kTokensPerPartial = 48;
+
+int dtype_index(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return 0;
+    case ScalarType::BFloat16: return 1;
+    case ScalarType::Half: return 2;
+    default: break;
+  }
+  VAR_CHECK(false, "x", "float32, bfloat16 or float16", torch::headeronly::toString(x.scalar_type()));
+}
+
+void check_x(const Tensor& x) { VAR_CHECK(x.dim() == 3, "x", "3 dimensions", x.dim()); }
+
+void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
+  VAR_CHECK(tensor.scalar_type() == x.scalar_type(), name, torch::headeronly::toString(x.scalar_type()),
+            torch::headeronly::toString(tensor.scalar_type()));
+  VAR_CHECK(tensor.dim() == 3, name, "3 dimensions", tensor.dim());
+  VAR_CHECK(tensor.size(2) == x.size(2), name, x.size(2), tensor.size(2), " channels");
+}
+
+// (B, L, C) like x, as rows that need no more than a dense last dimension.
+Tensor token_rows(const char* name, const Tensor& tensor, const Tensor& x) {
+  check_like(name, tensor, x);
+  VAR_CHECK(tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1), name, "the shape of x", "(", tensor.size(0),
+            ", ", tensor.size(1), ", ", tensor.size(2), ")");
+  return tensor.size(2) <= 1 || tensor.stride(2) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// (B, 1, C), (1, 1, C) or (B, L, C).
+Tensor modulation_rows(const char* name, const Tensor& tensor, const Tensor& x) {
+  check_like(name, tensor, x);
+  const int64_t samples = tensor.size(0), tokens = tensor.size(1);
+  VAR_CHECK((samples == x.size(0) && (tokens == 1 || tokens == x.size(1))) || (samples == 1 && tokens == 1), name,
+            "shape (B, 1, C), (1, 1, C) or (B, L, C)", "(", samples, ", ", tokens, ", ", tensor.size(2), ")");
+  return tensor.size(2) <= 1 || tensor.stride(2) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+Rows rows(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.size(0) == 1 ? 0 : tensor.stride(0),
+          tensor.size(1) == 1 ? 0 : tensor.stride(1)};
+}
+
+template <class F>
+void run_tasks(int64_t tasks, int64_t elements, const F& f) {
+  if (elements > kSerialElements) return parallel_tasks(tasks, f);
+  for (int64_t task = 0; task < tasks; ++task) f(task);
+}
+
+// ---- forward ----------------------------------------------------------------------------------------------------
+
+void forward(const Tensor& x, const AdaLNForward& arguments) {
+  const int64_t total = x.size(0) * x.size(1), channels = x.size(2);
+  if (channels == 0) return;
+  const int64_t rows_per_task = std::max<int64_t>(1, kElementsPerTask / channels);
+  const auto kernel = adaln_table().forward[dtype_index(x)];
+  run_tasks((total + rows_per_task - 1) / rows_per_task, total * channels, [&](int64_t task) {
+    kernel(arguments, task * rows_per_task, std::min(total, (task + 1) * rows_per_task));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> adaln_layer_norm(const Tensor& x_in, const Tensor& scale_in, const Tensor& shift_in,
+                                                    double eps) {
+  check_x(x_in);
+  const Tensor x = token_rows("x", x_in, x_in);
+  const Tensor scale = modulation_rows("scale", scale_in, x), shift = modulation_rows("shift", shift_in, x);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor mean = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
+  Tensor rstd = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
+  forward(x, {.x = rows(x), .branch = {}, .gate = {}, .scale = rows(scale), .shift = rows(shift), .residual = nullptr,
+              .y = y.mutable_data_ptr(), .mean = mean.mutable_data_ptr<float>(),
+              .rstd = rstd.mutable_data_ptr<float>(), .length = x.size(1), .channels = x.size(2),
+              .eps = float(eps)});
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_adaln(const Tensor& x_in, const Tensor& branch_in,
+                                                                const Tensor& gate_in, const Tensor& scale_in,
+                                                                const Tensor& shift_in, double eps) {
+  check_x(x_in);
+  const Tensor x = token_rows("x", x_in, x_in), branch = token_rows("branch", branch_in, x);
+  const Tensor gate = modulation_rows("gate", gate_in, x);
+  const Tensor scale = modulation_rows("scale", scale_in, x), shift = modulation_rows("shift", shift_in, x);
+  Tensor residual = torch::stable::new_empty(x, x.sizes()), y = torch::stable::new_empty(x, x.sizes());
+  Tensor mean = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
+  Tensor rstd = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
+  forward(x, {.x = rows(x), .branch = rows(branch), .gate = rows(gate), .scale = rows(scale), .shift = rows(shift),
+              .residual = residual.mutable_data_ptr(), .y = y.mutable_data_ptr(),
+              .mean = mean.mutable_data_ptr<float>(), .rstd = rstd.mutable_data_ptr<float>(), .length = x.size(1),
+              .channels = x.size(2), .eps = float(eps)});
+  return {residual, y, mean, rstd};
+}
+
+// ---- backward ---------------------------------------------------------------------------------------------------
+
+// One modulation gradient: its output, and whether tokens are summed into it through rows of partial sums.
+struct Reduction {
+  Tensor out;
+  ModulationGrad target;
+
+  Reduction(const Tensor& x, int64_t samples, int64_t tokens)
+      : out(torch::stable::new_empty(x, {samples, tokens, x.size(2)})), target{} {
+    if (samples == x.size(0) && tokens == x.size(1)) target.per_token = out.mutable_data_ptr();
+  }
+  Reduction(const Tensor& x, const Tensor& modulation) : Reduction(x, modulation.size(0), modulation.size(1)) {}
+};
+
+int64_t partials_per_sample(const Tensor& x) {
+  return std::max<int64_t>(1, (x.size(1) + kTokensPerPartial - 1) / kTokensPerPartial);
+}
+
+// Gives every reduced gradient its partial sums: one row for each (sample, chunk of tokens).
+void place_partials(const Tensor& x, std::initializer_list<Reduction*> reductions) {
+  const int64_t floats = x.size(0) * partials_per_sample(x) * x.size(2);
+  float* memory = thread_scratch(floats * int64_t(reductions.size()));
+  for (Reduction* reduction : reductions) {
+    if (reduction->target.per_token != nullptr) continue;
+    reduction->target.partial = memory;
+    memory += floats;
+  }
+}
+
+void run_backward(const Tensor& x, const AdaLNBackward& arguments) {
+  const int64_t length = x.size(1), chunks = partials_per_sample(x);
+  const auto kernel = adaln_table().backward[dtype_index(x)];
+  run_tasks(x.size(0) * chunks, x.numel(), [&](int64_t task) {
+    const int64_t chunk = task % chunks;
+    kernel(arguments, task / chunks, length * chunk / chunks, length * (chunk + 1) / chunks, task);
+  });
+}
+
+// The partial sums, in ascending order of sample and token, become the gradient.
+void finish(const Tensor& x, const Reduction& reduction) {
+  if (reduction.target.partial == nullptr) return;
+  constexpr int64_t kBlock = 1024;
+  const int64_t channels = x.size(2), blocks = (channels + kBlock - 1) / kBlock, rows = reduction.out.size(0);
+  const int64_t count = rows == 0 ? 0 : x.size(0) * partials_per_sample(x) / rows;
+  const int dtype = dtype_index(x);
+  const int64_t row_bytes = channels * (dtype == 0 ? 4 : 2);
+  char* out = static_cast<char*>(reduction.out.mutable_data_ptr());
+  run_tasks(rows * blocks, rows * count * channels, [&](int64_t task) {
+    const int64_t row = task / blocks, begin = task % blocks * kBlock;
+    adaln_table().sum_partials[dtype](reduction.target.partial + row * count * channels, count, channels, begin,
+                                      std::min(channels, begin + kBlock), out + row * row_bytes);
+  });
+}
+
+Tensor statistic(const char* name, const Tensor& tensor, const Tensor& x) {
+  VAR_CHECK(tensor.scalar_type() == ScalarType::Float, name, "Float",
+            torch::headeronly::toString(tensor.scalar_type()));
+  VAR_CHECK(tensor.dim() == 2 && tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1), name, "shape (B, L)",
+            tensor.dim(), " dimensions, ", tensor.numel(), " elements");
+  return torch::stable::contiguous(tensor);
+}
+
+std::tuple<Tensor, Tensor, Tensor> adaln_layer_norm_backward(const Tensor& dy_in, const Tensor& x_in,
+                                                             const Tensor& scale_in, const Tensor& mean_in,
+                                                             const Tensor& rstd_in, bool shift_per_sample,
+                                                             bool shift_per_token) {
+  check_x(x_in);
+  const Tensor x = token_rows("x", x_in, x_in), dy = token_rows("dy", dy_in, x);
+  const Tensor scale = modulation_rows("scale", scale_in, x);
+  const Tensor mean = statistic("mean", mean_in, x), rstd = statistic("rstd", rstd_in, x);
+  Tensor dx = torch::stable::new_empty(x, x.sizes());
+  Reduction dscale(x, scale), dshift(x, shift_per_sample ? x.size(0) : 1, shift_per_token ? x.size(1) : 1);
+  if (x.size(2) > 0) {
+    place_partials(x, {&dscale, &dshift});
+    run_backward(x, {.dresidual = {}, .dy = rows(dy), .x = rows(x), .branch = {}, .gate = {}, .scale = rows(scale),
+                     .mean = mean.const_data_ptr<float>(), .rstd = rstd.const_data_ptr<float>(),
+                     .dx = dx.mutable_data_ptr(), .dbranch = nullptr, .dgate = {}, .dscale = dscale.target,
+                     .dshift = dshift.target, .length = x.size(1), .channels = x.size(2)});
+    for (const Reduction* reduction : {&dscale, &dshift}) finish(x, *reduction);
+  }
+  return {dx, dscale.out, dshift.out};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_backward(
+    const std::optional<Tensor>& dresidual_in, const std::optional<Tensor>& dy_in, const Tensor& residual_in,
+    const Tensor& branch_in, const Tensor& gate_in, const Tensor& scale_in, const Tensor& mean_in,
+    const Tensor& rstd_in, bool shift_per_sample, bool shift_per_token) {
+  check_x(residual_in);
+  const Tensor x = token_rows("residual", residual_in, residual_in), branch = token_rows("branch", branch_in, x);
+  const Tensor gate = modulation_rows("gate", gate_in, x), scale = modulation_rows("scale", scale_in, x);
+  const Tensor mean = statistic("mean", mean_in, x), rstd = statistic("rstd", rstd_in, x);
+  // The zeros of an absent gradient are one row that every token reads.
+  const bool absent = !dresidual_in || !dy_in;
+  const Tensor zeros = absent ? torch::stable::new_zeros(x, {1, 1, x.size(2)}) : x;
+  const Tensor dresidual = dresidual_in ? token_rows("dresidual", *dresidual_in, x) : zeros;
+  const Tensor dy = dy_in ? token_rows("dy", *dy_in, x) : zeros;
+  Tensor dx = torch::stable::new_empty(x, x.sizes()), dbranch = torch::stable::new_empty(x, x.sizes());
+  Reduction dgate(x, gate), dscale(x, scale);
+  Reduction dshift(x, shift_per_sample ? x.size(0) : 1, shift_per_token ? x.size(1) : 1);
+  if (x.size(2) > 0) {
+    place_partials(x, {&dgate, &dscale, &dshift});
+    run_backward(x, {.dresidual = rows(dresidual), .dy = rows(dy), .x = rows(x), .branch = rows(branch),
+                     .gate = rows(gate), .scale = rows(scale), .mean = mean.const_data_ptr<float>(),
+                     .rstd = rstd.const_data_ptr<float>(), .dx = dx.mutable_data_ptr(),
+                     .dbranch = dbranch.mutable_data_ptr(), .dgate = dgate.target, .dscale = dscale.target,
+                     .dshift = dshift.target, .length = x.size(1), .channels = x.size(2)});
+    for (const Reduction* reduction : {&dgate, &dscale, &dshift}) finish(x, *reduction);
+  }
+  return {dx, dbranch, dgate.out, dscale.out, dshift.out};
+}
+
+}  // namespace
+}  // namespace var_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(var_kernels, CPU, m) {
+  m.impl("_adaln_layer_norm", TORCH_BOX(&var_kernels::adaln_layer_norm));
+  m.impl("_adaln_layer_norm_backward", TORCH_BOX(&var_kernels::adaln_layer_norm_backward));
+  m.impl("_gated_residual_adaln", TORCH_BOX(&var_kernels::gated_residual_adaln));
+  m.impl("_gated_residual_adaln_backward", TORCH_BOX(&var_kernels::gated_residual_adaln_backward));
+}

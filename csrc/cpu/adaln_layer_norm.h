@@ -1,0 +1,56 @@
+// What the door of adaln_layer_norm (adaln_layer_norm.cpp) and its vector code (adaln_layer_norm.isa.cpp) share.
+#pragma once
+#include <cstdint>
+
+namespace var_kernels {
+
+// Rows of `channels` dense elements, addressed by sample and token. A stride is in elements; 0 broadcasts.
+struct Rows {
+  const void* data;
+  int64_t per_sample, per_token;
+};
+
+struct AdaLNForward {
+  Rows x;             // (B, L, C)
+  Rows branch, gate;  // (B, L, C); data is null in both where there is no gated residual
+  Rows scale, shift;  // (B or 1, L or 1, C)
+  void* residual;     // (B, L, C) dense; null like branch
+  void* y;            // (B, L, C) dense
+  float* mean;        // (B, L) dense
+  float* rstd;        // (B, L) dense
+  int64_t length, channels;
+  float eps;
+};
+
+// Where one of the three modulation gradients goes: per token straight into the output, else into rows of fp32
+// partial sums that are added up afterwards.
+struct ModulationGrad {
+  void* per_token;  // (B, L, C) dense, or null
+  float* partial;   // (chunks, C) dense, or null
+};
+
+struct AdaLNBackward {
+  Rows dresidual;      // (B, L, C); data is null where there is no gated residual
+  Rows dy;             // (B, L, C)
+  Rows x;              // (B, L, C): what was normalised, the saved residual in the gated form
+  Rows branch, gate;   // null like dresidual
+  Rows scale;          // (B or 1, L or 1, C)
+  const float* mean;   // (B, L) dense
+  const float* rstd;   // (B, L) dense
+  void* dx;            // (B, L, C) dense
+  void* dbranch;       // (B, L, C) dense; null like dresidual
+  ModulationGrad dgate, dscale, dshift;
+  int64_t length, channels;
+};
+
+struct AdaLNTable {
+  // Indexed by dtype: fp32, bf16, fp16.
+  // Rows [begin, end) of the B·L rows.
+  void (*forward[3])(const AdaLNForward&, int64_t begin, int64_t end);
+  // Tokens [begin, end) of one sample; their modulation gradients are summed into row `chunk` of the partials.
+  void (*backward[3])(const AdaLNBackward&, int64_t sample, int64_t begin, int64_t end, int64_t chunk);
+  // out[c] = sum over i of partial[i * channels + c], i ascending, for c in [begin, end).
+  void (*sum_partials[3])(const float* partial, int64_t count, int64_t channels, int64_t begin, int64_t end, void* out);
+};
+
+}  // namespace var_kernels

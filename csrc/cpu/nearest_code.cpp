@@ -1,0 +1,74 @@
+// The door of nearest_code on CPU: checks, the packed codebook, and work over threads.
+#include "nearest_code.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../checks.h"
+#include "dispatch.h"
+
+namespace var_kernels {
+
+VAR_DECLARE_ISA_TABLES(NearestCodeTable, nearest_code_table)
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Below this many multiply-adds a thread costs more to wake than its share of the work.
+constexpr int64_t kSerialWork = 1 << 18;
+
+template <class F>
+void run_tasks(int64_t tasks, int64_t work, const F& f) {
+  if (work > kSerialWork) return parallel_tasks(tasks, f);
+  for (int64_t task = 0; task < tasks; ++task) f(task);
+}
+
+// Dense fp32, which is exact for the 16-bit types.
+Tensor dense_fp32(const Tensor& tensor) {
+  const Tensor wide =
+      tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);
+  return torch::stable::contiguous(wide);
+}
+
+Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) {
+  VAR_CHECK(z_in.dim() == 2, "z", "2 dimensions", z_in.dim());
+  VAR_CHECK(codebook_in.dim() == 2, "codebook", "2 dimensions", codebook_in.dim());
+  const int64_t rows = z_in.size(0), channels = z_in.size(1), codes = codebook_in.size(0);
+  VAR_CHECK(codebook_in.size(1) == channels, "codebook", channels, codebook_in.size(1), " channels");
+  VAR_CHECK(codes > 0, "codebook", "at least one code", codes);
+  const ScalarType dtype = z_in.scalar_type();
+  VAR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "z",
+            "float32, bfloat16 or float16", torch::headeronly::toString(dtype));
+  VAR_CHECK(codebook_in.scalar_type() == dtype, "codebook", torch::headeronly::toString(dtype),
+            torch::headeronly::toString(codebook_in.scalar_type()));
+  Tensor best = torch::stable::new_empty(z_in, {rows}, ScalarType::Long);
+  if (rows == 0) return best;
+
+  const Tensor z = dense_fp32(z_in), codebook = dense_fp32(codebook_in);
+  const NearestCodeTable& table = nearest_code_table();
+  const int64_t strips = (codes + table.strip - 1) / table.strip, strip_floats = (channels + 1) * table.strip;
+  VAR_CHECK(strips <= INT32_MAX, "codebook", "fewer codes", codes);
+  float* packed = thread_scratch(strips * strip_floats);
+  const float* code_data = codebook.const_data_ptr<float>();
+  run_tasks(strips, codes * channels, [&](int64_t strip) {
+    table.pack(code_data, codes, channels, cosine, strip, packed + strip * strip_floats);
+  });
+
+  // At least 16 tasks, so that any number of threads up to that has something to do.
+  const int64_t rows_per_task = std::clamp<int64_t>((rows / 16 + 5) / 6 * 6, 6, kNearestCodeRows);
+  const float* z_data = z.const_data_ptr<float>();
+  int64_t* out = best.mutable_data_ptr<int64_t>();
+  run_tasks((rows + rows_per_task - 1) / rows_per_task, rows * codes * channels, [&](int64_t task) {
+    const int64_t begin = task * rows_per_task;
+    table.search(z_data + begin * channels, std::min(rows_per_task, rows - begin), channels, packed, strips,
+                 out + begin);
+  });
+  return best;
+}
+
+}  // namespace
+}  // namespace var_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(var_kernels, CPU, m) { m.impl("_nearest_code", TORCH_BOX(&var_kernels::nearest_code)); }

@@ -1,0 +1,20 @@
+// What the door of nearest_code (nearest_code.cpp) and its vector code (nearest_code.isa.cpp) share.
+#pragma once
+#include <cstdint>
+
+namespace var_kernels {
+
+struct NearestCodeTable {
+  int64_t strip;  // codes per strip of the packed codebook; a strip is (channels + 1) · strip floats
+
+  // Packs codes [index · strip, (index + 1) · strip) of the (codes, channels) codebook into `packed`, 64-byte aligned.
+  void (*pack)(const float* codebook, int64_t codes, int64_t channels, bool cosine, int64_t index, float* packed);
+
+  // best[i] = index of the best code for row i of z (rows, channels), over all `strips` strips.
+  void (*search)(const float* z, int64_t rows, int64_t channels, const float* packed, int64_t strips, int64_t* best);
+};
+
+// Rows of one call of `search`: their running maxima stay in L1 while the strips go past.
+constexpr int64_t kNearestCodeRows = 96;
+
+}  // namespace var_kernels
