@@ -17,12 +17,16 @@ _DTYPES = {
 }
 
 
-@torch.compiler.assume_constant_result
 def _native_reason() -> str | None:
     from . import _native  # imported at the first op call: importing var_kernels loads and builds nothing
 
     status = _native.load()
     return None if status.available else f"the native library is not available: {status.reason}"
+
+
+# What torch.compiler.assume_constant_result does; calling it would import all of torch._dynamo, which takes seconds
+# and edits the environment.
+_native_reason._dynamo_marked_constant = True
 
 
 def unavailable_reason(backend: str, device_type: str, op: str) -> str | None:
