@@ -330,6 +330,11 @@ def open_dataset(
     return ImageFolder(root, image_size, random_crop=random_crop and training, flip=flip and training)
 
 
+def describe(data: ImageData) -> str:
+    """Name and size of a data set, for messages and metadata."""
+    return f"{data.name}, {len(data)} images of {len(data.class_names)} classes"
+
+
 def to_unit_range(pixels: Tensor) -> Tensor:
     """uint8 0..255 to float32 in [-1, 1]; 0 becomes exactly −1 and 255 exactly 1."""
     return pixels.to(torch.float32).div_(127.5).sub_(1.0)
@@ -357,9 +362,9 @@ def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
 def batch_indices(pool: Tensor | Sequence[int], batch_size: int, seed: int, step: int) -> Tensor:
     """Members of `pool` that form the batch of `step`: epochs of a shuffle by (seed, epoch), whole batches only."""
     pool = torch.as_tensor(pool)
-    per_epoch = len(pool) // batch_size
-    if batch_size < 1 or per_epoch == 0:
+    if not 1 <= batch_size <= len(pool):
         raise DataError(f"batch_size: expected 1..{len(pool)} (the number of training images), got {batch_size}")
+    per_epoch = len(pool) // batch_size
     epoch, position = divmod(step, per_epoch)
     order = torch.randperm(len(pool), generator=step_generator(seed, epoch, stream=1))
     return pool[order[position * batch_size : (position + 1) * batch_size]]

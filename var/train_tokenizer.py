@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import checkpoints
 from .config import VQVAEConfig
-from .data import batch_indices, open_dataset, split_indices, step_generator
+from .data import batch_indices, describe, open_dataset, split_indices, step_generator
 from .quality import psnr, used_codes
 from .training import Trainer, TrainingOptions, TrainingResult, plain
 from .vqvae import VQVAE
@@ -67,7 +67,7 @@ class _TokenizerRun:
             self.vqvae,
             options,
             title="tokenizer",
-            config=plain(config.to_dict()),
+            config=plain(config.to_dict()) | {"data": describe(self.data)},
             tokens_per_image=config.schedule.length,
             extra={"code_hits": hits},
         )
@@ -111,10 +111,10 @@ class _TokenizerRun:
     def _validate(self) -> dict[str, float]:
         values, hits = [], torch.zeros(self.options.model.vocab_size, dtype=torch.int64)
         for indices in self.val_indices.split(self.options.batch_size):
+            # In fp32 whatever the training precision: as the tokenizer will be used.
             images = self._batch(indices, 0, augment=False)
-            with self.trainer.autocast():
-                reconstruction, _, tokens = self.vqvae(images)
-            values.append(psnr(reconstruction.float(), images).cpu())
+            reconstruction, _, tokens = self.vqvae(images)
+            values.append(psnr(reconstruction, images).cpu())
             hits += tokens.flatten().bincount(minlength=len(hits)).cpu()
         return {"val_psnr": float(torch.cat(values).mean()), "val_codes": used_codes(hits)}
 
@@ -122,7 +122,7 @@ class _TokenizerRun:
         checkpoints.save(
             path,
             self.vqvae,
-            {"data": self.data.name, "seed": str(self.options.seed), "step": str(self.trainer.step)},
+            {"data": describe(self.data), "seed": str(self.options.seed), "step": str(self.trainer.step)},
         )
 
 

@@ -7,6 +7,7 @@ over all tokens of all scales. Classifier-free guidance needs an unconditional m
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from . import checkpoints
 from .config import VARConfig
-from .data import ImageData, batch_indices, open_dataset, split_indices, step_generator
+from .data import ImageData, batch_indices, describe, open_dataset, split_indices, step_generator
 from .progress import TrainingDisplay
 from .train_tokenizer import WEIGHTS_NAME as TOKENIZER_NAME
 from .training import Trainer, TrainingError, TrainingOptions, TrainingResult, plain
@@ -65,16 +66,11 @@ class _TransformerRun:
     def __init__(self, options: TransformerTraining) -> None:
         self.options = options
         self.vqvae = load_tokenizer(options.tokenizer, options.backend).to(options.device).eval().requires_grad_(False)
-        config = options.model
-        _check_match(config, self.vqvae)
+        _check_match(options.model, self.vqvae)
         self.data = open_dataset(
             options.data, "train", self.vqvae.config.image_size, random_crop=options.random_crop, flip=options.flip
         )
-        classes = len(self.data.class_names)
-        if classes != config.num_classes:
-            raise TrainingError(
-                f"num_classes: expected {classes} (the classes of {self.data.name}), got {config.num_classes}"
-            )
+        config = _with_class_names(options.model, self.data)
         self.train_indices, self.val_indices = split_indices(len(self.data), options.val_images)
         self.model = VAR(config, options.backend)
         self.model.init_weights(step_generator(options.seed, 0, _STREAM_INIT))
@@ -83,7 +79,7 @@ class _TransformerRun:
             self.model,
             options,
             title="transformer",
-            config=plain(config.to_dict()),
+            config=plain(config.to_dict()) | {"tokenizer": weights_hash(self.vqvae), "data": describe(self.data)},
             tokens_per_image=config.schedule.length,
         )
 
@@ -112,7 +108,9 @@ class _TransformerRun:
         return self._metrics(labels, tokens)
 
     def _metrics(self, labels: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        logits = self.model(labels, self.vqvae.teacher_forcing_input(tokens)).float()  # (B, L, V)
+        with torch.autocast(tokens.device.type, enabled=False):
+            features = self.vqvae.teacher_forcing_input(tokens)  # (B, L − l_1, C): exact, as in sampling
+        logits = self.model(labels, features).float()  # (B, L, V)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
         last = tokens.shape[1] - self.options.model.schedule.lengths[-1]
         with torch.no_grad():
@@ -131,10 +129,17 @@ class _TransformerRun:
         return totals
 
     def _export(self, path: Path) -> None:
-        metadata = {"data": self.data.name, "seed": str(self.options.seed), "step": str(self.trainer.step)}
+        metadata = {"data": describe(self.data), "seed": str(self.options.seed), "step": str(self.trainer.step)}
         # Both halves in one directory are what var.load() takes.
         checkpoints.save(path.with_name(TOKENIZER_NAME), self.vqvae, {"source": str(self.options.tokenizer)})
         checkpoints.save(path, self.model, metadata)
+
+
+def _with_class_names(config: VARConfig, data: ImageData) -> VARConfig:
+    if config.num_classes != len(data.class_names):
+        expected = f"{len(data.class_names)} (the classes of {data.name})"
+        raise TrainingError(f"num_classes: expected {expected}, got {config.num_classes}")
+    return config if config.class_names else dataclasses.replace(config, class_names=data.class_names)
 
 
 def load_tokenizer(path: Path, backend: str = "auto") -> VQVAE:
