@@ -28,7 +28,8 @@ def check_same(reference: str, first: torch.Tensor, **others: torch.Tensor) -> N
     for argument, tensor in others.items():
         if tensor.dtype != first.dtype:
             raise TypeError(f"{argument}: expected {first.dtype} like {reference}, got {tensor.dtype}")
-        check(tensor.device == first.device, argument, f"device {first.device} like {reference}", tensor.device)
+        if tensor.device != first.device:
+            raise ValueError(f"{argument}: expected device {first.device} like {reference}, got {tensor.device}")
 
 
 def check_shape(argument: str, tensor: torch.Tensor, *shapes: Sequence[int]) -> None:

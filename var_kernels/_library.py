@@ -1,6 +1,7 @@
 """The operator library `torch.ops.var_kernels`: schemas are defined in Python, so that no compiler is needed to import."""
 
 import torch
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("var_kernels", "DEF")
 
@@ -17,7 +18,10 @@ def register_fake(name: str):
 
 def needs_grad(*tensors: torch.Tensor) -> bool:
     """Whether autograd has to see this call."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    # In forward mode no tensor says requires_grad. The autograd.Function refuses it; a raw op would give zero tangents.
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

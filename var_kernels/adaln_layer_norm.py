@@ -187,7 +187,8 @@ def gated_residual_adaln(
     """
     check_tensor("x", x, rank=3)
     check_tensor("branch", branch, rank=3)
-    check(branch.shape == x.shape, "branch", f"shape {tuple(x.shape)} like x", tuple(branch.shape))
+    if branch.shape != x.shape:
+        raise ValueError(f"branch: expected shape {tuple(x.shape)} like x, got {tuple(branch.shape)}")
     gate = _modulation_view("gate", gate, x)
     scale = _modulation_view("scale", scale, x)
     shift = _modulation_view("shift", shift, x)
@@ -209,7 +210,7 @@ def _modulation_view(argument: str, modulation: torch.Tensor, x: torch.Tensor) -
     shape = modulation.shape
     if shape == (batch, channels):
         return modulation.unsqueeze(1)
-    if shape not in ((batch, 1, channels), (1, 1, channels), (batch, length, channels)):
+    if shape != (batch, 1, channels) and shape != (1, 1, channels) and shape != (batch, length, channels):
         raise ValueError(
             f"{argument}: expected shape {(batch, channels)}, {(batch, 1, channels)}, {(1, 1, channels)} or "
             f"{(batch, length, channels)} for x of shape {(batch, length, channels)}, got {tuple(shape)}"

@@ -90,9 +90,9 @@ std::tuple<Tensor, Tensor, Tensor> adaln_layer_norm(const Tensor& x_in, const Te
   check_x(x_in);
   const Tensor x = token_rows("x", x_in, x_in);
   const Tensor scale = modulation_rows("scale", scale_in, x), shift = modulation_rows("shift", shift_in, x);
-  Tensor y = torch::stable::new_empty(x, x.sizes());
-  Tensor mean = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
-  Tensor rstd = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
+  Tensor y = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  Tensor mean = empty_cpu({x.size(0), x.size(1)}, ScalarType::Float);
+  Tensor rstd = empty_cpu({x.size(0), x.size(1)}, ScalarType::Float);
   forward(x, {.x = rows(x), .branch = {}, .gate = {}, .scale = rows(scale), .shift = rows(shift), .residual = nullptr,
               .y = y.mutable_data_ptr(), .mean = mean.mutable_data_ptr<float>(),
               .rstd = rstd.mutable_data_ptr<float>(), .length = x.size(1), .channels = x.size(2),
@@ -107,9 +107,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_adaln(const Tensor& x_
   const Tensor x = token_rows("x", x_in, x_in), branch = token_rows("branch", branch_in, x);
   const Tensor gate = modulation_rows("gate", gate_in, x);
   const Tensor scale = modulation_rows("scale", scale_in, x), shift = modulation_rows("shift", shift_in, x);
-  Tensor residual = torch::stable::new_empty(x, x.sizes()), y = torch::stable::new_empty(x, x.sizes());
-  Tensor mean = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
-  Tensor rstd = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float);
+  Tensor residual = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type()), y = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  Tensor mean = empty_cpu({x.size(0), x.size(1)}, ScalarType::Float);
+  Tensor rstd = empty_cpu({x.size(0), x.size(1)}, ScalarType::Float);
   forward(x, {.x = rows(x), .branch = rows(branch), .gate = rows(gate), .scale = rows(scale), .shift = rows(shift),
               .residual = residual.mutable_data_ptr(), .y = y.mutable_data_ptr(),
               .mean = mean.mutable_data_ptr<float>(), .rstd = rstd.mutable_data_ptr<float>(), .length = x.size(1),
@@ -125,7 +125,7 @@ struct Reduction {
   ModulationGrad target;
 
   Reduction(const Tensor& x, int64_t samples, int64_t tokens)
-      : out(torch::stable::new_empty(x, {samples, tokens, x.size(2)})), target{} {
+      : out(empty_cpu({samples, tokens, x.size(2)}, x.scalar_type())), target{} {
     if (samples == x.size(0) && tokens == x.size(1)) target.per_token = out.mutable_data_ptr();
   }
   Reduction(const Tensor& x, const Tensor& modulation) : Reduction(x, modulation.size(0), modulation.size(1)) {}
@@ -187,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_layer_norm_backward(const Tensor& dy_in
   const Tensor x = token_rows("x", x_in, x_in), dy = token_rows("dy", dy_in, x);
   const Tensor scale = modulation_rows("scale", scale_in, x);
   const Tensor mean = statistic("mean", mean_in, x), rstd = statistic("rstd", rstd_in, x);
-  Tensor dx = torch::stable::new_empty(x, x.sizes());
+  Tensor dx = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
   Reduction dscale(x, scale), dshift(x, shift_per_sample ? x.size(0) : 1, shift_per_token ? x.size(1) : 1);
   if (x.size(2) > 0) {
     place_partials(x, {&dscale, &dshift});
@@ -213,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_backward
   const Tensor zeros = absent ? torch::stable::new_zeros(x, {1, 1, x.size(2)}) : x;
   const Tensor dresidual = dresidual_in ? token_rows("dresidual", *dresidual_in, x) : zeros;
   const Tensor dy = dy_in ? token_rows("dy", *dy_in, x) : zeros;
-  Tensor dx = torch::stable::new_empty(x, x.sizes()), dbranch = torch::stable::new_empty(x, x.sizes());
+  Tensor dx = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type()), dbranch = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
   Reduction dgate(x, gate), dscale(x, scale);
   Reduction dshift(x, shift_per_sample ? x.size(0) : 1, shift_per_token ? x.size(1) : 1);
   if (x.size(2) > 0) {

@@ -29,7 +29,7 @@ void run_tasks(int64_t tasks, int64_t work, const F& f) {
 Tensor dense_fp32(const Tensor& tensor) {
   const Tensor wide =
       tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);
-  return torch::stable::contiguous(wide);
+  return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
 }
 
 Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) {
@@ -43,7 +43,7 @@ Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) 
             "float32, bfloat16 or float16", torch::headeronly::toString(dtype));
   VAR_CHECK(codebook_in.scalar_type() == dtype, "codebook", torch::headeronly::toString(dtype),
             torch::headeronly::toString(codebook_in.scalar_type()));
-  Tensor best = torch::stable::new_empty(z_in, {rows}, ScalarType::Long);
+  Tensor best = empty_cpu({rows}, ScalarType::Long);
   if (rows == 0) return best;
 
   const Tensor z = dense_fp32(z_in), codebook = dense_fp32(codebook_in);
