@@ -198,15 +198,15 @@ def find_compiler() -> Compiler:
 
 def find_ninja() -> str:
     """The ninja executable: the Python package's, else one on the path; BuildUnavailable if there is neither."""
-    spec = importlib.util.find_spec("ninja")
-    if spec:
+    directory = None
+    if importlib.util.find_spec("ninja"):
         import ninja
 
-        return os.path.join(ninja.BIN_DIR, "ninja")
-    command = shutil.which("ninja") or shutil.which("ninja-build")
-    if not command:
-        raise BuildUnavailable("ninja not found: pip install ninja")
-    return command
+        directory = ninja.BIN_DIR or None  # empty where the package does not know; pip's isolated build has it on PATH
+    for command in (shutil.which("ninja", path=directory), shutil.which("ninja"), shutil.which("ninja-build")):
+        if command:
+            return command
+    raise BuildUnavailable("ninja not found: pip install ninja")
 
 
 def find_nvcc() -> Nvcc | None:
