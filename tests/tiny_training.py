@@ -22,7 +22,8 @@ VAR_CONFIG = VARConfig(
 
 def idx_bytes(array: np.ndarray) -> bytes:
     """`array` (uint8) in IDX format."""
-    return bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(np.uint8).tobytes()
+    sizes = struct.pack(f">{array.ndim}I", *array.shape)
+    return bytes((0, 0, 8, array.ndim)) + sizes + array.astype(np.uint8).tobytes()
 
 
 def write_fashion_mnist(directory: Path, train: int = 40, test: int = 12, compressed: bool = True) -> None:
@@ -50,9 +51,10 @@ def write_image_folder(root: Path, classes: dict[str, int], size: tuple[int, int
             Image.fromarray(pixels).save(root / name / f"{number}.png")
 
 
+# The loops are tested on the reference ops, so that a fault here is a fault of the loops.
 _COMMON = {
     "max_steps": 8, "batch_size": 4, "lr": 2e-3, "warmup_steps": 2, "log_every": 1, "val_images": 4, "val_every": 4,
-    "checkpoint_minutes": 1e9,
+    "checkpoint_minutes": 1e9, "backend": "reference",
 }  # fmt: skip
 
 
@@ -62,4 +64,5 @@ def tokenizer_options(output: Path, data: Path, **changes) -> TokenizerTraining:
 
 
 def transformer_options(output: Path, data: Path, tokenizer: Path, **changes) -> TransformerTraining:
-    return TransformerTraining(output=output, data=data, tokenizer=tokenizer, **{"model": VAR_CONFIG, **_COMMON, **changes})
+    options = {"model": VAR_CONFIG, **_COMMON, **changes}
+    return TransformerTraining(output=output, data=data, tokenizer=tokenizer, **options)
