@@ -1,0 +1,121 @@
+"""AdaLN-modulated LayerNorm, alone and fused with the gated residual sum, at the widths of the released models."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from var_kernels import adaln_layer_norm, gated_residual_adaln
+from var_kernels.testing import modulation, randn
+
+from .harness import Call, Case, Judge, compiled, judge_floats, require_native
+from .table import Work
+
+
+class Inputs(NamedTuple):
+    """What the op takes, and the gradients of its outputs: empty in forward cases."""
+
+    tensors: tuple[torch.Tensor, ...]
+    douts: tuple[torch.Tensor, ...]
+
+
+def make_inputs(batch, length, channels, dtype, gated, backward) -> Inputs:
+    streams = [randn(batch, length, channels, seed=seed, dtype=dtype) for seed in range(2 if gated else 1)]
+    parts = modulation(batch, channels, seed=7, dtype=dtype, parts=3 if gated else 2)
+    tensors = tuple(tensor.detach().requires_grad_(backward) for tensor in (*streams, *parts))
+    douts = [randn(batch, length, channels, seed=20 + i, dtype=dtype) for i in range(2 if gated else 1)]
+    return Inputs(tensors, tuple(douts) if backward else ())
+
+
+def timed(function, inputs: Inputs) -> Call:
+    """One call of `function(*tensors)`: its outputs, and its gradients where the case has a backward."""
+    if not inputs.douts:
+        return torch.no_grad()(lambda: function(*inputs.tensors))
+
+    def step():
+        outs = function(*inputs.tensors)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        return *outs, *torch.autograd.grad(outs, inputs.tensors, inputs.douts)
+
+    return step
+
+
+def composition(x, scale, shift):
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def gated_composition(x, branch, gate, scale, shift):
+    residual = x + gate * branch
+    return residual, composition(residual, scale, shift)
+
+
+def _function(inputs: Inputs):
+    return composition if len(inputs.tensors) == 3 else gated_composition
+
+
+def ours(inputs: Inputs) -> Call:
+    gated = _function(inputs) is gated_composition
+    require_native("gated_residual_adaln" if gated else "adaln_layer_norm")
+    return timed(functools.partial(gated_residual_adaln if gated else adaln_layer_norm, backend="cpu"), inputs)
+
+
+def eager(inputs: Inputs) -> Call:
+    return timed(_function(inputs), inputs)
+
+
+@compiled
+def torch_compile(inputs: Inputs) -> Call:
+    return timed(torch.compile(_function(inputs), dynamic=False), inputs)
+
+
+PROVIDERS = {"var_kernels": ours, "eager": eager, "torch.compile": torch_compile}
+
+
+def judge(inputs: Inputs) -> Judge:
+    gated = _function(inputs) is gated_composition
+    names = ("residual", "y") if gated else ("y",)
+    if inputs.douts:
+        names += ("dx", "dbranch", "dgate", "dscale", "dshift") if gated else ("dx", "dscale", "dshift")
+
+    def results(dtype) -> dict[str, torch.Tensor]:
+        tensors = tuple(t.detach().to(dtype).requires_grad_(t.requires_grad) for t in inputs.tensors)
+        found = eager(Inputs(tensors, tuple(dout.to(dtype) for dout in inputs.douts)))()
+        return dict(zip(names, found if isinstance(found, tuple) else (found,), strict=True))
+
+    return judge_floats(results(torch.float64), results(inputs.tensors[0].dtype))
+
+
+def case(tier, shape, dtype, *, gated=False, backward=False, headline=False) -> Case:
+    batch, length, channels = shape
+    # Tensors of x's size that are read or written once; forward: x and y, or x, branch, residual and y; backward: dy, x
+    # and dx, or dresidual, dy, residual, branch, dx and dbranch.
+    streams = (4 if gated else 2) + ((6 if gated else 3) if backward else 0)
+    op = "gated_residual_adaln" if gated else "adaln_layer_norm"
+    return Case(
+        group=f"{op} " + ("forward+backward" if backward else "forward"),
+        name=f"({batch}, {length}, {channels}) {str(dtype).removeprefix('torch.')}",
+        tier=tier,
+        inputs=functools.partial(make_inputs, batch, length, channels, dtype, gated, backward),
+        providers=PROVIDERS,
+        baseline="eager",
+        judge=judge,
+        work=Work(streams * batch * length * channels * dtype.itemsize, "B", "copy"),
+        headline=headline,
+    )
+
+
+_SHAPES = {"smoke": (2, 130, 256), "quick": (4, 680, 1024), "full": (2, 2240, 2304)}
+CASES = tuple(
+    case(tier, shape, dtype, gated=gated, backward=backward, headline=tier != "full" and dtype == torch.float32)
+    for tier, shape in _SHAPES.items()
+    for gated in (False, True)
+    for backward in (False, True)
+    for dtype in (torch.float32, torch.bfloat16)
+)
+
+
+def test_adaln_layer_norm(duel):
+    duel()

@@ -1,0 +1,188 @@
+"""Attention under the block-causal mask of next-scale prediction, against every way to get it from PyTorch."""
+
+from __future__ import annotations
+
+import functools
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from var_kernels import block_causal_attention
+from var_kernels.testing import attention_inputs, randn, scale_lens
+
+from .harness import Call, Case, Judge, compiled, judge_floats, require_native
+from .table import Work
+
+
+class Inputs(NamedTuple):
+    """`dout` is None in forward cases. q holds the last Lq tokens; `visible` is (Lq, Lk), None where it is all true."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    lens: tuple[int, ...]
+    visible: torch.Tensor | None
+    dout: torch.Tensor | None
+
+
+def make_inputs(batch, heads, head_dim, lens, dtype, backward, queries=None) -> Inputs:
+    keys = sum(lens)
+    q, k, v = attention_inputs(batch, heads, keys, head_dim, seed=0, dtype=dtype, query_length=queries, logit_std=2.0)
+    scale = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens))
+    visible = scale[keys - q.shape[2] :, None] >= scale[None, :]
+    dout = randn(*q.shape, seed=9, dtype=dtype) if backward else None
+    for tensor in (q, k, v):
+        tensor.requires_grad_(backward)
+    return Inputs(q, k, v, lens, None if visible.all() else visible, dout)
+
+
+def timed(attention, inputs: Inputs) -> Call:
+    """One call of `attention(q, k, v)`: its output, and its gradients where the case has a backward."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    if inputs.dout is None:
+        return torch.no_grad()(lambda: attention(q, k, v))
+
+    def step():
+        out = attention(q, k, v)
+        return out, *torch.autograd.grad(out, (q, k, v), inputs.dout)
+
+    return step
+
+
+def ours(inputs: Inputs) -> Call:
+    require_native("block_causal_attention")
+    return timed(lambda q, k, v: block_causal_attention(q, k, v, inputs.lens, backend="cpu"), inputs)
+
+
+def sdpa_bool(inputs: Inputs) -> Call:
+    return timed(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=inputs.visible), inputs)
+
+
+def sdpa_additive(inputs: Inputs) -> Call:
+    bias = torch.zeros_like(inputs.visible, dtype=inputs.q.dtype).masked_fill(~inputs.visible, -torch.inf)
+    return timed(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias), inputs)
+
+
+def prefix_calls(inputs: Inputs) -> Call:
+    """One plain attention call per scale over its prefix: exact, no mask, nothing invisible is computed."""
+    ends = list(accumulate(inputs.lens))
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def attention(q, k, v):
+        parts = [F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end])
+                 for start, end in spans]  # fmt: skip
+        return torch.cat(parts, dim=2)
+
+    return timed(attention, inputs)
+
+
+def composition(inputs: Inputs):
+    """Matrix product, mask, softmax, matrix product."""
+
+    def attention(q, k, v):
+        scores = (q @ k.mT) * q.shape[-1] ** -0.5
+        if inputs.visible is not None:
+            scores = scores.masked_fill(~inputs.visible, -torch.inf)
+        return scores.softmax(dim=-1) @ v
+
+    return attention
+
+
+def eager(inputs: Inputs) -> Call:
+    return timed(composition(inputs), inputs)
+
+
+@compiled
+def torch_compile(inputs: Inputs) -> Call:
+    return timed(torch.compile(composition(inputs), dynamic=False), inputs)
+
+
+@compiled
+def flex(inputs: Inputs) -> Call:
+    scale = torch.repeat_interleave(torch.arange(len(inputs.lens)), torch.tensor(inputs.lens))
+    queries, keys = inputs.q.shape[2], inputs.k.shape[2]
+    offset = keys - queries
+    block_mask = create_block_mask(
+        lambda b, h, i, j: scale[i + offset] >= scale[j], None, None, queries, keys, device="cpu"
+    )
+    attention = torch.compile(flex_attention, dynamic=False)
+    return timed(lambda q, k, v: attention(q, k, v, block_mask=block_mask), inputs)
+
+
+PROVIDERS = {
+    "var_kernels": ours,
+    "masked SDPA, bool": sdpa_bool,
+    "masked SDPA, additive": sdpa_additive,
+    "K prefix SDPA calls": prefix_calls,
+    "eager composition": eager,
+    "torch.compile of it": torch_compile,
+    "FlexAttention, compiled": flex,
+}
+STEP_PROVIDERS = {
+    "var_kernels": ours,
+    "SDPA": sdpa_bool,
+    "eager composition": eager,
+    "torch.compile of it": torch_compile,
+    "FlexAttention, compiled": flex,
+}
+# The composition holds (L, L) tensors per head: several gigabytes at 1024 px.
+LONG_PROVIDERS = {name: PROVIDERS[name] for name in ("var_kernels", "masked SDPA, bool", "K prefix SDPA calls")}
+LONG_MISSING = dict.fromkeys(sorted(set(PROVIDERS) - set(LONG_PROVIDERS)), "left out at this length")
+
+
+def judge(inputs: Inputs) -> Judge:
+    names = ("out",) if inputs.dout is None else ("out", "dq", "dk", "dv")
+
+    def results(dtype) -> dict[str, torch.Tensor]:
+        q, k, v = (t.detach().to(dtype).requires_grad_(t.requires_grad) for t in (inputs.q, inputs.k, inputs.v))
+        dout = None if inputs.dout is None else inputs.dout.to(dtype)
+        converted = inputs._replace(q=q, k=k, v=v, dout=dout)
+        found = prefix_calls(converted)() if inputs.visible is not None else sdpa_bool(converted)()
+        return dict(zip(names, found if isinstance(found, tuple) else (found,), strict=True))
+
+    return judge_floats(results(torch.float64), results(inputs.q.dtype))
+
+
+def case(tier, lens, dtype, *, batch=2, heads=16, head_dim=64, backward=False, queries=None, **options) -> Case:
+    pairs = sum(length * end for length, end in zip(lens, accumulate(lens), strict=True))
+    if queries is not None:
+        pairs = queries * sum(lens)
+    # Two products forward; five backward, one of which recomputes the scores.
+    flops = 2 * pairs * batch * heads * head_dim * (7 if backward else 2)
+    length = f"L{sum(lens)}" if queries is None else f"Lq{queries} of Lk{sum(lens)}"
+    providers = PROVIDERS if queries is None else STEP_PROVIDERS
+    return Case(
+        group="block_causal_attention " + ("forward+backward" if backward else "forward"),
+        name=f"B{batch} H{heads} D{head_dim} {length} {str(dtype).removeprefix('torch.')}",
+        tier=tier,
+        inputs=functools.partial(make_inputs, batch, heads, head_dim, lens, dtype, backward, queries),
+        judge=judge,
+        work=Work(flops, "FLOP", "bf16" if dtype == torch.bfloat16 else "fp32"),
+        **{"providers": providers, "baseline": "masked SDPA, bool" if queries is None else "SDPA", **options},
+    )
+
+
+_EMBEDDED, _256, _512, _1024 = (scale_lens(name) for name in ("embedded", "256px", "512px", "1024px"))
+_FP32, _BF16 = torch.float32, torch.bfloat16
+CASES = (
+    case("smoke", _EMBEDDED, _FP32, heads=2, headline=True),
+    case("smoke", _EMBEDDED, _BF16, heads=2, backward=True),
+    case("quick", _256, _FP32, headline=True),
+    case("quick", _256, _BF16, headline=True),
+    case("quick", _256, _FP32, backward=True, headline=True),
+    case("quick", _256, _BF16, backward=True, headline=True),
+    case("quick", _256, _FP32, queries=256),
+    case("quick", _256, _BF16, queries=256),
+    case("full", _512, _FP32),
+    case("full", _512, _BF16),
+    case("full", _512, _FP32, backward=True),
+    case("full", _512, _BF16, backward=True),
+    case("full", _1024, _BF16, batch=1, heads=8, providers=LONG_PROVIDERS, missing=LONG_MISSING),
+)
+
+
+def test_block_causal_attention(duel):
+    duel()

@@ -1,0 +1,41 @@
+"""Options and the restart in fair mode. What needs torch is in plugin.py: importing it costs seconds, and this process
+may be replaced first."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from . import fair_malloc
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("var_kernels benchmarks")
+    group.addoption("--full", action="store_true", help="all shapes, and more rounds")
+    group.addoption("--smoke", action="store_true", help="tiny shapes, nothing compiled: a check of the benchmarks")
+    group.addoption("--bench-threads", type=_positive, metavar="N", help="threads of torch (default: its own choice)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.option
+    if not hasattr(option, "smoke"):
+        return  # found while collecting some other directory: too late for options, and no benchmark was asked for
+    if option.full and option.smoke:
+        raise pytest.UsageError("--full and --smoke exclude each other")
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install 'var-kernels[bench]'")
+    fair_malloc.restart_if_needed(config)
+    # The table here says more than pytest-benchmark's own, which is needed only for what this one lacks.
+    if not (option.benchmark_histogram or option.benchmark_compare or option.benchmark_cprofile):
+        option.benchmark_quiet = True
+    from .plugin import BenchmarkPlugin
+
+    config.pluginmanager.register(BenchmarkPlugin(config), "var_kernels_benchmarks")

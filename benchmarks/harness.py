@@ -1,0 +1,225 @@
+"""Cases as data, and the one way in which each is judged and timed.
+
+A :class:`Case` names inputs, providers, the judge of their results, and the work to be done. ``conftest.py`` makes one
+test of every pair of case and provider, the providers of a case one after another. Each test judges first and times
+after: a wrong result is a failed test without a time. Every timed round runs the case's baseline and then the provider,
+so whatever else the machine does hits both, and the ratio is the median of the ratios of these pairs.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from var_kernels import backends
+from var_kernels.testing import assert_accurate, max_error
+
+from . import fair_malloc
+from .table import Row, Work
+
+OURS = "var_kernels"
+TIERS = ("smoke", "quick", "full")
+
+Call = Callable[[], Any]
+Provider = Callable[[Any], Call]  # the case's inputs -> the function to be timed
+Judge = Callable[[Any], float]  # a provider's result -> its largest error; AssertionError if it is wrong
+
+
+class Unavailable(Exception):
+    """Why a provider cannot run here; becomes its row in the table."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One piece of work that several providers do.
+
+    `tier` is the smallest run that includes the case ("smoke" cases belong to ``--smoke`` alone). `inputs` makes the
+    inputs, once; `judge`, given them, makes the judge of results. `missing` says why a known peer is no provider.
+    """
+
+    group: str
+    name: str
+    tier: str
+    inputs: Callable[[], Any]
+    providers: Mapping[str, Provider]
+    baseline: str
+    judge: Callable[[Any], Judge]
+    work: Work
+    headline: bool = False
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.tier not in TIERS:
+            raise ValueError(f"tier: expected one of {', '.join(TIERS)}, got {self.tier!r}")
+        if self.baseline not in self.providers:
+            raise ValueError(f"baseline: expected one of {', '.join(self.providers)}, got {self.baseline!r}")
+
+    @property
+    def title(self) -> str:
+        return f"{self.group}, {self.name}"
+
+    def runs_in(self, tier: str) -> bool:
+        """Whether a run of `tier` includes this case: the full run has the quick cases as well."""
+        return self.tier == tier or (tier == "full" and self.tier == "quick")
+
+
+def compiled(provider: Provider) -> Provider:
+    """Marks a provider that compiles at its first call, which ``--smoke`` leaves out."""
+    provider.compiles = True
+    return provider
+
+
+def require_native(op: str) -> None:
+    """Unavailable unless the cpu backend serves `op`: what is timed under our name is never the reference."""
+    reason = backends.unavailable_reason("cpu", "cpu", op)
+    if reason is not None:
+        raise Unavailable(reason)
+
+
+def judge_floats(exact: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]) -> Judge:
+    """Judges a tuple of tensors, named as in `exact` (float64), by the error of plain PyTorch's in the same dtype."""
+
+    def judge(results) -> float:
+        results = (results,) if isinstance(results, torch.Tensor) else tuple(results)
+        if len(results) != len(exact):
+            raise AssertionError(f"expected the results {', '.join(exact)}, got {len(results)} of them")
+        for (name, reference), result in zip(exact.items(), results, strict=True):
+            assert_accurate(result, plain[name], reference, name=name)
+        return max(max_error(result, reference) for result, reference in zip(results, exact.values(), strict=True))
+
+    return judge
+
+
+def prepare(case: Case, provider: str, inputs: Any, *, smoke: bool = False) -> Call:
+    """The provider's function; Unavailable with the reason where it cannot run."""
+    if smoke and getattr(case.providers[provider], "compiles", False):
+        raise Unavailable("compiles at its first call: left out of --smoke")
+    try:
+        return case.providers[provider](inputs)
+    except ImportError as error:
+        raise Unavailable(f"not installed: {error}") from error
+
+
+def first_result(case: Case, provider: str, call: Call) -> Any:
+    """The result to be judged. A peer that cannot do this case says why; our own failure is a failure."""
+    try:
+        return call()
+    except Unavailable:
+        raise
+    except Exception as error:
+        if provider in (OURS, case.baseline):
+            raise
+        message = " ".join(str(error).split()) or "no message"
+        raise Unavailable(f"{type(error).__name__}: {message[:160]}") from error
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every round, of the provider and of the baseline that ran just before it, and page faults per call."""
+
+    seconds: tuple[float, ...]
+    baseline: tuple[float, ...]
+    faults: float
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(base / own for base, own in zip(self.baseline, self.seconds, strict=True))
+
+
+def seconds_of(call: Call) -> float:
+    """Wall-clock seconds of one call, without garbage collection, as pytest-benchmark times the provider."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def rounds_for(seconds_per_round: float, budget: float) -> int:
+    """As many rounds as fit the budget, at least 7 (the median of fewer is noise) and at most 300."""
+    return max(7, min(300, int(budget / max(seconds_per_round, 1e-9))))
+
+
+def measure(call: Call, baseline: Call, budget: float) -> Timing:
+    """Interleaved rounds, baseline then provider, for about `budget` seconds, after two rounds of warm-up."""
+    warm = [seconds_of(baseline) + seconds_of(call) for _ in range(2)]
+    pairs = [(seconds_of(baseline), seconds_of(call)) for _ in range(rounds_for(min(warm), budget))]
+    own, base = tuple(pair[1] for pair in pairs), tuple(pair[0] for pair in pairs)
+    return Timing(own, base, fair_malloc.faults_per_call(call))
+
+
+def measure_with(benchmark, call: Call, baseline: Call, budget: float) -> Timing | None:
+    """The same rounds, the provider's part timed and recorded by pytest-benchmark; None where it may not time."""
+    if benchmark.disabled:
+        benchmark.pedantic(call)
+        return None
+    warm = [seconds_of(baseline) + seconds_of(call) for _ in range(2)]
+    base: list[float] = []
+    benchmark.pedantic(
+        call, setup=lambda: base.append(seconds_of(baseline)), rounds=rounds_for(min(warm), budget), iterations=1
+    )
+    return Timing(tuple(benchmark.stats.stats.data), tuple(base), fair_malloc.faults_per_call(call))
+
+
+class Duel:
+    """Judges and times one provider after the other; keeps what the providers of one case share."""
+
+    def __init__(self, *, tier: str, budget: float) -> None:
+        self.tier = tier
+        self.budget = budget
+        self.rows: dict[str, list[Row]] = {}
+        self.cases: dict[str, Case] = {}
+        self._title: str | None = None
+
+    def _load(self, case: Case) -> None:
+        if self._title == case.title:
+            return
+        self._title, self._inputs, self._judge, self._baseline = None, None, None, None  # free the last case first
+        self._inputs = case.inputs()
+        self._judge = case.judge(self._inputs)
+        self._baseline = prepare(case, case.baseline, self._inputs)
+        self._title = case.title
+
+    def run(self, case: Case, provider: str, benchmark) -> Row:
+        """The row of `provider`. Raises AssertionError for a wrong result, before any timing, and Unavailable."""
+        self.cases[case.title] = case
+        rows = self.rows.setdefault(case.title, [])
+        benchmark.group = case.title
+        benchmark.extra_info.update(provider=provider, baseline=case.baseline)
+        try:
+            self._load(case)
+            call = prepare(case, provider, self._inputs, smoke=self.tier == "smoke")
+            error = self._judge(first_result(case, provider, call))
+        except Unavailable as reason:
+            rows.append(Row(provider, note=f"not measured: {reason}"))
+            raise
+        except Exception as error:
+            verdict = "wrong result" if isinstance(error, AssertionError) else type(error).__name__
+            rows.append(Row(provider, note=f"REFUSED, {verdict}: {_first_line(error)}"))
+            raise
+        timing = measure_with(benchmark, call, self._baseline, self.budget)
+        if timing is None:
+            row = Row(provider, error=error, note="judged right; not timed")
+        else:
+            row = Row(provider, timing.seconds, timing.ratio, error, timing.faults)
+        rows.append(row)
+        benchmark.extra_info.update(row.as_dict(case.work))
+        return row
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:160]

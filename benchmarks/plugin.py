@@ -1,0 +1,99 @@
+"""One test per case and provider, and the table at the end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from var_kernels import _native
+
+from . import fair_malloc, plain_mode
+from .harness import OURS, Case, Duel, Unavailable
+from .peaks import Peaks
+from .table import case_lines
+
+_SECONDS = {"smoke": 0.1, "quick": 1.0, "full": 3.0}  # per provider, for its rounds and the baseline's
+
+
+class BenchmarkPlugin:
+    """State and hooks of one session."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        option = config.option
+        if option.bench_threads:
+            torch.set_num_threads(option.bench_threads)
+        self.tier = "full" if option.full else "smoke" if option.smoke else "quick"
+        self.duel_of_session = Duel(tier=self.tier, budget=_SECONDS[self.tier])
+        self.peaks = Peaks()
+        self.modules: dict[str, str] = {}  # by title of the case
+        self.plain: dict[str, dict] = {}
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Every (case, provider) of the module's CASES that belongs to this run, providers of one case in a row."""
+        cases = getattr(metafunc.module, "CASES", None)
+        if cases is None or "duel" not in metafunc.fixturenames:
+            return
+        pairs = [(case, provider) for case in cases if case.runs_in(self.tier) for provider in case.providers]
+        ids = [f"{case.title}-{provider}".replace(" ", "_") for case, provider in pairs]
+        metafunc.parametrize("duel", pairs, ids=ids, indirect=True)
+
+    @pytest.fixture
+    def duel(self, request: pytest.FixtureRequest, benchmark):
+        """A function that judges and times the (case, provider) of this test."""
+        case, provider = request.param
+        self.modules[case.title] = request.module.__name__
+
+        def run() -> None:
+            try:
+                self.duel_of_session.run(case, provider, benchmark)
+            except Unavailable as reason:
+                pytest.skip(str(reason))
+
+        return run
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        """The headline cases once more, as they are without fair allocation."""
+        if not fair_malloc.is_fair():
+            return
+        duel = self.duel_of_session
+        cases = [(self.modules[title], case) for title, case in duel.cases.items() if self._is_timed(case)]
+        self.plain = plain_mode.run(cases, budget=duel.budget, threads=torch.get_num_threads())
+
+    def _is_timed(self, case: Case) -> bool:
+        timed = {row.provider for row in self.duel_of_session.rows[case.title] if row.seconds}
+        return case.headline and {OURS, case.baseline} <= timed
+
+    def pytest_benchmark_update_machine_info(self, machine_info: dict) -> None:
+        machine_info.update(
+            torch=torch.__version__,
+            torch_threads=torch.get_num_threads(),
+            torch_cpu_capability=torch.backends.cpu.get_cpu_capability(),
+            var_kernels_isa=_native.load().isa,
+            malloc=fair_malloc.mode(),
+        )
+
+    def pytest_benchmark_update_json(self, output_json: dict) -> None:
+        output_json["peaks"] = self.peaks.as_dict()
+        output_json["plain_allocation"] = self.plain
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        duel, reporter = self.duel_of_session, terminalreporter
+        if not duel.rows:
+            return
+        reporter.section("side by side (results are judged before they are timed)")
+        isa = _native.load().isa or "no library"
+        reporter.line(f"torch {torch.__version__}, {torch.get_num_threads()} threads; var_kernels at {isa}")
+        reporter.line(fair_malloc.mode())
+        reporter.line("limits of this machine, measured in this session:")
+        for line in self.peaks.lines():
+            reporter.line(f"  {line}")
+        for title, rows in duel.rows.items():
+            case = duel.cases[title]
+            header, *lines = case_lines(title, case.baseline, case.work, rows, self.peaks, case.missing.items())
+            reporter.line("")
+            reporter.line(header, bold=True)
+            for line in lines:
+                reporter.line(line)
+            if title in self.plain:
+                reporter.line(plain_mode.line(self.plain[title], case.baseline))
