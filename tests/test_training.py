@@ -255,12 +255,12 @@ def test_sigint_of_a_process_leaves_a_usable_checkpoint(tmp_path, data):
         cwd=Path(var.__file__).parents[1],
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while not read_log(tmp_path / "log.jsonl"):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        reason, step = process.communicate(timeout=60)[0].split()
+        reason, step = process.communicate(timeout=120)[0].split()
     finally:
         process.kill()
     assert process.returncode == 0 and reason == "interrupted" and int(step) >= 1
@@ -294,6 +294,15 @@ def test_full_disk_leaves_the_previous_checkpoint_intact(tmp_path, data, monkeyp
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl", "vqvae.safetensors"]
     assert train_tokenizer(options).step == 8
+
+
+def test_unwritable_log_stops_with_the_last_checkpoint_named(tmp_path, data, monkeypatch):
+    def full(self, record):
+        raise OSError(28, "No space left on device", str(self.path))
+
+    monkeypatch.setattr(JsonLinesLog, "write", full)
+    with pytest.raises(TrainingError, match="stopped at step 1: .*log.jsonl: No space left on device; there is no check"):
+        train_tokenizer(tokenizer_options(tmp_path, data))
 
 
 def test_checkpoint_in_a_missing_directory_names_it(tmp_path):
@@ -332,6 +341,11 @@ def test_unusable_data_is_reported(tmp_path, data):
         train_tokenizer(tokenizer_options(tmp_path / "run", tmp_path / "nowhere"))
     with pytest.raises(DataError, match=r"batch_size: expected 1..36"):
         train_tokenizer(tokenizer_options(tmp_path / "run", data, batch_size=37))
+
+
+def test_signal_during_the_last_step_does_not_undo_the_end(tmp_path, data, monkeypatch):
+    stop_after(monkeypatch, 8)
+    assert train_tokenizer(tokenizer_options(tmp_path, data)).reason == "finished"
 
 
 # ------------------------------------------------------------------------------------------------------------- loop

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
+
+from .checkpoints import write_atomically
 
 
 def format_duration(seconds: float) -> str:
@@ -80,11 +83,29 @@ class JsonLinesLog:
         """Starts an empty log, or keeps the records up to `keep_until_step`: a resumed run repeats the later ones."""
         self.path = path
         kept = [] if keep_until_step is None else [r for r in read_log(path) if r.get("step", 0) <= keep_until_step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
     def write(self, record: dict[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+class StepMeter:
+    """Steps per second since the last call of `rate`, and seconds since construction."""
+
+    def __init__(self, step: int) -> None:
+        self._step, self._time = step, time.monotonic()
+        self._start = self._time
+
+    def rate(self, step: int) -> float:
+        now = time.monotonic()
+        rate = (step - self._step) / max(now - self._time, 1e-9)
+        self._step, self._time = step, now
+        return max(rate, 1e-9)
+
+    def total(self) -> float:
+        return time.monotonic() - self._start
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:

@@ -194,7 +194,8 @@ def evaluate(
 
     Generated labels cycle through the classes. The classifier is trained on `train` without its held-out images unless
     one is given; the floor is the Fréchet distance of min(held_out, num_generated) of those held-out images, because
-    the distance is biased upwards for small sets and equal sizes make the two comparable.
+    the distance is biased upwards for small sets and equal sizes make the two comparable. With `held_out` equal to the
+    trainings' `val_images` these images were seen by no model: the split is the same.
     """
     say = progress or (lambda message: None)
     fit_indices, held_indices = split_indices(len(train), held_out)
@@ -242,7 +243,7 @@ def _reconstruct(vqvae: VQVAE, images: Tensor, batch_size: int) -> tuple[Tensor,
     vocab_size = len(vqvae.quantize.embedding.weight)
     outputs, counts = [], torch.zeros(vocab_size, dtype=torch.int64)
     for chunk in images.split(batch_size):
-        tokens = vqvae.encode(chunk)
+        tokens = vqvae.encode(chunk.to(vqvae.quantize.embedding.weight.device))
         outputs.append(vqvae.decode(tokens).clamp(-1, 1).float().cpu())
         counts += code_counts(tokens.cpu(), vocab_size)
     return torch.cat(outputs), counts

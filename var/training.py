@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoints
-from .progress import JsonLinesLog, TrainingDisplay
+from .progress import JsonLinesLog, StepMeter, TrainingDisplay
 
 CHECKPOINT_NAME = "checkpoint.pt"
 LOG_NAME = "log.jsonl"
@@ -252,6 +252,10 @@ class Trainer:
         self.validation = state["validation"]
         torch.set_rng_state(state["rng"])
 
+    def _last_checkpoint(self) -> str:
+        exists = self.checkpoint_path.exists()
+        return f"the last checkpoint is {self.checkpoint_path}" if exists else "there is no checkpoint yet"
+
     # -------------------------------------------------------------------------------------------------------- steps
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -295,9 +299,8 @@ class Trainer:
         values = {name: float(value.detach()) for name, value in metrics.items()} | {"grad_norm": float(norm)}
         bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            path = self.checkpoint_path
-            last = f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-            raise TrainingError(f"training diverged at step {self.step}: {', '.join(bad)}; {last}; try a lower lr")
+            reason = f"training diverged at step {self.step}: {', '.join(bad)}"
+            raise TrainingError(f"{reason}; {self._last_checkpoint()}; try a lower lr")
         self.optimizer.step()
         self.step += 1
         self._update_ema()
@@ -318,43 +321,61 @@ class Trainer:
         `after_step(step)` runs after optimizer step number `step` (counted from 1); `validate()` runs on the averaged
         weights in evaluation mode; `export(weights)` writes the model as it is then: averaged.
         """
-        options = self.options
-        log = JsonLinesLog(options.output / LOG_NAME, self.step if options.resume else None)
-        reason, started = "finished", time.monotonic()
-        already, last_save = self.seconds, started
-        with TrainingDisplay(self.title, options.max_steps) as display, StopSignal() as stop:
-            self.model.train()
-            meter = _Meter(self.step)
-            while self.step < options.max_steps:
-                self._train_step(loss_fn)
-                if after_step is not None:
-                    after_step(self.step)
-                now = time.monotonic()
-                self.seconds = already + now - started
-                if self.step % options.log_every == 0 or self.step == options.max_steps:
-                    self._log(log, display, meter)
-                elif self.step % 10 == 0:
-                    display.advance(self.step)
-                last = self.step == options.max_steps
-                if validate is not None and (last or (options.val_every and self.step % options.val_every == 0)):
-                    self._validate(validate, log, display)
-                if stop.requested:
-                    reason = "interrupted"
-                    break
-                if options.max_minutes is not None and now - started > 60 * options.max_minutes and not last:
-                    reason = "time limit"
-                    break
-                if now - last_save > 60 * options.checkpoint_minutes:
-                    self.save()
-                    last_save = now
-            self.save()
-            self.model.eval()
-            with self.averaged_weights():
-                export(weights)
-            display.note(f"{reason} at step {self.step}; checkpoint {self.checkpoint_path}, weights {weights}")
+        try:
+            with TrainingDisplay(self.title, self.options.max_steps) as display, StopSignal() as stop:
+                self.model.train()
+                reason = self._loop(loss_fn, display, stop, after_step, validate)
+                self.save()
+                self.model.eval()
+                with self.averaged_weights():
+                    export(weights)
+                display.note(f"{reason} at step {self.step}; checkpoint {self.checkpoint_path}, weights {weights}")
+        except OSError as error:
+            where = error.filename or self.options.output
+            raise TrainingError(
+                f"training stopped at step {self.step}: {where}: {error.strerror or error}; {self._last_checkpoint()}"
+            ) from error
         return TrainingResult(self.step, reason, self.checkpoint_path, weights, self.seconds, self.validation)
 
-    def _log(self, log: JsonLinesLog, display: TrainingDisplay, meter: _Meter) -> None:
+    def _loop(
+        self,
+        loss_fn: Callable[[int], dict[str, Tensor]],
+        display: TrainingDisplay,
+        stop: StopSignal,
+        after_step: Callable[[int], None] | None,
+        validate: Callable[[], dict[str, float]] | None,
+    ) -> str:
+        """Steps until the end, the time limit or a signal; returns which."""
+        options = self.options
+        log = JsonLinesLog(options.output / LOG_NAME, self.step if options.resume else None)
+        meter = StepMeter(self.step)
+        started = last_save = time.monotonic()
+        before = self.seconds
+        while self.step < options.max_steps:
+            self._train_step(loss_fn)
+            if after_step is not None:
+                after_step(self.step)
+            now = time.monotonic()
+            self.seconds = before + now - started
+            last = self.step == options.max_steps
+            if last or self.step % options.log_every == 0:
+                self._log(log, display, meter)
+            elif self.step % 10 == 0:
+                display.advance(self.step)
+            if validate is not None and (last or (options.val_every and self.step % options.val_every == 0)):
+                self._validate(validate, log, display)
+            if last:
+                break
+            if stop.requested:
+                return "interrupted"
+            if options.max_minutes is not None and now - started > 60 * options.max_minutes:
+                return "time limit"
+            if now - last_save > 60 * options.checkpoint_minutes:
+                self.save()
+                last_save = now
+        return "finished"
+
+    def _log(self, log: JsonLinesLog, display: TrainingDisplay, meter: StepMeter) -> None:
         means = {name: sum(values) / len(values) for name, values in self._window.items()}
         self._window = {}
         steps_per_second = meter.rate(self.step)
@@ -373,23 +394,6 @@ class Trainer:
         self.model.train()
         log.write({"step": self.step, **self.validation})
         display.note(f"step {self.step} validation: " + "  ".join(f"{k} {v:.4g}" for k, v in self.validation.items()))
-
-
-class _Meter:
-    """Steps per second since the last call."""
-
-    def __init__(self, step: int) -> None:
-        self._step, self._time = step, time.monotonic()
-        self._start = self._time
-
-    def rate(self, step: int) -> float:
-        now = time.monotonic()
-        rate = (step - self._step) / max(now - self._time, 1e-9)
-        self._step, self._time = step, now
-        return max(rate, 1e-9)
-
-    def total(self) -> float:
-        return time.monotonic() - self._start
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
