@@ -11,7 +11,7 @@ from operator import index
 
 import torch
 
-from ._checks import check, check_same, check_shape, check_tensor, unit_inner_stride
+from ._checks import check_same, check_shape, check_tensor, unit_inner_stride
 from ._library import autocast_dtype, define, needs_grad, register_fake
 from .backends import resolve
 from .reference import block_causal_attention as reference
@@ -63,22 +63,29 @@ def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for argument, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(argument, tensor, rank=4)
     batch, heads, _, dim = q.shape
-    kv_heads, keys = k.shape[1], k.shape[2]
-    check(1 <= dim <= MAX_HEAD_DIM, "q", f"a head dimension from 1 to {MAX_HEAD_DIM}", tuple(q.shape))
-    check_shape("k", k, (batch, kv_heads, keys, dim))
-    check(kv_heads > 0 and heads % kv_heads == 0, "k", f"a number of heads that divides q's {heads}", kv_heads)
-    check_shape("v", v, k.shape)
+    _, kv_heads, keys, _ = k.shape
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q: expected a head dimension from 1 to {MAX_HEAD_DIM}, got shape {tuple(q.shape)}")
+    if k.shape != (batch, kv_heads, keys, dim):
+        check_shape("k", k, (batch, kv_heads, keys, dim))
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"k: expected a number of heads that divides q's {heads}, got {kv_heads}")
+    if v.shape != k.shape:
+        check_shape("v", v, k.shape)
 
 
 def _check_schedule(scale_lens: Sequence[int], queries: int, keys: int, q_offset: int | None) -> tuple[list[int], int]:
     try:
-        lens = [index(n) for n in scale_lens]
+        lens = list(map(index, scale_lens))
     except TypeError:
         raise TypeError(f"scale_lens: expected a sequence of ints, got {scale_lens!r}") from None
-    check(len(lens) > 0 and min(lens) > 0, "scale_lens", "one or more lengths > 0", lens)
-    check(sum(lens) == keys, "scale_lens", f"lengths that sum to the {keys} keys", f"{lens}, sum {sum(lens)}")
+    if not lens or min(lens) <= 0:
+        raise ValueError(f"scale_lens: expected one or more lengths > 0, got {lens}")
+    if sum(lens) != keys:
+        raise ValueError(f"scale_lens: expected lengths that sum to the {keys} keys, got {lens}, sum {sum(lens)}")
     offset = keys - queries if q_offset is None else q_offset
-    check(0 <= offset <= keys - queries, "q_offset", f"0 to Lk - Lq = {keys} - {queries}", offset)
+    if not 0 <= offset <= keys - queries:
+        raise ValueError(f"q_offset: expected 0 to Lk - Lq = {keys} - {queries}, got {offset}")
     return lens, offset
 
 
@@ -137,7 +144,8 @@ def block_causal_attention(
     cast = autocast_dtype(q.device.type)
     if cast is not None and torch.float64 not in (q.dtype, k.dtype, v.dtype):
         q, k, v = q.to(cast), k.to(cast), v.to(cast)
-    check_same("q", q, k=k, v=v)
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        check_same("q", q, k=k, v=v)
     scale = 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale)
     if resolve("block_causal_attention", backend, q.device.type, q.dtype) == "reference":
         out, lse = reference.block_causal_attention(q, k, v, lens, scale, offset)

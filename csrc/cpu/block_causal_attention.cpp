@@ -36,6 +36,14 @@ HeadRows rows_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
+// empty_like(x), without its lookup by name where x is contiguous.
+Tensor empty_as(const Tensor& x) {
+  const int64_t row = x.size(3), head = x.size(2) * row, batch = x.size(1) * head;
+  if (x.numel() > 0 && x.stride(0) == batch && x.stride(1) == head && x.stride(2) == row && x.stride(3) == 1)
+    return empty_cpu({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
+  return torch::stable::empty_like(x);
+}
+
 void check_like(const Tensor& x, const char* name, const Tensor& q, int64_t heads, int64_t length) {
   VAR_CHECK(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == heads && x.size(2) == length &&
                 x.size(3) == q.size(3),
@@ -144,8 +152,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                    double softmax_scale, int64_t q_offset) {
   const Plan plan = make_plan(q, k, v, scale_lens, softmax_scale, q_offset);
   const AttentionProblem& p = plan.problem;
-  Tensor out = torch::stable::empty_like(q);
-  Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.queries}, ScalarType::Float);
+  Tensor out = empty_as(q), lse = empty_cpu({p.batch, p.heads, p.queries}, ScalarType::Float);
   const AttentionForwardArgs args{p, rows_of(q), rows_of(k), rows_of(v), rows_of(out),
                                   static_cast<float*>(lse.mutable_data_ptr())};
   const AttentionForward& kernels = attention_forward();
@@ -172,11 +179,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
   const auto statistics = [&](const Tensor& x, const char* name) {
     VAR_CHECK(x.dim() == 3 && x.numel() == p.batch * p.heads * p.queries, name, "shape (B, H, Lq)", x.numel());
     VAR_CHECK(x.scalar_type() == ScalarType::Float, name, "float32", "another dtype");
-    return torch::stable::contiguous(x);
+    return x.is_contiguous() ? x : torch::stable::contiguous(x);
   };
   const Tensor dense_lse = statistics(lse, "lse");
   const Tensor dense_dlse = dlse ? statistics(*dlse, "dlse") : dense_lse;
-  Tensor dq = torch::stable::empty_like(q), dk = torch::stable::empty_like(k), dv = torch::stable::empty_like(v);
+  Tensor dq = empty_as(q), dk = empty_as(k), dv = empty_as(v);
   const AttentionBackwardArgs args{
       p, rows_of(dout), rows_of(q), rows_of(k), rows_of(v), rows_of(out), rows_of(dq), rows_of(dk), rows_of(dv),
       static_cast<const float*>(dense_lse.const_data_ptr()),
@@ -187,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
   const int64_t ranges = key_ranges(p), pairs = p.batch * p.kv_heads, group = p.heads / p.kv_heads;
   const int64_t head_floats = p.queries * kernels.padded_dim(p.dim), share_floats = group * head_floats;
   const bool shares = ranges > 1;
-  Tensor parts = torch::stable::new_empty(q, {shares ? pairs * ranges * share_floats : 0}, ScalarType::Float);
+  Tensor parts = empty_cpu({shares ? pairs * ranges * share_floats : 0}, ScalarType::Float);
   float* part = static_cast<float*>(parts.mutable_data_ptr());
   // Equal ranges of whole steps of 64 keys; all queries see the first keys, so that range comes first.
   const int64_t step = (p.keys + ranges * 64 - 1) / (ranges * 64) * 64;

@@ -9,6 +9,8 @@
 namespace var_kernels::VAR_ISA {
 namespace {
 
+constexpr int64_t kFewRows = 4;  // up to here dot products with K as it lies beat transposing K first
+
 struct ForwardScratch {
   float* keys;     // strips [D][kStrip]
   float* values;   // (keys, padded D)
@@ -47,16 +49,54 @@ int64_t scratch_size(const AttentionProblem& problem, const AttentionForwardTask
   return carve(problem, task, nullptr).size;
 }
 
-// Convert the keys [begin, end) of one block, end - begin <= kBlock.
+// Convert the keys [begin, end).
 template <class T>
-void pack_block(const AttentionForwardArgs& args, const AttentionForwardTask& task, int64_t begin, int64_t end,
-                float* keys, float* values) {
-  const AttentionProblem& p = args.problem;
+void pack_keys(const AttentionForwardArgs& args, const AttentionForwardTask& task, int64_t begin, int64_t end,
+               float* keys) {
+  const int64_t dim = args.problem.dim;
   for (int64_t key = begin; key < end; key += kStrip)
-    pack_strip(row_of<const T>(args.k, task.batch, task.kv_head, key), args.k.row, min_i(end - key, kStrip), p.dim,
-               keys + (key - begin) * p.dim);
-  load_rows(row_of<const T>(args.v, task.batch, task.kv_head, begin), args.v.row, end - begin, p.dim, 1.0f, values,
-            round_up(p.dim, kWidth));
+    pack_strip(row_of<const T>(args.k, task.batch, task.kv_head, key), args.k.row, min_i(end - key, kStrip), dim,
+               keys + (key - begin) * dim);
+}
+template <class T>
+void pack_values(const AttentionForwardArgs& args, const AttentionForwardTask& task, int64_t begin, int64_t end,
+                 float* values) {
+  load_rows(row_of<const T>(args.v, task.batch, task.kv_head, begin), args.v.row, end - begin, args.problem.dim, 1.0f,
+            values, round_up(args.problem.dim, kWidth));
+}
+
+// Scores of a few rows without packing: one dot product per key, kWidth keys at a time. The kWidth accumulators are
+// added up by a transposition that adds at every step, so that lane i holds the sum of accumulator i.
+template <int Step>
+VAR_INLINE Vec reduce_each(Vec (&acc)[kWidth]) {
+  for (int i = 0; i < Step; ++i) {
+    exchange<Step>(acc[i], acc[i + Step], std::make_integer_sequence<int, kWidth>());
+    acc[i] += acc[i + Step];
+  }
+  if constexpr (Step > 1) return reduce_each<Step / 2>(acc);
+  return acc[0];
+}
+template <class T>
+void dot_keys(const AttentionForwardArgs& args, const AttentionForwardTask& task, int64_t begin, int64_t columns,
+              int64_t rows, const float* queries, float* scores) {
+  const int64_t dim = args.problem.dim, padded = round_up(dim, kWidth), whole = dim / kWidth * kWidth;
+  for (int64_t c = 0; c < columns; c += kWidth) {
+    const T* keys[kWidth];  // beyond the last key: the last key again, hidden later
+    for (int i = 0; i < kWidth; ++i)
+      keys[i] = row_of<const T>(args.k, task.batch, task.kv_head, begin + min_i(c + i, columns - 1));
+    for (int64_t r = 0; r < rows; ++r) {
+      Vec acc[kWidth] = {};
+      for (int64_t d = 0; d < whole; d += kWidth) {
+        const Vec q = load(queries + r * padded + d);
+        for (int i = 0; i < kWidth; ++i) acc[i] += load(keys[i] + d) * q;
+      }
+      if (whole < dim) {
+        const Vec q = load(queries + r * padded + whole);
+        for (int i = 0; i < kWidth; ++i) acc[i] += load_tail(keys[i] + whole, dim - whole) * q;
+      }
+      store(scores + r * kScoreRow + c, reduce_each<kWidth / 2>(acc));
+    }
+  }
 }
 
 // One row and one block: scores become P, the running maximum and sum move on. Returns the factor of the row of O.
@@ -77,15 +117,22 @@ VAR_INLINE float online_softmax(float* row, int64_t columns, float* max, float* 
   return factor;
 }
 
+// The values of one block where they lie, if they are fp32 in whole vectors; null if they must be converted.
+VAR_INLINE const float* values_in_place(const float* values, int64_t dim) { return dim % kWidth ? nullptr : values; }
+template <class T>
+VAR_INLINE const float* values_in_place(const T*, int64_t) {
+  return nullptr;
+}
+
 // O (rows, padded) += P V. Rows that see equally many keys share one product, so that an invisible value is never
 // multiplied, not even by 0: 0 · NaN would carry a later scale into an earlier one.
 void add_values(const int64_t* visible, int64_t rows, int64_t key_begin, int64_t columns, int64_t padded,
-                const float* p, const float* values, float* out) {
+                const float* p, const float* values, int64_t values_row, float* out) {
   for (int64_t r = 0, end; r < rows; r = end) {
     const int64_t seen = seen_in_block(visible[r], key_begin, columns);
     for (end = r + 1; end < rows && seen_in_block(visible[end], key_begin, columns) == seen;) ++end;
     if (seen > 0)
-      gemm(end - r, padded, seen, p + r * kScoreRow, kScoreRow, 1, values, padded, out + r * padded, padded, true);
+      gemm(end - r, padded, seen, p + r * kScoreRow, kScoreRow, 1, values, values_row, out + r * padded, padded, true);
   }
 }
 
@@ -96,6 +143,7 @@ void forward_tile(const AttentionForwardArgs& args, const AttentionForwardTask& 
   const int64_t rows = tile.end - tile.begin, padded = round_up(p.dim, kWidth);
   const int64_t* visible = p.visible + tile.begin;
   const int64_t keys = visible[rows - 1];
+  const bool few = streams(task) && rows <= kFewRows;
   load_rows(row_of<const T>(args.q, task.batch, head, tile.begin), args.q.row, rows, p.dim, p.softmax_scale, s.queries,
             padded);
   memset(s.out, 0, rows * padded * sizeof(float));
@@ -105,8 +153,19 @@ void forward_tile(const AttentionForwardArgs& args, const AttentionForwardTask& 
   for (int64_t begin = 0; begin < keys; begin += kBlock) {
     const int64_t columns = min_i(keys - begin, kBlock), whole = round_up(columns, kWidth);
     const int64_t place = streams(task) ? 0 : begin;
-    if (streams(task)) pack_block<T>(args, task, begin, begin + columns, s.keys, s.values);
-    multiply_strips(rows, columns, p.dim, s.queries, padded, s.keys + place * p.dim, s.scores);
+    const float* values = nullptr;
+    if (few) {
+      dot_keys<T>(args, task, begin, columns, rows, s.queries, s.scores);
+      values = values_in_place(row_of<const T>(args.v, task.batch, task.kv_head, begin), p.dim);
+    } else {
+      if (streams(task)) pack_keys<T>(args, task, begin, begin + columns, s.keys);
+      multiply_strips(rows, columns, p.dim, s.queries, padded, s.keys + place * p.dim, s.scores);
+    }
+    const int64_t values_row = values ? args.v.row : padded;
+    if (!values) {
+      values = s.values + place * padded;
+      if (streams(task)) pack_values<T>(args, task, begin, begin + columns, s.values);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       float* row = s.scores + r * kScoreRow;
       hide(row, seen_in_block(visible[r], begin, columns), whole, -kInfinity);
@@ -114,7 +173,7 @@ void forward_tile(const AttentionForwardArgs& args, const AttentionForwardTask& 
       if (factor != 1.0f)
         for (int64_t d = 0; d < padded; d += kWidth) store(s.out + r * padded + d, load(s.out + r * padded + d) * factor);
     }
-    add_values(visible, rows, begin, columns, padded, s.scores, s.values + place * padded, s.out);
+    add_values(visible, rows, begin, columns, padded, s.scores, values, values_row, s.out);
   }
 
   float* lse = args.lse + (task.batch * p.heads + head) * p.queries + tile.begin;
@@ -134,9 +193,8 @@ void forward(const AttentionForwardArgs& args, const AttentionForwardTask& task,
     int64_t keys = 0;
     for (int64_t unit = task.unit_begin; unit < task.unit_end; ++unit)
       keys = max_i(keys, p.visible[p.tiles[unit % p.tile_count].end - 1]);
-    for (int64_t key = 0; key < keys; key += kBlock)
-      pack_block<T>(args, task, key, min_i(key + kBlock, keys), s.keys + key * p.dim,
-                    s.values + key * round_up(p.dim, kWidth));
+    pack_keys<T>(args, task, 0, keys, s.keys);
+    pack_values<T>(args, task, 0, keys, s.values);
   }
   const int64_t group = p.heads / p.kv_heads;
   for (int64_t unit = task.unit_begin; unit < task.unit_end; ++unit)
