@@ -206,6 +206,13 @@ def test_broken_images_are_named(tmp_path):
     assert str(broken) in str(caught.value)
 
 
+def test_decompression_bombs_are_named(tmp_path, monkeypatch):
+    write_image_folder(tmp_path, {"a": 1}, size=(64, 64))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match="0.png: not a readable image: .*decompression bomb"):
+        ImageFolder(tmp_path, 8)
+
+
 def test_folders_without_images_are_refused(tmp_path):
     with pytest.raises(DataError, match="not a directory"):
         ImageFolder(tmp_path / "nowhere", 8)

@@ -20,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 FASHION_MNIST_CLASSES = (
@@ -33,6 +33,9 @@ _IDX_SUBDIRS = ("", "usr/share/datasets/fashion-mnist", "share/datasets/fashion-
 _IDX_SEARCH_PATH = (Path("/usr/share/datasets/fashion-mnist"), Path("~/.cache/var/fashion-mnist"))
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+# What Pillow's decoders raise for broken files, besides OSError.
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
@@ -255,7 +258,7 @@ class ImageFolder:
         """Image `index` as (h, w, 3) uint8 with its shorter side resized."""
         cached = self._cache.get(index)
         if cached is None:
-            cached = _load_resized(self.paths[index], self._resized_side)
+            cached = load_resized(self.paths[index], self._resized_side)
             if cached.nbytes <= self._cache_left:
                 self._cache[index] = cached
                 self._cache_left -= cached.nbytes
@@ -274,16 +277,20 @@ def _check_header(path: Path) -> None:
     try:
         with Image.open(path):
             pass
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path}: not a readable image: {error}") from error
 
 
-def _load_resized(path: Path, shorter_side: int) -> np.ndarray:
+def load_resized(path: Path, shorter_side: int) -> np.ndarray:
+    """The image of a file as (h, w, 3) uint8 RGB, resized so that the shorter side has `shorter_side` pixels.
+
+    Transparency is laid over white, 16-bit grey scaled to 8. Raises DataError naming a `path` that is no whole image.
+    """
     try:
         with Image.open(path) as image:
             image.draft("RGB", (2 * shorter_side, 2 * shorter_side))
             rgb = _to_rgb(image)
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path}: not a readable image: {error}") from error
     factor = shorter_side / min(rgb.size)
     size = tuple(max(shorter_side, round(side * factor)) for side in rgb.size)
