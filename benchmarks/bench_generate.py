@@ -75,12 +75,12 @@ def judge(inputs: Inputs) -> Judge:
             vqvae.float()
     judge_images = judge_floats({"images": exact}, {"images": plain})
 
-    def judge_both(results) -> float:
+    def judge_both(results, peer: bool = False) -> float:
         found, images = results
         if not torch.equal(found, tokens):
             wrong = int((found != tokens).sum())
             raise AssertionError(f"tokens: {wrong} of {tokens.numel()} differ from the reference's")
-        return judge_images(images)
+        return judge_images(images, peer)
 
     return judge_both
 

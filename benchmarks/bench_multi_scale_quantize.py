@@ -103,12 +103,12 @@ def judge(inputs: Inputs) -> Judge:
         raise AssertionError("these inputs have a near-tie that float32 does not resolve: choose another seed")
     judge_map = judge_floats({"f_hat": exact}, {"f_hat": plain})
 
-    def judge_both(results) -> float:
+    def judge_both(results, peer: bool = False) -> float:
         found, f_hat = results
         if found.shape != tokens.shape or not torch.equal(found, tokens):
             wrong = "all" if found.shape != tokens.shape else int((found != tokens).sum())
             raise AssertionError(f"tokens: {wrong} of {tokens.numel()} differ from those of float64")
-        return judge_map(f_hat)
+        return judge_map(f_hat, peer)
 
     return judge_both
 

@@ -95,7 +95,7 @@ def judge(inputs: Inputs) -> Judge:
 
     plain = reached(eager(inputs)()).float()
 
-    def judge_codes(codes: torch.Tensor) -> float:
+    def judge_codes(codes: torch.Tensor, peer: bool = False) -> float:
         if codes.shape != nearest.shape or codes.dtype != torch.int64:
             got = f"{codes.dtype} of shape {tuple(codes.shape)}"
             raise AssertionError(f"codes: expected int64 of shape {tuple(nearest.shape)}, got {got}")

@@ -28,7 +28,12 @@ TIERS = ("smoke", "quick", "full")
 
 Call = Callable[[], Any]
 Provider = Callable[[Any], Call]  # the case's inputs -> the function to be timed
-Judge = Callable[[Any], float]  # a provider's result -> its largest error; AssertionError if it is wrong
+Judge = Callable[..., float]  # judge(result, peer=False) -> its largest error; AssertionError if it is wrong
+
+# A sum of n terms, one after another, is off by about sqrt(n) roundings, where eager's sums by halves are off by
+# sqrt(log2(n)): eight times less for the 680 tokens over which gradients are summed. A peer that sums naively is less
+# accurate, as its row shows, but not wrong; wrong results are off by orders of magnitude more.
+PEER_SLACK = 8
 
 
 class Unavailable(Exception):
@@ -83,14 +88,20 @@ def require_native(op: str) -> None:
 
 
 def judge_floats(exact: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]) -> Judge:
-    """Judges a tuple of tensors, named as in `exact` (float64), by the error of plain PyTorch's in the same dtype."""
+    """Judges a tuple of tensors, named as in `exact` (float64), by the error of plain PyTorch's in the same dtype.
 
-    def judge(results) -> float:
+    Our kernels by :func:`var_kernels.testing.assert_accurate` as it is, peers with :data:`PEER_SLACK` times that error.
+    """
+
+    def judge(results, peer: bool = False) -> float:
         results = (results,) if isinstance(results, torch.Tensor) else tuple(results)
         if len(results) != len(exact):
             raise AssertionError(f"expected the results {', '.join(exact)}, got {len(results)} of them")
         for (name, reference), result in zip(exact.items(), results, strict=True):
-            assert_accurate(result, plain[name], reference, name=name)
+            yardstick = plain[name]
+            if peer:
+                yardstick = (reference + PEER_SLACK * (yardstick.double() - reference)).to(yardstick.dtype)
+            assert_accurate(result, yardstick, reference, name=name)
         return max(max_error(result, reference) for result, reference in zip(results, exact.values(), strict=True))
 
     return judge
@@ -203,7 +214,7 @@ class Duel:
         try:
             self._load(case)
             call = prepare(case, provider, self._inputs, smoke=self.tier == "smoke")
-            error = self._judge(first_result(case, provider, call))
+            error = self._judge(first_result(case, provider, call), peer=provider != OURS)
         except Unavailable as reason:
             rows.append(Row(provider, note=f"not measured: {reason}"))
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
@@ -20,6 +22,9 @@ class BenchmarkPlugin:
 
     def __init__(self, config: pytest.Config) -> None:
         option = config.option
+        # A refused provider never reaches its timer, and the compiler's trace would bury the refusal.
+        config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
+        logging.getLogger("torch.__trace").propagate = False
         if option.bench_threads:
             torch.set_num_threads(option.bench_threads)
         self.tier = "full" if option.full else "smoke" if option.smoke else "quick"

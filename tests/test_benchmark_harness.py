@@ -241,6 +241,15 @@ def test_the_lines_of_a_case():
     ]
 
 
+def test_a_peer_may_sum_naively_and_we_may_not():
+    exact = torch.full((4, 16), 80.0, dtype=torch.float64)
+    plain, naive = exact.float() + 1e-5, exact.float() + 1e-4
+    judge = harness.judge_floats({"dscale": exact}, {"dscale": plain})
+    assert judge(naive, peer=True) == pytest.approx(1e-4, rel=0.1)
+    with pytest.raises(AssertionError, match="dscale: .* off by more"):
+        judge(naive)
+
+
 def test_measure_interleaves_and_counts_faults():
     log = []
     timing = harness.measure(lambda: log.append("b"), lambda: log.append("a"), budget=0.0)
@@ -276,8 +285,9 @@ def test_every_benchmark_refuses_zeros_and_shifted_rows(module):
         for i, result in enumerate(results):
             for wrong in (torch.zeros_like(result), result.roll(1, -1), result[:1]):
                 spoiled = (*results[:i], wrong, *results[i + 1 :])
-                with pytest.raises(AssertionError):
-                    judge(spoiled[0] if len(results) == 1 else spoiled)
+                for peer in (False, True):
+                    with pytest.raises(AssertionError):
+                        judge(spoiled[0] if len(results) == 1 else spoiled, peer)
 
 
 def test_plain_mode_measures_in_a_process_of_its_own():
