@@ -1,0 +1,34 @@
+"""`python -m var`: generate, reconstruct and train from the command line."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import cli_images, cli_training
+from .cli import Commands, help_text
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def program(
+    traceback: Annotated[bool, typer.Option(
+        "--traceback", help="Show where an error comes from, instead of one line. Goes before the command.")] = False,
+) -> None:
+    """Next-scale image generation (VAR) on the kernels of var_kernels.
+
+    A picture is generated coarse to fine: a transformer predicts all tokens of one scale at once, given all smaller
+    scales, and a tokenizer (a multi-scale VQ-VAE) turns the tokens into pixels. A small trained model ships with the
+    package; `python -m var demo` shows it.
+
+    Exit status: 0 done, 2 bad input or an output that cannot be written, 130 interrupted.
+    """
+
+
+app.callback(help=help_text(program))(program)
+cli_images.register(app)
+cli_training.register(app)
+
+if __name__ == "__main__":
+    app(prog_name="python -m var")
