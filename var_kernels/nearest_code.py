@@ -16,9 +16,7 @@ def _(z, codebook, cosine):
     return z.new_empty(z.shape[:1], dtype=torch.int64)
 
 
-def nearest_code(
-    z: torch.Tensor, codebook: torch.Tensor, *, metric: str = "l2", backend: str = "auto"
-) -> torch.Tensor:
+def nearest_code(z: torch.Tensor, codebook: torch.Tensor, *, metric: str = "l2", backend: str = "auto") -> torch.Tensor:
     """The index of the codebook entry nearest to each vector.
 
     "l2":     argmin over v of |z - codebook[v]|², computed as argmax of z·c - |c|²/2: |z|² is common to all codes.

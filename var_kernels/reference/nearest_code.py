@@ -20,9 +20,11 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor, *, metric: str = "l2")
     else:
         bias = -0.5 * codes.square().sum(-1)
     rows = z.detach().reshape(-1, z.shape[-1])
-    best = []
-    for chunk in rows.split(max(1, _SCORES_AT_ONCE // codes.shape[0])):
-        scores = torch.addmm(bias, chunk.to(wide), codes.T)
-        # argmax returns the first of equal values.
-        best.append(scores.masked_fill(scores.isnan(), -torch.inf).argmax(-1))
-    return torch.cat(best).reshape(z.shape[:-1])
+    best = rows.new_empty(rows.shape[0], dtype=torch.int64)
+    chunk = max(1, _SCORES_AT_ONCE // codes.shape[0])
+    # Results are written in place: small tensors kept between the large temporaries would fragment the heap.
+    for rows_chunk, best_chunk in zip(rows.split(chunk), best.split(chunk), strict=True):
+        scores = torch.addmm(bias, rows_chunk.to(wide), codes.T)
+        scores = scores.masked_fill(scores.isnan(), -torch.inf)
+        best_chunk.copy_(scores.argmax(-1))  # the first of equal values
+    return best.reshape(z.shape[:-1])

@@ -1,0 +1,385 @@
+"""nearest_code: exactness within a derived rounding band, ties, special values, the contract of the call."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from var_kernels import nearest_code
+from var_kernels.backends import unavailable_reason
+from var_kernels.testing import isa_levels, poison, randn
+
+METRICS = ("l2", "cosine")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Codes straddle vectors (4, 8, 16) and strips (8, 16, 64) of every ISA level; rows straddle the register tile (6) and
+# the block of one task (96); channels straddle nothing but have to work from 1 to the widest codebooks.
+CODES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 95, 96, 97, 193)
+CHANNELS = (1, 2, 3, 8, 31, 32, 33, 256)
+
+
+@pytest.fixture
+def cpu():
+    """Skips where the native library is not available."""
+    reason = unavailable_reason("cpu", "cpu", "nearest_code")
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request):
+    if request.param == "cpu":
+        request.getfixturevalue("cpu")
+    return request.param
+
+
+def scores_and_band(z: torch.Tensor, codebook: torch.Tensor, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact scores in float64, and a bound of the error of each in fp32, both (N, V).
+
+    The score z·c - |c|²/2 is a chain of C multiply-adds that starts at the rounded |c|²/2, itself a chain of C: in any
+    order of summation its error is at most gamma(2C + 2) times the sum of the terms' magnitudes, with
+    gamma(n) = n·u / (1 - n·u) and u = 2^-24. Normalising a code (cosine) adds C + 3 roundings to each factor.
+    """
+    z, codes = z.double(), codebook.double()
+    unit_roundoff, channels = 2.0**-24, z.shape[-1]
+    if metric == "cosine":
+        codes = torch.nn.functional.normalize(codes, dim=-1, eps=1e-12)
+        half_norm = torch.zeros(codes.shape[0], dtype=torch.float64)
+        roundings = 2 * channels + 3
+    else:
+        half_norm = 0.5 * codes.square().sum(-1)
+        roundings = 2 * channels + 2
+    gamma = roundings * unit_roundoff / (1 - roundings * unit_roundoff)
+    return z @ codes.T - half_norm, gamma * (z.abs() @ codes.abs().T + half_norm)
+
+
+def assert_nearest(index: torch.Tensor, z: torch.Tensor, codebook: torch.Tensor, metric: str) -> None:
+    """Each index is the exact one, or its exact score is below the maximum by no more than both scores' errors."""
+    assert index.dtype == torch.int64 and index.shape == z.shape[:-1]
+    assert ((index >= 0) & (index < codebook.shape[0])).all()
+    scores, band = scores_and_band(z, codebook, metric)
+    rows = torch.arange(z.shape[0])
+    best = scores.argmax(-1)
+    gap = scores[rows, best] - scores[rows, index]
+    allowed = band[rows, best] + band[rows, index]
+    assert (gap <= allowed).all(), f"chosen codes are farther by up to {(gap - allowed).max()} than rounding explains"
+
+
+# ---- exactness -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nearest_within_rounding(backend, metric):
+    for channels in CHANNELS:
+        for rows, codes in zip(ROWS, (*CODES[-11:], 1000, 70, 300), strict=True):
+            z, codebook = randn(rows, channels, seed=rows), randn(codes, channels, seed=codes + 7)
+            assert_nearest(nearest_code(z, codebook, metric=metric, backend=backend), z, codebook, metric)
+
+
+def test_near_ties_within_rounding(backend):
+    # All codes around one point far from 0: the scores of a row differ by little more than their rounding.
+    z = randn(97, 32, seed=1, std=1e-3) + 3
+    codebook = randn(500, 32, seed=2, std=1e-3) + 3
+    assert_nearest(nearest_code(z, codebook, backend=backend), z, codebook, "l2")
+
+
+def test_exact_on_small_integers(backend):
+    # Small integers leave no rounding, so that index and tie rule must be exact; three values make many ties.
+    generator = torch.Generator().manual_seed(0)
+    for codes in CODES:
+        for rows in ROWS:
+            z = torch.randint(-1, 2, (rows, 4), generator=generator).float()
+            codebook = torch.randint(-1, 2, (codes, 4), generator=generator).float()
+            distance = torch.cdist(z.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+            lowest = (distance.round() == distance.round().amin(-1, keepdim=True)).int().argmax(-1)
+            assert torch.equal(nearest_code(z, codebook, backend=backend), lowest), (rows, codes)
+
+
+def test_agrees_with_the_expanded_formula(cpu):
+    # |c|² - 2 z·c in plain torch, fp32; rows where the two disagree are near-ties, on either side.
+    z, codebook = randn(700, 32, seed=1), randn(4096, 32, seed=2)
+    plain = torch.addmm(codebook.square().sum(-1), z, codebook.T, alpha=-2).argmin(-1)
+    ours = nearest_code(z, codebook, backend="cpu")
+    assert_nearest(plain, z, codebook, "l2")
+    assert_nearest(ours, z, codebook, "l2")
+    assert (plain != ours).sum() <= 2
+
+
+def test_cosine_ignores_lengths(backend):
+    z, codebook = randn(50, 16, seed=1), randn(300, 16, seed=2)
+    expected = nearest_code(z, codebook, metric="cosine", backend=backend)
+    stretched = codebook * (torch.arange(300) % 5 + 1).unsqueeze(1)
+    assert_nearest(nearest_code(8 * z, stretched, metric="cosine", backend=backend), z, stretched, "cosine")
+    assert torch.equal(nearest_code(8 * z, codebook * 4, metric="cosine", backend=backend), expected)
+
+
+def test_cosine_of_tiny_codes(backend):
+    # Below a length of 1e-12 a code is divided by 1e-12: it loses against any code of ordinary length.
+    z, direction = torch.ones(1, 4), torch.tensor([[1.0, 1.0, 1.0, 1.0]])
+    codebook = torch.cat([torch.zeros(1, 4), direction * 1e-20, direction * 1e-3 + torch.eye(4)[:1] * 1e-3])
+    assert nearest_code(z, codebook, metric="cosine", backend=backend).item() == 2
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_16_bit_inputs_are_widened_exactly(backend, metric, dtype):
+    z, codebook = randn(97, 24, seed=1, dtype=dtype), randn(333, 24, seed=2, dtype=dtype)
+    expected = nearest_code(z.float(), codebook.float(), metric=metric, backend=backend)
+    assert torch.equal(nearest_code(z, codebook, metric=metric, backend=backend), expected)
+
+
+# ---- ties ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_first_of_equal_codes_at_every_position(cpu, metric):
+    # Equal codes at `first` and everywhere behind: other lanes, other vectors, other strips. 13 rows: tiles of 6, 6, 1.
+    target = randn(1, 19, seed=1)
+    z = target + randn(13, 19, seed=2, std=0.01)
+    far = -target + randn(150, 19, seed=3, std=0.1)
+    for first in range(150):
+        codebook = far.clone()
+        codebook[first:] = target
+        index = nearest_code(z, codebook, metric=metric, backend="cpu")
+        assert (index == first).all(), f"expected {first}, got {index.tolist()}"
+
+
+def test_first_of_two_equal_codes(cpu):
+    # Pairs at every distance: same vector, same strip, different strips.
+    target, far = randn(1, 19, seed=1), -randn(1, 19, seed=1)
+    z = target + randn(7, 19, seed=2, std=0.01)
+    for first, second in [(i, j) for i in (0, 1, 15, 16, 63, 64, 100) for j in range(i + 1, 150)]:
+        codebook = far.repeat(150, 1)
+        codebook[[first, second]] = target
+        assert (nearest_code(z, codebook, backend="cpu") == first).all(), (first, second)
+
+
+def test_all_codes_equal(backend):
+    for codes in CODES:
+        codebook = randn(1, 5, seed=1).expand(codes, 5)
+        assert not nearest_code(randn(13, 5, seed=2).bfloat16().float(), codebook, backend=backend).any()
+
+
+# ---- special values ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nan_and_inf_are_the_same_in_both_backends(cpu, metric):
+    generator = torch.Generator().manual_seed(3)
+    specials = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+    for case in range(40):
+        z, codebook = randn(20, 6, seed=case), randn(90, 6, seed=100 + case)
+        for tensor, count in ((z, 10), (codebook, 30)):
+            where = torch.randint(tensor.numel(), (count,), generator=generator)
+            tensor.view(-1)[where] = specials[torch.randint(4, (count,), generator=generator)]
+        ours = nearest_code(z, codebook, metric=metric, backend="cpu")
+        assert torch.equal(ours, nearest_code(z, codebook, metric=metric, backend="reference")), case
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nan_rows_get_zero_and_nan_codes_are_never_chosen(backend, metric):
+    z, codebook = randn(9, 6, seed=1), randn(90, 6, seed=2)
+    z[4, 2] = torch.nan
+    codebook[:70, 3] = torch.nan
+    index = nearest_code(z, codebook, metric=metric, backend=backend)
+    assert index[4] == 0
+    others = [row for row in range(9) if row != 4]
+    assert_nearest(index[others] - 70, z[others], codebook[70:], metric)
+    assert not nearest_code(z, torch.full_like(codebook, torch.nan), metric=metric, backend=backend).any()
+
+
+def test_infinitely_far_codes_are_never_chosen(backend):
+    z, codebook = randn(9, 6, seed=1), randn(90, 6, seed=2)
+    codebook[:70, 3] = torch.inf
+    assert (nearest_code(z, codebook, backend=backend) >= 70).all()
+
+
+def test_infinite_row_takes_the_first_code_of_infinite_score(backend):
+    codebook = torch.tensor([[-1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
+    assert nearest_code(torch.tensor([torch.inf, 0.0]), codebook, backend=backend) == 1
+
+
+# ---- layouts and the call ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 3, 7), (2, 0, 7), (0, 7), (2, 3, 4, 5, 7)], ids=str)
+def test_shapes(backend, shape):
+    z, codebook = randn(*shape, seed=1), randn(11, 7, seed=2)
+    index = nearest_code(z, codebook, backend=backend)
+    assert index.shape == shape[:-1] and index.dtype == torch.int64
+    assert torch.equal(index.reshape(-1), nearest_code(z.reshape(-1, 7), codebook, backend="reference"))
+
+
+def test_no_channels(backend):
+    assert torch.equal(nearest_code(torch.zeros(3, 0), torch.zeros(4, 0), backend=backend), torch.zeros(3).long())
+
+
+def test_strided_inputs(backend):
+    z, codebook = randn(4, 9, 7, seed=1), randn(30, 7, seed=2)
+    expected = nearest_code(z, codebook, backend=backend)
+    feature_map = z.permute(0, 2, 1).contiguous()  # channels before positions, as in a convolution's output
+    assert torch.equal(nearest_code(feature_map.permute(0, 2, 1), codebook, backend=backend), expected)
+    columns = codebook.T.contiguous().T
+    assert torch.equal(nearest_code(z, columns, backend=backend), expected)
+    wide = torch.cat([codebook, codebook], dim=1)[:, :7]
+    assert torch.equal(nearest_code(z[:, ::2], wide, backend=backend), expected[:, ::2])
+
+
+def test_no_gradient(backend):
+    z, codebook = randn(5, 7, seed=1).requires_grad_(), randn(11, 7, seed=2).requires_grad_()
+    assert not nearest_code(z, codebook, backend=backend).requires_grad
+
+
+def test_changed_codebook_is_noticed(cpu):
+    z, codebook = randn(5, 7, seed=1), randn(500, 7, seed=2)
+    nearest_code(z, codebook, backend="cpu")
+    codebook[123] = z[0]
+    assert nearest_code(z, codebook, backend="cpu")[0] == 123
+
+
+def test_writes_every_element(cpu):
+    z, codebook = randn(1000, 8, seed=1), randn(90, 8, seed=2)
+    expected = nearest_code(z, codebook, backend="cpu")
+    poison()
+    assert torch.equal(nearest_code(z, codebook, backend="cpu"), expected)
+
+
+def test_equal_for_any_number_of_threads(cpu):
+    z, codebook = randn(600, 32, seed=1), randn(1000, 32, seed=2)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 4, 1):
+            torch.set_num_threads(count)
+            results.append(nearest_code(z, codebook, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_matmul_precision_settings_do_not_matter(backend):
+    z, codebook = randn(200, 32, seed=1), randn(2000, 32, seed=2)
+    expected = nearest_code(z, codebook, backend=backend)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")  # bf16 products in torch's own fp32 matmul
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(nearest_code(z, codebook, backend=backend), expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_autocast_widens_mixed_dtypes(backend):
+    z, codebook = randn(50, 8, seed=1), randn(90, 8, seed=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        index = nearest_code(z.bfloat16(), codebook, backend=backend)
+    assert torch.equal(index, nearest_code(z.bfloat16().float(), codebook, backend=backend))
+
+
+WRONG = [
+    ("z", lambda: torch.tensor(1.0), ValueError, "z: expected at least 1 dimension"),
+    ("z", lambda: torch.zeros(5, 7).int(), TypeError, "z: expected float32, bfloat16, float16 or float64"),
+    ("z", lambda: None, TypeError, "z: expected a torch.Tensor, got NoneType"),
+    ("codebook", lambda: torch.zeros(7), ValueError, "codebook: expected 2 dimensions"),
+    ("codebook", lambda: torch.zeros(0, 7), ValueError, "codebook: expected at least one code"),
+    ("codebook", lambda: torch.zeros(7, 9), ValueError, r"codebook: expected shape \(V, 7\) .* got \(7, 9\)"),
+    ("codebook", lambda: torch.zeros(9, 7).half(), TypeError, "codebook: expected torch.float32 like z, got torch.fl"),
+    (
+        "codebook",
+        lambda: torch.zeros(9, 7, device="meta"),
+        ValueError,
+        "codebook: expected device cpu like z, got meta",
+    ),
+    ("metric", lambda: "dot", ValueError, "metric: expected 'l2' or 'cosine', got 'dot'"),
+    ("backend", lambda: "faiss", ValueError, "backend: expected one of auto, cpu, reference"),
+]
+
+
+@pytest.mark.parametrize("argument, make, error, message", WRONG)
+def test_wrong_arguments(argument, make, error, message):
+    arguments = {"z": torch.zeros(5, 7), "codebook": torch.zeros(9, 7)}
+    with pytest.raises(error, match=message):
+        nearest_code(**arguments | {argument: make()})
+
+
+def test_float64_is_served_by_the_reference(cpu):
+    z, codebook = randn(5, 7, seed=1, dtype=torch.float64), randn(11, 7, seed=2, dtype=torch.float64)
+    assert torch.equal(nearest_code(z, codebook), nearest_code(z, codebook, backend="reference"))
+    with pytest.raises(ValueError, match="'cpu' cannot serve nearest_code .*expected one of auto, reference"):
+        nearest_code(z, codebook, backend="cpu")
+
+
+def test_raw_op_checks_its_arguments(cpu):
+    op = torch.ops.var_kernels._nearest_code
+    with pytest.raises(RuntimeError, match="z: expected 2 dimensions, got 1"):
+        op(torch.zeros(7), torch.zeros(9, 7), False)
+    with pytest.raises(RuntimeError, match="codebook: expected 7, got 6 channels"):
+        op(torch.zeros(5, 7), torch.zeros(9, 6), False)
+    with pytest.raises(RuntimeError, match="codebook: expected at least one code"):
+        op(torch.zeros(5, 7), torch.zeros(0, 7), False)
+    with pytest.raises(RuntimeError, match="z: expected float32, bfloat16 or float16, got Double"):
+        op(torch.zeros(5, 7).double(), torch.zeros(9, 7).double(), False)
+
+
+# ---- torch's tools, memory, ISA levels -----------------------------------------------------------------------------
+
+
+def test_opcheck(cpu):
+    for dtype in DTYPES:
+        arguments = (randn(5, 7, seed=1, dtype=dtype), randn(11, 7, seed=2, dtype=dtype), False)
+        torch.library.opcheck(torch.ops.var_kernels._nearest_code.default, arguments)
+
+
+def test_compile_and_export(cpu):
+    class Module(torch.nn.Module):
+        def forward(self, z, codebook):
+            return nearest_code(z, codebook, metric="cosine")
+
+    compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager")
+    codebook = randn(50, 7, seed=2)
+    for rows in (3, 8, 5):
+        z = randn(2, rows, 7, seed=rows)
+        expected = nearest_code(z, codebook, metric="cosine")
+        assert torch.equal(compiled(z, codebook), expected)
+    exported = torch.export.export(Module(), (z, codebook))
+    assert any("var_kernels" in str(node.target) for node in exported.graph.nodes)
+    assert torch.equal(exported.module()(z, codebook), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap(cpu):
+    z, codebook = randn(3, 5, 7, seed=1), randn(50, 7, seed=2)
+    expected = nearest_code(z, codebook)
+    assert torch.equal(torch.vmap(nearest_code, (0, None))(z, codebook), expected)
+    assert torch.equal(torch.vmap(nearest_code, (2, None))(z.movedim(0, -1), codebook), expected)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux only")
+def test_no_matrix_of_all_scores(backend):
+    # 20 000 rows times 4 096 codes would be 330 MB in fp32.
+    script = (
+        "import resource, torch; from var_kernels import nearest_code; torch.set_num_threads(1)\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"run = lambda rows: nearest_code(torch.ones(rows, 2), torch.ones(4096, 2), backend={backend!r})\n"
+        "run(600); before = peak(); run(20000); print((peak() - before) // 1024)"
+    )
+    answer = subprocess.run([sys.executable, "-c", script], cwd=_ROOT, capture_output=True, text=True, check=True)
+    assert int(answer.stdout) < 60, f"{answer.stdout} MiB more for 20 000 rows"
+
+
+@pytest.mark.parametrize("level", ("portable", "avx2", "avx512"))
+def test_every_lower_isa_level(cpu, level):
+    if level not in isa_levels()[:-1]:
+        pytest.skip(f"{level} is not below the level of this process")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "exact_on_small_integers and cpu or first_of_equal or nan_and_inf"]
+    environment = {**os.environ, "VAR_KERNELS_ISA": level}
+    answer = subprocess.run(command, env=environment, cwd=_ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0 and "skipped" not in answer.stdout, answer.stdout[-3000:] + answer.stderr[-2000:]
+
+
+_ROOT = Path(__file__).resolve().parents[1]
