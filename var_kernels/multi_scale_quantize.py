@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import check, check_same, check_shape, check_tensor
+from ._checks import check, check_same, check_tensor
 from ._library import autocast_dtype, define, needs_grad, register_fake
 from .backends import resolve
 from .reference import multi_scale_quantize as _reference
@@ -27,11 +27,12 @@ define(
     "Tensor derrors, int[] heights, int[] widths, int[] phi_index, float phi_ratio) "
     "-> (Tensor df, Tensor dcodebook, Tensor dphi_weight, Tensor dphi_bias)"
 )
-# One scale with its own convolution, phi_weight (C, C, 3, 3) and phi_bias (C); next_height 0: there is no next scale.
+# One scale, (height, width), with the convolution phi_index; next_height 0: there is no next scale.
 define(
-    "_next_scale_input(Tensor f_hat, Tensor codes, Tensor phi_weight, Tensor phi_bias, int height, int width, "
-    "int next_height, int next_width, float phi_ratio) -> (Tensor new_f_hat, Tensor next_map)"
+    "_next_scale_input(Tensor f_hat, Tensor codes, Tensor phi_weight, Tensor phi_bias, int phi_index, int height, "
+    "int width, int next_height, int next_width, float phi_ratio) -> (Tensor new_f_hat, Tensor next_map)"
 )
+_OPS = torch.ops.var_kernels
 
 
 @register_fake("_multi_scale_quantize")
@@ -47,7 +48,7 @@ def _(f, codebook, phi_weight, phi_bias, tokens, derrors, heights, widths, phi_i
 
 
 @register_fake("_next_scale_input")
-def _(f_hat, codes, phi_weight, phi_bias, height, width, next_height, next_width, phi_ratio):
+def _(f_hat, codes, phi_weight, phi_bias, phi_index, height, width, next_height, next_width, phi_ratio):
     batch, channels = f_hat.shape[:2]
     return f_hat.new_empty(f_hat.shape), f_hat.new_empty((batch, next_height * next_width, channels))
 
@@ -97,16 +98,25 @@ def _plan(patch_nums: Sequence[int | tuple[int, int]], map_of: str, full: tuple[
     make = _cached_plan.__wrapped__ if torch.compiler.is_compiling() else _cached_plan  # the tracer warns of caches
     plan = make(key, num_phi)
     last = (plan.heights[-1], plan.widths[-1])
-    check(last == full, "patch_nums", f"the last map to be {full}, the height and width of {map_of}", last)
+    if last != full:
+        raise ValueError(f"patch_nums: expected the last map to be {full}, the size of {map_of}, got {last}")
     return plan
+
+
+def _check_map(argument: str, shape: torch.Size) -> None:
+    if 0 in shape[1:]:
+        raise ValueError(f"{argument}: expected non-empty channels, height and width, got shape {tuple(shape)}")
 
 
 def _check_phi(phi_weight: torch.Tensor, phi_bias: torch.Tensor, channels: int) -> None:
     check_tensor("phi_weight", phi_weight, rank=5)
     check_tensor("phi_bias", phi_bias, rank=2)
-    check(phi_weight.shape[0] >= 1, "phi_weight", "at least one convolution", tuple(phi_weight.shape))
-    check_shape("phi_weight", phi_weight, (phi_weight.shape[0], channels, channels, 3, 3))
-    check_shape("phi_bias", phi_bias, (phi_weight.shape[0], channels))
+    num_phi = phi_weight.shape[0]
+    if num_phi == 0 or phi_weight.shape != (num_phi, channels, channels, 3, 3):
+        expected = f"(n, {channels}, {channels}, 3, 3) with n >= 1"
+        raise ValueError(f"phi_weight: expected shape {expected}, got {tuple(phi_weight.shape)}")
+    if phi_bias.shape != (num_phi, channels):
+        raise ValueError(f"phi_bias: expected shape {(num_phi, channels)}, got {tuple(phi_bias.shape)}")
 
 
 def _upcast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -119,8 +129,9 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def forward(f, codebook, phi_weight, phi_bias, plan, phi_ratio, cosine, beta):
-        raw = torch.ops.var_kernels._multi_scale_quantize
-        tokens, f_hat, errors = raw(f, codebook, phi_weight, phi_bias, *plan, phi_ratio, cosine)
+        tokens, f_hat, errors = _OPS._multi_scale_quantize(
+            f, codebook, phi_weight, phi_bias, *plan, phi_ratio, cosine
+        )
         return tokens, f_hat, errors.sum() * ((1 + beta) / (errors.shape[-1] * f.numel()))
 
     @staticmethod
@@ -134,8 +145,7 @@ class _Quantize(torch.autograd.Function):
         f, codebook, phi_weight, phi_bias, tokens = ctx.saved_tensors
         scales = len(ctx.plan.heights)
         derrors = (dloss / (scales * f.numel())).expand(f.shape[0], scales)
-        raw = torch.ops.var_kernels._multi_scale_quantize_backward
-        df, dcodebook, dphi_weight, dphi_bias = raw(
+        df, dcodebook, dphi_weight, dphi_bias = _OPS._multi_scale_quantize_backward(
             f, codebook, phi_weight, phi_bias, tokens, derrors, *ctx.plan, ctx.phi_ratio
         )
         return df_hat + ctx.beta * df, dcodebook, dphi_weight, dphi_bias, None, None, None, None
@@ -194,9 +204,9 @@ def multi_scale_quantize(
     check_tensor("f", f, rank=4)
     check_tensor("codebook", codebook, rank=2)
     batch, channels, height, width = f.shape
-    check(min(channels, height, width) >= 1, "f", "non-empty channels, height and width", tuple(f.shape))
-    check(codebook.shape[0] >= 1, "codebook", "at least one code", tuple(codebook.shape))
-    check_shape("codebook", codebook, (codebook.shape[0], channels))
+    _check_map("f", f.shape)
+    if codebook.shape[0] == 0 or codebook.shape[1] != channels:
+        raise ValueError(f"codebook: expected shape (V, {channels}) with V >= 1, got {tuple(codebook.shape)}")
     _check_phi(phi_weight, phi_bias, channels)
     plan = _plan(patch_nums, "f", (height, width), phi_weight.shape[0])
     check(metric in ("l2", "cosine"), "metric", "l2 or cosine", repr(metric))
@@ -257,26 +267,32 @@ def next_scale_input(
     check_tensor("f_hat", f_hat, rank=4)
     check_tensor("codes", codes, rank=3)
     batch, channels, height, width = f_hat.shape
-    check(min(channels, height, width) >= 1, "f_hat", "non-empty channels, height and width", tuple(f_hat.shape))
+    _check_map("f_hat", f_hat.shape)
     _check_phi(phi_weight, phi_bias, channels)
     plan = _plan(patch_nums, "f_hat", (height, width), phi_weight.shape[0])
-    scales = len(plan.heights)
-    check(isinstance(k, int) and 0 <= k < scales, "k", f"a scale from 0 to {scales - 1}", k)
-    check_shape("codes", codes, (batch, plan.heights[k] * plan.widths[k], channels))
-    tensors = (f_hat, codes, phi_weight, phi_bias)
-    if autocast_dtype(f_hat.device.type) is not None:
-        f_hat, codes, phi_weight, phi_bias = tensors = _upcast(*tensors)
+    heights, widths, phi_indices = plan
+    if not isinstance(k, int) or not 0 <= k < len(heights):
+        raise ValueError(f"k: expected a scale from 0 to {len(heights) - 1}, got {k}")
+    if codes.shape != (batch, heights[k] * widths[k], channels):
+        expected = (batch, heights[k] * widths[k], channels)
+        raise ValueError(f"codes: expected shape {expected}, got {tuple(codes.shape)}")
+    device = f_hat.device.type
+    if autocast_dtype(device) is not None:
+        f_hat, codes, phi_weight, phi_bias = _upcast(f_hat, codes, phi_weight, phi_bias)
     check_same("f_hat", f_hat, codes=codes, phi_weight=phi_weight, phi_bias=phi_bias)
-    chosen = resolve("multi_scale_quantize", backend, f_hat.device.type, f_hat.dtype)
-    if chosen == "reference":
-        with torch.autocast(f_hat.device.type, enabled=False):
-            return _reference.next_scale_input(*tensors, plan.sizes, k, phi_ratio=phi_ratio)
-    if needs_grad(*tensors):
-        tensors = tuple(tensor.detach() for tensor in tensors)
-    dtype, i, last = f_hat.dtype, plan.phi_index[k], k + 1 == scales
-    f_hat, codes, phi_weight, phi_bias = _upcast(*tensors)
-    next_size = (0, 0) if last else (plan.heights[k + 1], plan.widths[k + 1])
-    new_f_hat, next_map = torch.ops.var_kernels._next_scale_input(
-        f_hat, codes, phi_weight[i], phi_bias[i], plan.heights[k], plan.widths[k], *next_size, phi_ratio
+    dtype = f_hat.dtype
+    if resolve("multi_scale_quantize", backend, device, dtype) == "reference":
+        with torch.autocast(device, enabled=False):
+            return _reference.next_scale_input(f_hat, codes, phi_weight, phi_bias, plan.sizes, k, phi_ratio=phi_ratio)
+    if dtype != torch.float32:
+        f_hat, codes, phi_weight, phi_bias = _upcast(f_hat, codes, phi_weight, phi_bias)
+    if needs_grad(f_hat, codes, phi_weight, phi_bias):
+        f_hat, codes, phi_weight, phi_bias = f_hat.detach(), codes.detach(), phi_weight.detach(), phi_bias.detach()
+    last = k + 1 == len(heights)
+    next_height, next_width = (0, 0) if last else (heights[k + 1], widths[k + 1])
+    new_f_hat, next_map = _OPS._next_scale_input(
+        f_hat, codes, phi_weight, phi_bias, phi_indices[k], heights[k], widths[k], next_height, next_width, phi_ratio
     )
-    return new_f_hat.to(dtype), None if last else next_map.to(dtype)
+    if dtype != torch.float32:
+        new_f_hat, next_map = new_f_hat.to(dtype), next_map.to(dtype)
+    return new_f_hat, None if last else next_map

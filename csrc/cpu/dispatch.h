@@ -50,6 +50,15 @@ void parallel_tasks(int64_t tasks, const F& f) {
   });
 }
 
+// The same for a known number of multiply-adds: where they take less than about ten microseconds, waking the other
+// threads costs more than it saves.
+template <class F>
+void parallel_tasks(int64_t tasks, int64_t work, const F& f) {
+  constexpr int64_t serial_work = 1 << 20;
+  if (work > serial_work) return parallel_tasks(tasks, f);
+  for (int64_t task = 0; task < tasks; ++task) f(task);
+}
+
 // At least `floats` floats of 64-byte aligned memory owned by the calling thread, kept between calls: fresh
 // allocations of this size would fault in their pages on every call. Contents are unspecified; one user at a time.
 float* thread_scratch(int64_t floats);
