@@ -7,6 +7,7 @@ one in the cache, a build into the cache behind a lock.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import mmap
@@ -69,8 +70,8 @@ def _load() -> NativeStatus:
     if mode == "none":
         return NativeStatus(False, "VAR_KERNELS_BUILD=none asks for no native library")
     try:
-        found = _build.require_torch(_build.find_torch())
-        return _load_ahead_of_time(mode, found) or _load_cached(mode, found)
+        found = _build.find_torch()
+        return _load_ahead_of_time(mode, found) or _load_cached(mode, _build.require_torch(found))
     except (_build.BuildUnavailable, _build.BuildFailed, OSError) as error:
         reason = str(error)
     warnings.warn(
@@ -82,12 +83,12 @@ def _load() -> NativeStatus:
     return NativeStatus(False, reason)
 
 
-def _load_ahead_of_time(mode: str, found: _build.TorchInstall) -> NativeStatus | None:
+def _load_ahead_of_time(mode: str, found: _build.TorchInstall | None) -> NativeStatus | None:
     info = _current_info(_build.AHEAD_OF_TIME_LIBRARY)
     if info is None:
         return None
     # Built beside a CPU torch that a CUDA torch replaced since: the CUDA kernels are missing.
-    if not info["cuda"] and _build.cuda_compiler(mode, found):
+    if not info["cuda"] and found and _build.cuda_compiler(mode, found):
         return None
     try:
         return _open(_build.AHEAD_OF_TIME_LIBRARY, "ahead of time", info)
@@ -155,21 +156,20 @@ def _exclusive(found: _build.TorchInstall):
     import filelock  # here, because importing var_kernels costs nothing that the reference does not need
 
     directory = _build.object_dir(found)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        advice = "set VAR_KERNELS_CACHE to a writable directory"
-        raise _build.BuildUnavailable(f"the cache directory cannot be made ({error}): {advice}") from error
     lock = filelock.FileLock(str(directory / "lock"), timeout=_LOCK_TIMEOUT_S)
     try:
-        return lock.acquire(timeout=0)
-    except filelock.Timeout:
-        _progress("another process is compiling the CPU kernels; waiting for it")
-    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            return lock.acquire(timeout=0)
+        except filelock.Timeout:
+            _progress("another process is compiling the CPU kernels; waiting for it")
         return lock.acquire()
     except filelock.Timeout as error:
         message = f"another process has held {lock.lock_file} for {_LOCK_TIMEOUT_S} s"
         raise _build.BuildUnavailable(message) from error
+    except OSError as error:
+        advice = "set VAR_KERNELS_CACHE to a writable directory"
+        raise _build.BuildUnavailable(f"the cache directory is not writable ({error}): {advice}") from error
 
 
 def _build_once(library: Path, mode: str, found: _build.TorchInstall, arrived: float) -> str:
@@ -179,7 +179,12 @@ def _build_once(library: Path, mode: str, found: _build.TorchInstall, arrived: f
     if failure.is_file() and failure.stat().st_mtime >= arrived:
         raise _build.BuildFailed(failure.read_text())
     _build.find_compiler()
-    _progress("compiling the CPU kernels, once, about 30 s ...")
+    what = (
+        "CPU and CUDA kernels, once, some minutes"
+        if _build.cuda_compiler(mode, found)
+        else "CPU kernels, once, about 30 s"
+    )
+    _progress(f"compiling the {what} ...")
     start = time.perf_counter()
     try:
         _build.build(library, _build.object_dir(found), mode=mode, torch=found)
@@ -197,9 +202,10 @@ def _build_once(library: Path, mode: str, found: _build.TorchInstall, arrived: f
 def _discard_old(library: Path) -> None:
     """Keeps the newest libraries of this flavour and machine in the cache, so that edited sources do not fill it."""
     suffix = library.parent.name.split("-", 1)[1]
-    others = sorted(_build.cache_root().glob(f"*-{suffix}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for directory in [path for path in others if (path / _build.LIBRARY_NAME).is_file()][_KEPT_LIBRARIES:]:
-        shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another process may be discarding the same ones
+        others = sorted(_build.cache_root().glob(f"*-{suffix}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for directory in others[_KEPT_LIBRARIES:]:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _open(library: Path, origin: str, info: dict) -> NativeStatus:
