@@ -31,6 +31,12 @@ LOG_NAME = "log.jsonl"
 _CHECKPOINT_FORMAT = 1
 # A resumed run with another value of one of these would not be the same run.
 _FIXED_ON_RESUME = ("batch_size", "seed", "val_images", "ema_decay")
+# These do not reach the losses (or, like the model and the tokenizer, are compared in full); a change of any other
+# option is pointed out.
+_FREE_ON_RESUME = frozenset({
+    "output", "data", "resume", "device", "backend", "val_every", "log_every", "checkpoint_minutes", "max_minutes",
+    "model", "tokenizer", "encode_batch",
+})  # fmt: skip
 
 
 class TrainingError(RuntimeError):
@@ -160,6 +166,25 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
         raise TrainingError(f"could not write {path}: {error}; {left}") from error
 
 
+def read_checkpoint(path: Path, title: str, mmap: bool = False) -> dict[str, Any]:
+    """The checkpoint of a run of `title` ("tokenizer" or "transformer"); with `mmap` its tensors stay in the file."""
+    if not path.exists():
+        raise TrainingError(f"resume: no checkpoint at {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:
+        raise TrainingError(f"resume: {path} is not a readable checkpoint: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != _CHECKPOINT_FORMAT or state.get("title") != title:
+        raise TrainingError(f"resume: {path} is not a checkpoint of `{title}`")
+    return state
+
+
+def saved_options(output: str | Path, title: str) -> dict[str, Any]:
+    """Options of the run in `output` by name, with the sizes of its model: what a resumed run should not change."""
+    state = read_checkpoint(Path(output).expanduser() / CHECKPOINT_NAME, title, mmap=True)
+    return state["config"] | {name: value for name, value in state["options"].items() if name != "model"}
+
+
 class Trainer:
     """Trains `model` for `options.max_steps` steps.
 
@@ -183,6 +208,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.validation: dict[str, float] = {}
         self._window: dict[str, list[float]] = {}
+        self._changed: list[str] = []  # options that a resumed run changes
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         betas = (options.beta1, options.beta2)
         groups = parameter_groups(model, options.weight_decay)
@@ -229,15 +255,14 @@ class Trainer:
     def restore(self) -> None:
         """Reads checkpoint.pt back; refuses another model, and options that would change the data order."""
         path = self.checkpoint_path
-        if not path.exists():
-            raise TrainingError(f"resume: no checkpoint at {path}")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise TrainingError(f"resume: {path} is not a readable checkpoint: {error}") from error
-        if not isinstance(state, dict) or state.get("format") != _CHECKPOINT_FORMAT or state["title"] != self.title:
-            raise TrainingError(f"resume: {path} is not a checkpoint of `{self.title}`")
-        wanted = {k: v for k, v in dataclasses.asdict(self.options).items() if k in _FIXED_ON_RESUME}
+        state = read_checkpoint(path, self.title)
+        options = dataclasses.asdict(self.options)
+        wanted = {k: options[k] for k in _FIXED_ON_RESUME}
+        self._changed = [
+            f"{k} {v!r} (so far {state['options'].get(k)!r})"
+            for k, v in options.items()
+            if k not in _FREE_ON_RESUME and v != state["options"].get(k)
+        ]
         for kind, new, old in (("model", self.config, state["config"]), ("option", wanted, state["options"])):
             changed = [f"{k}: checkpoint {old.get(k)!r}, now {v!r}" for k, v in new.items() if old.get(k) != v]
             if changed:
@@ -324,6 +349,8 @@ class Trainer:
         try:
             with TrainingDisplay(self.title, self.options.max_steps) as display, StopSignal() as stop:
                 self.model.train()
+                if self._changed:
+                    display.note(f"resumed with other options: {', '.join(self._changed)}")
                 reason = self._loop(loss_fn, display, stop, after_step, validate)
                 self.save()
                 self.model.eval()
