@@ -196,8 +196,8 @@ def test_modulation_is_a_view_that_cannot_be_ignored(length):
 def test_poison_shows_an_unwritten_output(shape):
     like = torch.zeros(shape)
     poison(like)
-    unwritten = torch.empty_like(like).flatten()
-    assert unwritten[16:].isnan().all()  # the allocator keeps its lists in the first bytes of free memory
+    unwritten = torch.empty_like(like)
+    assert (~unwritten.isnan()).sum() <= 64  # the allocator keeps lists and sizes in a few bytes of free memory
 
 
 def test_isa_levels_start_portable_and_end_in_use():
