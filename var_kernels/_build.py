@@ -179,10 +179,9 @@ def find_compiler() -> Compiler:
     command = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
     if not command:
         raise BuildUnavailable(f"no C++ compiler found: {advice}")
+    probe = [*shlex.split(command), "-dM", "-E", "-x", "c++", os.devnull]
     try:
-        answer = subprocess.run(
-            [*shlex.split(command), "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True
-        )
+        answer = subprocess.run(probe, capture_output=True, text=True)
     except OSError as error:
         raise BuildUnavailable(f"the C++ compiler {command!r} does not run ({error}): {advice}") from error
     macros = dict(re.findall(r"^#define (\w+) (\d+)$", answer.stdout, re.M))
@@ -312,10 +311,7 @@ def _build_info_source(info: dict) -> str:
     text = (INFO_MARKER.decode() + json.dumps(info, sort_keys=True)).replace("\\", "\\\\").replace('"', '\\"')
     return (
         "// Generated. The text is found in the file without loading it; see read_build_info in _native.py.\n"
-        f'__attribute__((used)) static const char build_info[] = "{text}";\n'
-        'extern "C" __attribute__((visibility("default"))) const char* var_kernels_build_info() {\n'
-        f"  return build_info + {len(INFO_MARKER)};\n"
-        "}\n"
+        f'extern "C" __attribute__((used, visibility("default"))) const char var_kernels_build_info[] = "{text}";\n'
     )
 
 
@@ -341,20 +337,15 @@ def _ninja_file(
     for rule, source, name, flags in objects:
         contents = b"\0".join(path.read_bytes() for path in _with_includes(source, []))
         key = hashlib.sha256(torch.version.encode() + contents).hexdigest()[:16]
-        lines += [
-            f"build {name}: {rule} {_escape_path(source)}",
-            f"  flags = {_escape_command(flags)}",
-            f"  key = {key}",
-        ]
+        lines += [f"build {name}: {rule} {_escape_path(source)}", f"  key = {key}"]
+        lines += [f"  flags = {_escape_command(flags)}"]
     link = f"{compiler.command} -shared $in -o $out {_link_flags(torch, nvcc)}"
     lines += ["rule link", f"  command = {_escape_command(link)}", "  description = LINK $out"]
     lines += [f"build {LIBRARY_NAME}: link {' '.join(name for _, _, name, _ in objects)}", ""]
     return "\n".join(lines)
 
 
-def _objects(
-    compiler: Compiler, nvcc: Nvcc | None, info: dict, stable_abi: str
-) -> Iterable[tuple[str, Path, str, str]]:
+def _objects(compiler: Compiler, nvcc: Nvcc | None, info: dict, stable_abi: str) -> Iterable[tuple]:
     """(rule, source, object, flags) of every object, in link order.
 
     The lowest ISA level comes first: of an inline function that several objects carry, the linker keeps the first one,
@@ -453,10 +444,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         print(info["log"])
     cuda = f"CUDA {info['cuda']} for {', '.join(info['cuda_archs'])}" if info["cuda"] else "no CUDA kernels"
-    print(
-        f"[var_kernels] built {options.output} in {time.perf_counter() - start:.1f} s with {info['compiler']}, "
-        f"torch {info['torch']}, ISA levels {', '.join(info['isa_levels'])}, {cuda}"
-    )
+    with_what = f"{info['compiler']}, torch {info['torch']}, ISA levels {', '.join(info['isa_levels'])}, {cuda}"
+    print(f"[var_kernels] built {options.output} in {time.perf_counter() - start:.1f} s with {with_what}")
     return 0
 
 
