@@ -138,9 +138,9 @@ def train(
     halves, so that it serves as --model of the other commands. Ctrl-C ends the run with a checkpoint and usable
     weights; --resume goes on.
 
-    Examples:
+    Examples (the first has the sizes of the embedded model):
 
-    $ python -m var train -o runs/clothes -t runs/tokenizer --precision bf16
+    $ python -m var train -o runs/clothes -t runs/tokenizer --width 192 --shared-aln --precision bf16
 
     $ python -m var generate -m runs/clothes -o clothes.png
     """

@@ -18,6 +18,7 @@ from .data import ImageData, describe, open_dataset, split_indices
 from .generation import default_batch_size, open_model, sampling_for
 from .quality import QualityReport, evaluate, generator_of, train_classifier
 
+_CLASSIFIER_BATCH = 128
 _UNITS = {"psnr": "dB", "mse": "of values in [−1, 1]", "code_perplexity": "codes"}
 
 
@@ -34,9 +35,10 @@ def run(
     if len(train.class_names) != var.config.num_classes:
         expected = f"the {var.config.num_classes} classes of {opened.name}"
         raise ValueError(f"--data: expected {expected}, got {describe(train)}")
-    note(f"training a classifier to measure with, on {len(train) - held_out} images of {train.name}")
+    fit = split_indices(len(train), held_out)[0]
+    note(f"training a classifier to measure with, on {len(fit)} images of {train.name}")
     classifier = train_classifier(
-        train, split_indices(len(train), held_out)[0], epochs=epochs, seed=seed,
+        train, fit, epochs=epochs, batch_size=min(_CLASSIFIER_BATCH, len(fit)), seed=seed,
         progress=lambda step, steps, loss: note(f"classifier: step {step}/{steps}, loss {loss:.3f}"),
     )
     report = evaluate(
