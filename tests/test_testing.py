@@ -192,12 +192,12 @@ def test_modulation_is_a_view_that_cannot_be_ignored(length):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere freed memory may come back as zeros")
-@pytest.mark.parametrize("shape", [(3, 100), (1000, 1000), (4, 680, 1024)], ids=str)
+@pytest.mark.parametrize("shape", [(20,), (3, 100), (1000, 1000), (4, 680, 1024)], ids=str)
 def test_poison_shows_an_unwritten_output(shape):
     like = torch.zeros(shape)
     poison(like)
-    unwritten = torch.empty_like(like)
-    assert (~unwritten.isnan()).sum() <= 64  # the allocator keeps lists and sizes in a few bytes of free memory
+    assert (torch.empty_like(like) > 3e38).all()
+    assert torch.empty_like(like, dtype=torch.float16).isnan().all()
 
 
 def test_isa_levels_start_portable_and_end_in_use():

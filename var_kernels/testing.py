@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 from dataclasses import dataclass
 
 import torch
@@ -238,30 +239,27 @@ def modulation(
     return (packed + offset).to(dtype).chunk(parts, dim=-1)
 
 
-def poison(*like: torch.Tensor, copies: int = 4) -> None:
-    """Fill CPU memory of the sizes of `like` (by default of many sizes up to 8 MiB) with NaN, and free it.
+def poison(*like: torch.Tensor) -> None:
+    """Make elements that a kernel forgets to write visible in its next outputs, instead of right by an earlier call.
 
-    The allocator then hands this memory to the next outputs: an element that a kernel forgets to write is NaN (-1 in
-    integers) instead of the right value left over from an earlier call, but for a few bytes of the allocator's own. On
-    glibc the first call makes the process keep freed memory (``mallopt``); elsewhere large blocks may go back to the
-    system and come back as zeros.
+    On glibc, from now on and for the whole process, every block of memory that malloc hands out is filled with the byte
+    0x7F (``M_PERTURB``): 3.4e38 in float32 and bfloat16, NaN in float16, a huge integer. Elsewhere, memory of the sizes
+    of `like` (by default of many sizes up to 8 MiB) is filled with NaN and freed, and will probably be used next.
     """
-    _keep_freed_memory()
+    if _perturb_malloc():
+        return
     sizes = [tensor.numel() * tensor.element_size() for tensor in like] or [2**power for power in range(6, 24)]
-    for _ in range(2):  # freed blocks join their free neighbours: the second round meets what the next output will get
-        blocks = [torch.empty(size, dtype=torch.uint8) for size in sizes for _ in range(copies)]
-        for block in blocks:
-            block.fill_(0xFF)  # a NaN in every IEEE format
-        del block, blocks
+    blocks = [torch.empty(size, dtype=torch.uint8) for size in sizes for _ in range(4)]
+    for block in blocks:
+        block.fill_(0xFF)  # a NaN in every IEEE format
 
 
 @functools.cache
-def _keep_freed_memory() -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of <malloc.h>
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**25)  # the largest that every glibc accepts
+def _perturb_malloc() -> bool:
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    m_perturb = -6  # of <malloc.h>; new blocks get the complement of the byte, freed ones the byte itself
+    return ctypes.CDLL(None).mallopt(m_perturb, 0x80) == 1
 
 
 def isa_levels() -> tuple[str, ...]:
