@@ -428,7 +428,9 @@ def test_demo_without_data_says_how_to_get_it(model, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["demo", "-m", str(model), *REFERENCE, "-o", str(tmp_path), "-n", "1"])
     assert result.exit_code == 0 and files_below(tmp_path) == ["coarse-to-fine.png", "grid.png"]
     assert "apt-get" in result.stderr and result.stderr.count("\n") == 1
-    assert f"{model}: no class directories" in refused("demo", "-m", model, *REFERENCE, "-d", model, "-n", 1)
+    unusable = ("-d", model, "-o", tmp_path / "b")
+    assert f"{model}: no class directories" in refused("demo", "-m", model, *REFERENCE, *unusable)
+    assert files_below(tmp_path / "b") == []
 
 
 # -------------------------------------------------------------------------------------------------------- training

@@ -18,6 +18,8 @@ _TITLES = {
     "psnr": "PSNR, dB", "last_scale_accuracy": "accuracy, last scale",
 }
 _PANEL_INCHES = (4.0, 3.0)
+_COLUMNS = 3
+_LOG_RANGE = 5  # values that fall by more than this factor are drawn on a logarithmic axis
 
 
 def run(runs: Sequence[Path], output: Path) -> None:
@@ -39,25 +41,27 @@ def _read(path: Path) -> list[dict[str, float]]:
 
 
 def draw(logs: dict[Path, list[dict[str, float]]]) -> Any:
-    """A figure with a row of panels per run; a validated figure shares the panel of what it validates."""
+    """A figure with rows of panels per run; a validated value shares the panel of what it validates."""
     try:
         # Not pyplot: it keeps figures in the process and may want a display.
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(f'plot needs matplotlib: pip install "var-kernels[plots]" ({error})') from error
 
-    panels = {path: _panels(log) for path, log in logs.items()}
-    columns = max(map(len, panels.values()))
-    size = (columns * _PANEL_INCHES[0], len(logs) * _PANEL_INCHES[1])
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(logs), columns, squeeze=False)
-    for row, (path, log) in zip(axes, logs.items(), strict=True):
-        for axis in row[len(panels[path]):]:
+    rows = [(path, names) for path, log in logs.items() for names in _rows(_panels(log))]
+    figure = Figure(figsize=(_COLUMNS * _PANEL_INCHES[0], len(rows) * _PANEL_INCHES[1]), layout="constrained")
+    axes = figure.subplots(len(rows), _COLUMNS, squeeze=False)
+    for row, (path, names) in zip(axes, rows, strict=True):
+        for axis in row[len(names):]:
             axis.set_axis_off()
-        for axis, name in zip(row, panels[path], strict=False):
-            _draw_panel(axis, name, log)
+        for axis, name in zip(row, names, strict=False):
+            _draw_panel(axis, name, logs[path])
         row[0].set_ylabel(path.name if path.is_dir() else path.parent.name)
     return figure
+
+
+def _rows(names: Sequence[str]) -> list[Sequence[str]]:
+    return [names[start : start + _COLUMNS] for start in range(0, len(names), _COLUMNS)]
 
 
 def _panels(log: Sequence[dict[str, float]]) -> list[str]:
@@ -67,10 +71,19 @@ def _panels(log: Sequence[dict[str, float]]) -> list[str]:
 
 
 def _draw_panel(axis: Any, name: str, log: Sequence[dict[str, float]]) -> None:
-    for key, label, style in ((name, "training", "-"), (f"val_{name}", "held out", "o-")):
+    from matplotlib.ticker import LogLocator
+
+    values: list[float] = []
+    for key, label, style in ((name, "training", "C0-"), (f"val_{name}", "held out", "C1o-")):
         points = [(record["step"], record[key]) for record in log if key in record]
         if points:
             axis.plot(*zip(*points, strict=True), style, label=label, markersize=3, linewidth=1.2)
+            values += [value for _, value in points]
+    if values[0] > _LOG_RANGE * min(values) > 0:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
     axis.set_title(_TITLES.get(name, name), fontsize=10)
     axis.set_xlabel("step", fontsize=8)
     axis.tick_params(labelsize=8)

@@ -38,10 +38,12 @@ def run(output: Path, model: str, path: str | None, backend: str, seed: int, dat
     # Ten classes, evenly spread where there are more.
     classes = [i * config.num_classes // _CLASSES for i in range(_CLASSES)] if config.num_classes > _CLASSES \
         else list(range(config.num_classes))
+    test = _test_images(opened, data)
     say(f"{opened.name}: {sampling}, seed {seed}")
     _write_grid(output / "grid.png", opened, sampling, classes, seed, per_class)
     _write_strip(output / "coarse-to-fine.png", opened, sampling, classes, seed)
-    _write_reconstructions(output / "reconstructions.png", opened, data)
+    if test is not None:
+        _write_reconstructions(output / "reconstructions.png", opened, test)
     reference = open_model(model, path, "reference").pipeline
     _print_generation(reference, opened.pipeline, backend, sampling, classes, seed)
     _print_ops(backend)
@@ -73,27 +75,27 @@ def _write_strip(path: Path, opened: OpenModel, sampling: Sampling, classes: Seq
     say(f"{path}: {len(labels)} images, decoded after each of the {len(steps)} scales")
 
 
-def _write_reconstructions(path: Path, opened: OpenModel, data: Path | None) -> None:
-    pipeline = opened.pipeline
-    if data is None and pipeline.var.config.class_names != FASHION_MNIST_CLASSES:
+def _test_images(opened: OpenModel, data: Path | None) -> ImageData | None:
+    """Real images that the model should know; a line says why there are none. Data that was asked for must be there."""
+    if data is None and opened.pipeline.var.config.class_names != FASHION_MNIST_CLASSES:
         note("no reconstructions: name the data set of this model with --data")
-        return
+        return None
     try:
-        test = open_dataset(data, "test", pipeline.vqvae.config.image_size)
+        return open_dataset(data, "test", opened.pipeline.vqvae.config.image_size)
     except DataError as error:
         if data is not None:
             raise
         note(f"no reconstructions of real images: {error}")
-        return
-    originals, _ = test.batch(_first_of_each_class(test))
-    reconstructions = pipeline.vqvae.reconstruct(originals)
+        return None
+
+
+def _write_reconstructions(path: Path, opened: OpenModel, test: ImageData) -> None:
+    labels = [label for label in range(len(test.class_names)) if (test.labels == label).any()][:_CLASSES]
+    originals, _ = test.batch(torch.tensor([int((test.labels == label).nonzero()[0]) for label in labels]))
+    reconstructions = opened.pipeline.vqvae.reconstruct(originals)
     ratio = float(psnr(reconstructions, originals).mean())
-    write_png(path, comparison(originals, reconstructions, test.class_names[:_CLASSES]))
-    say(f"{path}: {len(originals)} test images of {test.name} through the tokenizer and back, PSNR {ratio:.1f} dB")
-
-
-def _first_of_each_class(data: ImageData) -> Tensor:
-    return torch.tensor([int((data.labels == label).nonzero()[0]) for label in range(len(data.class_names[:_CLASSES]))])
+    write_png(path, comparison(originals, reconstructions, [test.class_names[label] for label in labels]))
+    say(f"{path}: {len(labels)} test images of {test.name} through the tokenizer and back, PSNR {ratio:.1f} dB")
 
 
 # --------------------------------------------------------------------------------------------------------- tables
@@ -205,12 +207,17 @@ def _difference(got: Any, expected: Any) -> str:
 
 
 def _times(*calls: Callable[[], Any]) -> list[float]:
-    """Median seconds of each call, the calls alternating so that they see the same machine."""
+    """Median seconds of each call, the calls alternating so that they see the same machine.
+
+    Every other round goes backwards: who comes after whom decides who gets memory that is still in the caches.
+    """
     samples: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + _OP_SECONDS
+    order = list(zip(calls, samples, strict=True))
     while time.perf_counter() < end or len(samples[0]) < _ROUNDS:
-        for call, times in zip(calls, samples, strict=True):
+        for call, times in order:
             started = time.perf_counter()
             call()
             times.append(time.perf_counter() - started)
+        order.reverse()
     return [statistics.median(times) for times in samples]
