@@ -7,9 +7,11 @@ is given by the lengths alone, so the kernels skip what is invisible and no L x 
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from operator import index
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ._checks import check_same, check_shape, check_tensor, unit_inner_stride
 from ._library import autocast_dtype, define, needs_grad, register_fake
@@ -52,6 +54,7 @@ class _BlockCausalAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else unit_inner_stride(dout)
@@ -84,6 +87,8 @@ def _check_schedule(scale_lens: Sequence[int], queries: int, keys: int, q_offset
     if sum(lens) != keys:
         raise ValueError(f"scale_lens: expected lengths that sum to the {keys} keys, got {lens}, sum {sum(lens)}")
     offset = keys - queries if q_offset is None else q_offset
+    if not isinstance(offset, (int, torch.SymInt)):
+        raise TypeError(f"q_offset: expected an int, got {type(offset).__name__}")
     if not 0 <= offset <= keys - queries:
         raise ValueError(f"q_offset: expected 0 to Lk - Lq = {keys} - {queries}, got {offset}")
     return lens, offset
@@ -148,7 +153,9 @@ def block_causal_attention(
         check_same("q", q, k=k, v=v)
     scale = 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale)
     if resolve("block_causal_attention", backend, q.device.type, q.dtype) == "reference":
-        out, lse = reference.block_causal_attention(q, k, v, lens, scale, offset)
+        # Inside autocast the products of the reference would be cast again.
+        with nullcontext() if cast is None else torch.autocast(q.device.type, enabled=False):
+            out, lse = reference.block_causal_attention(q, k, v, lens, scale, offset)
     else:
         q, k, v = unit_inner_stride(q), unit_inner_stride(k), unit_inner_stride(v)
         if needs_grad(q, k, v):

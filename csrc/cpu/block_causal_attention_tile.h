@@ -11,6 +11,8 @@ constexpr int64_t kStrip = 64;   // keys of one transposed strip [D][kStrip]: 16
 constexpr int64_t kBlock = 128;  // keys per step; scores of a tile take 27 KiB
 constexpr int64_t kScoreRow = kBlock + kWidth;  // not a power of two: rows must not share their cache sets
 
+constexpr int64_t kChain = 96;  // longest sum over D without an intermediate result
+
 template <class T>
 VAR_INLINE T* row_of(const HeadRows& x, int64_t batch, int64_t head, int64_t row) {
   return static_cast<T*>(x.data) + batch * x.batch + head * x.head + row * x.row;
@@ -73,12 +75,16 @@ inline void pack_strip(const T* src, int64_t src_row, int64_t keys, int64_t dim,
     }
 }
 
-// scores (rows, columns up to the next whole vector) = a (rows, dim) · strips: the keys of one block.
+// scores (rows, columns up to the next whole vector) = a (rows, dim) · strips: the keys of one block. The error of a
+// score is the relative error of its probability, so a wide head is summed in parts: one chain of 256 multiply-adds
+// doubles the error of the whole attention.
 inline void multiply_strips(int64_t rows, int64_t columns, int64_t dim, const float* a, int64_t a_row,
                             const float* strips, float* scores) {
+  const int64_t parts = (dim + kChain - 1) / kChain, part = (dim + parts - 1) / parts;
   for (int64_t c = 0; c < columns; c += kStrip)
-    gemm(rows, round_up(min_i(columns - c, kStrip), kWidth), dim, a, a_row, 1, strips + c * dim, kStrip, scores + c,
-         kScoreRow, false);
+    for (int64_t d = 0; d < dim; d += part)
+      gemm(rows, round_up(min_i(columns - c, kStrip), kWidth), min_i(part, dim - d), a + d, a_row, 1,
+           strips + c * dim + d * kStrip, kStrip, scores + c, kScoreRow, d > 0);
 }
 
 // Of the columns keys of a block that starts at key_begin, a query row that sees the keys [0, visible) sees so many.

@@ -3,8 +3,9 @@
 // Every dense product inside our kernels is this one: scores, P·V and the five products of the attention backward,
 // code distances, the φ convolutions (one call per tap). A is read one scalar at a time and broadcast, so its two
 // strides are free and transposed operands cost nothing; B and C rows are vectors, so N is a multiple of kWidth and
-// callers pad. The register tile is MR rows by NV vectors: MR·NV accumulators, NV vectors of B and one broadcast
-// fill the register file (32 registers with AVX-512, 16 before) and keep both FMA ports busy from L1.
+// callers pad. A product is summed from zero and then added to C, so that a long sum made of several products does
+// not round like one chain. The register tile is MR rows by NV vectors: MR·NV accumulators, NV vectors of B and one
+// broadcast fill the register file (32 registers with AVX-512, 16 before) and keep both FMA ports busy from L1.
 #pragma once
 #include "isa.h"
 
@@ -19,7 +20,7 @@ VAR_INLINE void gemm_tile(int64_t K, const float* VAR_RESTRICT a, int64_t a_row,
                           bool accumulate) {
   Vec acc[MR][NV];
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NV; ++j) acc[i][j] = accumulate ? load(c + i * c_row + j * kWidth) : Vec{};
+    for (int j = 0; j < NV; ++j) acc[i][j] = Vec{};
   for (int64_t k = 0; k < K; ++k) {
     Vec bv[NV];
     for (int j = 0; j < NV; ++j) bv[j] = load(b + k * b_k + j * kWidth);
@@ -29,7 +30,10 @@ VAR_INLINE void gemm_tile(int64_t K, const float* VAR_RESTRICT a, int64_t a_row,
     }
   }
   for (int i = 0; i < MR; ++i)
-    for (int j = 0; j < NV; ++j) store(c + i * c_row + j * kWidth, acc[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      float* at = c + i * c_row + j * kWidth;
+      store(at, accumulate ? load(at) + acc[i][j] : acc[i][j]);
+    }
 }
 
 // All M rows of one column strip of NV vectors: the strip of B stays in L1 while the rows stream past it.
