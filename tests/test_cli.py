@@ -3,79 +3,27 @@
 import dataclasses
 import errno
 import inspect
-import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from cli_tools import REFERENCE, files_below, invoke, refused, run, save_model
 from PIL import Image
-from tiny_training import VAR_CONFIG, VQVAE_CONFIG, write_fashion_mnist, write_image_folder
-from typer.testing import CliRunner
+from tiny_training import VAR_CONFIG, VQVAE_CONFIG, write_fashion_mnist
 
 import var
-from var import checkpoints, cli_training, demo, generation
-from var.__main__ import app
-from var.data import FASHION_MNIST_CLASSES
+from var import checkpoints, cli_images, cli_training, demo, generation, pictures
 from var.generation import parse_labels
-from var.train_tokenizer import TokenizerTraining
-from var.train_transformer import TransformerTraining
 
-ROOT = Path(__file__).parents[1]
 SIZE = VQVAE_CONFIG.image_size
 CELL = 96  # side of a 32-pixel image on a sheet
-# The commands are tested on the reference ops, so that a fault here is a fault of the command line.
-REFERENCE = ("--backend", "reference")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small to share among threads, which cost much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with an untrained model of ten classes and its own sampling defaults."""
-    folder = tmp_path_factory.mktemp("model")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        vqvae = var.VQVAE(VQVAE_CONFIG)
-        transformer = var.VAR(dataclasses.replace(VAR_CONFIG, class_names=FASHION_MNIST_CLASSES))
-        transformer.init_weights()
-        torch.nn.init.normal_(transformer.head.weight)  # else all tokens are equally likely whatever the options
-    var.save(folder / "vqvae.safetensors", vqvae, {"data": "none"})
-    sampling = {"sampling_cfg": "2.5", "sampling_top_k": "7", "sampling_top_p": "0.9"}
-    var.save(folder / "var.safetensors", transformer, sampling)
-    return folder
-
-
-def run(*arguments, status=0):
-    """Standard output of a command (standard error if it fails), which must exit with `status`."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    return result.stderr if status else result.stdout
-
-
-def refused(*arguments):
-    """The one line with which a command refuses."""
-    message = run(*arguments, status=2)
-    assert message.startswith("error: ") and message.count("\n") == 1 and message.endswith("\n"), message
-    return message
-
-
-def files_below(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return save_model(tmp_path_factory.mktemp("model"))
 
 
 # ------------------------------------------------------------------------------------------------------------ help
@@ -87,31 +35,13 @@ def files_below(folder):
 def test_help_describes_every_option_and_shows_an_example(command):
     text = run(command, "--help")
     assert f"$ python -m var {command}" in text
-    function = getattr(cli_training, command.replace("-", "_"), None) or getattr(var.cli_images, command)
+    function = getattr(cli_training, command.replace("-", "_"), None) or getattr(cli_images, command)
     for name, hint in inspect.get_annotations(function, eval_str=True).items():
         if name != "return":
             (information,) = hint.__metadata__
             assert information.help and information.help.endswith((".", "…")), name
             options = information.param_decls or (information.metavar or f"--{name.replace('_', '-')}",)
             assert any(option in text for option in options), name
-
-
-@pytest.mark.parametrize(
-    ("command", "options", "sizes", "own"),
-    [
-        (cli_training.train_tokenizer, TokenizerTraining, var.VQVAEConfig, set()),
-        # Of the transformer's sizes these follow from the tokenizer and the data set.
-        (cli_training.train, TransformerTraining, var.VARConfig,
-         {"patch_nums", "vocab_size", "z_channels", "class_names"}),
-    ],
-)
-def test_trainings_offer_every_option_with_its_default(command, options, sizes, own):
-    parameters = inspect.signature(command).parameters
-    fields = {field.name: field for field in dataclasses.fields(options) if field.name != "model"}
-    assert set(parameters) == set(fields) | {field.name for field in dataclasses.fields(sizes)} - own
-    for name, field in fields.items():
-        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
-        assert parameters[name].default == default, name
 
 
 # -------------------------------------------------------------------------------------------------------- generate
@@ -289,7 +219,7 @@ def test_a_full_disk_leaves_nothing_behind(model, tmp_path, monkeypatch):
 
 
 def test_too_many_images_for_a_sheet_are_refused(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(var.pictures, "_LARGEST_SIDE", 4 * CELL)
+    monkeypatch.setattr(pictures, "_LARGEST_SIDE", 4 * CELL)
     assert ".npz" in refused("generate", "-m", model, *REFERENCE, "-o", tmp_path / "sheet.png")
 
 
@@ -340,7 +270,7 @@ def test_reconstruct_puts_originals_above_reconstructions(model, tmp_path):
     for name, colour in zip(names, ("red", "blue"), strict=True):
         Image.new("RGB", (SIZE, SIZE), colour).save(name)
     arguments = [*names, "-m", model, *REFERENCE, "-o", tmp_path / "pairs.png"]
-    result = CliRunner().invoke(app, ["reconstruct", *map(str, arguments)])
+    result = invoke("reconstruct", *arguments)
     assert result.exit_code == 0 and result.stdout.count("PSNR") == 2 and result.stderr == ""
     with Image.open(tmp_path / "pairs.png") as sheet:
         colours = [colour for _, colour in sheet.getcolors(1 << 20)]
@@ -352,8 +282,8 @@ def test_reconstruct_fits_images_and_says_so(model, tmp_path):
     Image.new("RGBA", (100, 64)).save(tmp_path / "same.png")
     Image.new("L", (SIZE // 2, SIZE // 2)).save(tmp_path / "other" / "same.png")
     Image.new("RGB", (SIZE, 2 * SIZE)).save(tmp_path / "tall.jpg")
-    files = [str(tmp_path / name) for name in ("same.png", "other/same.png", "tall.jpg")]
-    result = CliRunner().invoke(app, ["reconstruct", *files, "-m", str(model), "-o", f"{tmp_path}/out", *REFERENCE])
+    files = [tmp_path / name for name in ("same.png", "other/same.png", "tall.jpg")]
+    result = invoke("reconstruct", *files, "-m", model, "-o", tmp_path / "out", *REFERENCE)
     assert result.exit_code == 0, result.output
     notes = result.stderr.splitlines()
     assert "100×64 pixels, resized to 50×32 and cropped to its central 32×32" in notes[0]
@@ -425,96 +355,9 @@ def test_demo_without_data_says_how_to_get_it(model, tmp_path, monkeypatch):
     monkeypatch.setattr("var.data._IDX_SEARCH_PATH", (tmp_path / "nowhere",))
     for name in ("_print_generation", "_print_ops"):
         monkeypatch.setattr(demo, name, lambda *arguments: None)
-    result = CliRunner().invoke(app, ["demo", "-m", str(model), *REFERENCE, "-o", str(tmp_path), "-n", "1"])
+    result = invoke("demo", "-m", model, *REFERENCE, "-o", tmp_path, "-n", 1)
     assert result.exit_code == 0 and files_below(tmp_path) == ["coarse-to-fine.png", "grid.png"]
     assert "apt-get" in result.stderr and result.stderr.count("\n") == 1
     unusable = ("-d", model, "-o", tmp_path / "b")
     assert f"{model}: no class directories" in refused("demo", "-m", model, *REFERENCE, *unusable)
     assert files_below(tmp_path / "b") == []
-
-
-# -------------------------------------------------------------------------------------------------------- training
-
-TINY_TOKENIZER = (
-    "--batch-size", 4, "--val-images", 4, "--warmup-steps", 1, "--init-images", 8, "--log-every", 1,
-    "--vocab-size", 16, "--z-channels", 4, "--ch-mult", "1,1", "--patch-nums", "1 2 4",
-)  # fmt: skip
-
-
-def test_training_evaluation_and_curves(tmp_path):
-    data, tokenizer, clothes = tmp_path / "data", tmp_path / "tokenizer", tmp_path / "clothes"
-    write_image_folder(data, {"cats": 8, "dogs": 8})
-    common = (*REFERENCE, "-d", data, "--max-steps", 3)
-    line = run("train-tokenizer", "-o", tokenizer, *common, *TINY_TOKENIZER)
-    assert "finished after 3 steps" in line and "val_psnr" in line
-    assert "resume it" in refused("train-tokenizer", "-o", tokenizer, *common, *TINY_TOKENIZER)
-    assert "differs" in refused("train-tokenizer", "-o", tokenizer, *common, *TINY_TOKENIZER, "--ch", 64, "--resume")
-
-    small = ("--depth", 1, "--width", 32, "--heads", 2, "--batch-size", 4, "--val-images", 4, "--log-every", 1)
-    run("train", "-o", clothes, "-t", tokenizer, *common, *small)
-    pipeline = var.load(path=clothes)
-    assert pipeline.class_names == ("cats", "dogs") and pipeline.var.config.patch_nums == (1, 2, 4)
-
-    figures = tmp_path / "quality.json"
-    small = ("-n", 4, "--held-out", 4, "--epochs", 1)
-    text = run("evaluate", "-m", clothes, "-d", data, *REFERENCE, *small, "-o", figures)
-    quality = json.loads(figures.read_text())
-    assert quality["quality"]["generated_images"] == 4 and quality["sampling"]["cfg"] == 1.5
-    assert "class agreement: dogs" in text
-
-    pytest.importorskip("matplotlib")
-    run("plot", tokenizer, clothes / "log.jsonl", "-o", tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.width > picture.height > 500  # two rows
-
-
-def test_training_refuses_bad_input_in_one_line(model, tmp_path):
-    write_image_folder(tmp_path / "data", {"cats": 8})
-    tokenizer = ("train-tokenizer", "-o", tmp_path / "run", "-d", tmp_path / "data", *REFERENCE)
-    assert "expected integers such as 1,2,4" in refused(*tokenizer, "--patch-nums", "1,two")
-    assert "lr: expected" in refused(*tokenizer, "--lr", -1)
-    assert "ch: expected" in refused(*tokenizer, "--ch", 33)
-    assert "precision: expected" in refused(*tokenizer, "--precision", "fp8")
-    assert "Fashion-MNIST" in refused("train-tokenizer", "-o", tmp_path / "run", "-d", tmp_path / "nothing")
-    train = ("train", "-o", tmp_path / "run", "-d", tmp_path / "data", *REFERENCE)
-    assert "no such file" in refused(*train, "-t", tmp_path / "nothing")
-    assert "num_classes: expected 1" in refused(*train, "-t", model, "--num-classes", 7)
-    assert "--tokenizer" in refused(*train)
-    evaluate = ("evaluate", "-m", model, "-d", tmp_path / "data", "-o", tmp_path / "quality.json")
-    assert "expected the 10 classes" in refused(*evaluate)
-    assert not (tmp_path / "run").exists()
-
-
-def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert 'pip install "var-kernels[plots]"' in refused("plot", tmp_path, "-o", tmp_path / "curves.png")
-
-
-def test_plot_refuses_what_is_no_log(tmp_path):
-    assert "log of a training" in refused("plot", tmp_path, "-o", tmp_path / "curves.png")
-    assert "expected a .png file" in refused("plot", tmp_path, "-o", tmp_path / "curves.pdf")
-
-
-def test_interrupted_training_can_be_resumed(tmp_path):
-    write_image_folder(tmp_path / "data", {"cats": 12})
-    output = tmp_path / "run"
-    arguments = ["train-tokenizer", "-o", output, "-d", tmp_path / "data", *REFERENCE, *TINY_TOKENIZER]
-    arguments = [str(argument) for argument in arguments]
-    command = [sys.executable, "-m", "var", *arguments, "--max-steps", "1000000"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        deadline = time.monotonic() + 120
-        while not (output / "log.jsonl").is_file() or not (output / "log.jsonl").read_text():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, stderr
-    assert "interrupted after" in stdout and "--resume" in stdout and "Traceback" not in stderr
-    assert isinstance(checkpoints.load_model(output / "vqvae.safetensors"), var.VQVAE)
-    # Zero minutes: the resumed run takes one step and stops.
-    assert "time limit after" in run(*arguments, "--max-steps", 1_000_000, "--resume", "--max-minutes", 0)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from rich import box
 from rich.table import Table
-from torch import Tensor
 
 import var_kernels
 from var_kernels import backends
@@ -20,13 +19,14 @@ from var_kernels.testing import SHAPES, attention_inputs, modulation, randn
 from .checkpoints import Pipeline
 from .cli import console, note, progress, say
 from .data import FASHION_MNIST_CLASSES, DataError, ImageData, open_dataset
-from .generation import OpenModel, Sampling, count_scales, generate_batches, open_model, sampling_for
+from .generation import Batch, OpenModel, Sampling, count_scales, generate_batches, open_model, sampling_for
 from .pictures import comparison, grid_by_label, scale_strip, write_png
 from .quality import psnr
 
 _CLASSES = 10
 _STRIP_CLASSES = 5
-_ROUNDS = 3  # timed generations per backend, after one that warms up
+# Timed generations per backend, after one that warms up; fewer on a machine that would take longer than this for them.
+_ROUNDS, _GENERATION_SECONDS = 3, 12.0
 _OP_SECONDS = 0.5  # of timing per op
 _SHAPE = "d16"
 
@@ -104,22 +104,22 @@ def _write_reconstructions(path: Path, opened: OpenModel, test: ImageData) -> No
 def _print_generation(
     reference: Pipeline, ours: Pipeline, backend: str, sampling: Sampling, classes: Sequence[int], seed: int
 ) -> None:
-    threads = torch.get_num_threads()
-    table = _table(
-        f"Generation: {len(classes)} images in fp32, {threads} thread{'s' * (threads > 1)}, best of {_ROUNDS}",
-        ("kernels",), ("ms per image", "speed-up", "equal tokens", "pixel difference (of 255)"),
-    )
-
-    def timed(pipeline: Pipeline) -> tuple[float, Any]:
+    def timed(pipeline: Pipeline) -> tuple[float, Batch]:
         started = time.perf_counter()
         (batch,) = generate_batches(pipeline, classes, sampling, seed=seed, batch_size=len(classes))
         return time.perf_counter() - started, batch
 
-    with progress("timing generation", _ROUNDS + 1) as advance:
+    end = time.perf_counter() + _GENERATION_SECONDS
+    with progress("timing generation", 1 + _ROUNDS) as advance:
         rounds = []
-        for _ in range(_ROUNDS + 1):
+        while len(rounds) < 2 or (len(rounds) < 1 + _ROUNDS and time.perf_counter() < end):
             rounds.append((timed(reference), timed(ours)))  # one beside the other: both see the same machine
             advance()
+    threads, best = torch.get_num_threads(), len(rounds) - 1
+    table = _table(
+        f"Generation: {len(classes)} images in fp32, {threads} thread{'s' * (threads > 1)}, best of {best}",
+        ("kernels",), ("ms per image", "speed-up", "equal tokens", "pixel difference (of 255)"),
+    )
     plain, fast = (min(round_[side][0] for round_ in rounds[1:]) for side in (0, 1))
     (_, expected), (_, got) = rounds[0]
     difference = float((got.images - expected.images).abs().max()) * 127.5
@@ -214,7 +214,7 @@ def _times(*calls: Callable[[], Any]) -> list[float]:
     samples: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + _OP_SECONDS
     order = list(zip(calls, samples, strict=True))
-    while time.perf_counter() < end or len(samples[0]) < _ROUNDS:
+    while time.perf_counter() < end or len(samples[0]) < 2:
         for call, times in order:
             started = time.perf_counter()
             call()
