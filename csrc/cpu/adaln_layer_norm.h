@@ -20,6 +20,7 @@ struct AdaLNForward {
   float* rstd;        // (B, L) dense
   int64_t length, channels;
   float eps;
+  bool stream;  // store residual and y past the caches; their rows are then multiples of 64 bytes, aligned to 64
 };
 
 // Where one of the three modulation gradients goes: per token straight into the output, else into rows of fp32
@@ -41,12 +42,13 @@ struct AdaLNBackward {
   void* dbranch;       // (B, L, C) dense; null like dresidual
   ModulationGrad dgate, dscale, dshift;
   int64_t length, channels;
+  bool stream;  // as in AdaLNForward, for dx and dbranch
 };
 
 struct AdaLNTable {
   // Indexed by dtype: fp32, bf16, fp16.
-  // Rows [begin, end) of the B·L rows.
-  void (*forward[3])(const AdaLNForward&, int64_t begin, int64_t end);
+  // Rows [begin, end) of the B·L rows. `row_copy`: scratch memory for one row in fp32.
+  void (*forward[3])(const AdaLNForward&, int64_t begin, int64_t end, float* row_copy);
   // Tokens [begin, end) of one sample; their modulation gradients are summed into row `chunk` of the partials.
   void (*backward[3])(const AdaLNBackward&, int64_t sample, int64_t begin, int64_t end, int64_t chunk);
   // out[c] = sum over i of partial[i * channels + c], i ascending, for c in [begin, end).

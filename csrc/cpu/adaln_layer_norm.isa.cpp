@@ -5,6 +5,10 @@
 // two-pass variance (mean first, then the squares of the centred values) free; it is as accurate as Welford's update
 // without its division and its chain of dependent operations, and safe where E[x²] - E[x]² cancels.
 //
+// Large outputs are streamed past the caches (a plain store reads its line first) while the next row is prefetched:
+// 1.3 times faster at (2, 2240, 2304) in fp32. Either of the two alone gains nothing, and outputs that fit the caches
+// are better left there for the next operation; the door decides.
+//
 // Backward, with h = (x - mean)·rstd, g = dy·(1 + scale) and means over the row:
 //   dx = rstd·(g - mean(g) - h·mean(g·h)) [+ dresidual],   dscale = Σ dy·h,   dshift = Σ dy,
 // and in the gated form dbranch = dx·gate, dgate = Σ dx·branch. One pass forms the two means, the second the outputs.
@@ -41,6 +45,25 @@ template <class T>
 VAR_INLINE void put(T* p, Vec v, Part part) {
   store_tail(p, v, part.lanes);
 }
+template <bool kStream, class T>
+VAR_INLINE void put_output(T* p, Vec v, Whole whole) {
+  if constexpr (kStream)
+    stream(p, v);
+  else
+    put(p, v, whole);
+}
+template <bool kStream, class T>
+VAR_INLINE void put_output(T* p, Vec v, Part part) {
+  put(p, v, part);
+}
+// The value that reading p back would give.
+VAR_INLINE Vec rounded(const float*, Vec v) { return v; }
+template <class T>
+VAR_INLINE Vec rounded(const T*, Vec v) {
+  T lanes[kWidth];
+  store(lanes, v);
+  return load(lanes);
+}
 VAR_INLINE Vec existing(Vec v, Whole) { return v; }
 VAR_INLINE Vec existing(Vec v, Part part) {
   for (int i = 0; i < kWidth; ++i) v[i] = i < part.lanes ? v[i] : 0.0f;
@@ -74,47 +97,70 @@ VAR_INLINE const T* row_of(const Rows& rows, int64_t sample, int64_t token) {
 
 // ---- forward ----------------------------------------------------------------------------------------------------
 
-template <class T, bool kGated>
-VAR_INLINE void forward_row(const AdaLNForward& a, int64_t row) {
+// The later passes read x (the residual in the gated form) again, or its fp32 copy in `row_copy` where that saves
+// widening it twice, or where it was streamed out.
+template <class T, bool kGated, bool kStream>
+VAR_INLINE void forward_row(const AdaLNForward& a, int64_t row, float* row_copy) {
+  constexpr bool kCopy = sizeof(T) == 2 || (kGated && kStream);
   const int64_t sample = row / a.length, token = row % a.length, channels = a.channels;
   const T* x = row_of<T>(a.x, sample, token);
   const T* scale = row_of<T>(a.scale, sample, token);
   const T* shift = row_of<T>(a.shift, sample, token);
+  const T* branch = kGated ? row_of<T>(a.branch, sample, token) : nullptr;
+  T* residual = kGated ? static_cast<T*>(a.residual) + row * channels : nullptr;
   T* y = static_cast<T*>(a.y) + row * channels;
   float sum[1];
   if constexpr (kGated) {
-    const T* in = x;
-    const T* branch = row_of<T>(a.branch, sample, token);
     const T* gate = row_of<T>(a.gate, sample, token);
-    T* residual = static_cast<T*>(a.residual) + row * channels;
     sum_row(channels, sum, [=](int64_t c, auto part, Vec(&sums)[1]) VAR_LAMBDA {
-      put(residual + c, get(in + c, part) + get(gate + c, part) * get(branch + c, part), part);
-      sums[0] += get(residual + c, part);  // the rounded value is what the norm sees
+      const Vec v = get(x + c, part) + get(gate + c, part) * get(branch + c, part);
+      put_output<kStream>(residual + c, v, part);
+      const Vec seen = rounded(residual, v);  // the norm is that of the rounded sum
+      if constexpr (kCopy) put(row_copy + c, seen, part);
+      sums[0] += seen;
     });
-    x = residual;
   } else {
-    sum_row(channels, sum, [=](int64_t c, auto part, Vec(&sums)[1]) VAR_LAMBDA { sums[0] += get(x + c, part); });
+    sum_row(channels, sum, [=](int64_t c, auto part, Vec(&sums)[1]) VAR_LAMBDA {
+      const Vec v = get(x + c, part);
+      if constexpr (kCopy) put(row_copy + c, v, part);
+      sums[0] += v;
+    });
   }
+  const auto value = [=](int64_t c, auto part) VAR_LAMBDA {
+    if constexpr (kCopy)
+      return get(row_copy + c, part);
+    else
+      return get((kGated ? residual : x) + c, part);
+  };
   const float mean = sum[0] / float(channels);
   sum_row(channels, sum, [=](int64_t c, auto part, Vec(&sums)[1]) VAR_LAMBDA {
-    const Vec centred = existing(get(x + c, part) - mean, part);
+    const Vec centred = existing(value(c, part) - mean, part);
     sums[0] += centred * centred;
   });
   const float rstd = 1.0f / __builtin_sqrtf(sum[0] / float(channels) + a.eps);
-  for_each_vector(channels, [=](int64_t c, auto part) VAR_LAMBDA {
-    const Vec normalised = (get(x + c, part) - mean) * rstd;
-    put(y + c, normalised * (get(scale + c, part) + 1.0f) + get(shift + c, part), part);
+  for_each_vector(channels, [=, &a](int64_t c, auto part) VAR_LAMBDA {
+    const Vec normalised = (value(c, part) - mean) * rstd;
+    put_output<kStream>(y + c, normalised * (get(scale + c, part) + 1.0f) + get(shift + c, part), part);
+    if constexpr (kStream) __builtin_prefetch(x + a.x.per_token + c);
+    if constexpr (kStream && kGated) __builtin_prefetch(branch + a.branch.per_token + c);
   });
   a.mean[row] = mean;
   a.rstd[row] = rstd;
 }
 
+template <class T, bool kGated, bool kStream>
+void forward_rows(const AdaLNForward& a, int64_t begin, int64_t end, float* row_copy) {
+  for (int64_t row = begin; row < end; ++row) forward_row<T, kGated, kStream>(a, row, row_copy);
+  if constexpr (kStream) stream_fence();
+}
+
 template <class T>
-void forward(const AdaLNForward& a, int64_t begin, int64_t end) {
-  if (a.branch.data != nullptr)
-    for (int64_t row = begin; row < end; ++row) forward_row<T, true>(a, row);
+void forward(const AdaLNForward& a, int64_t begin, int64_t end, float* row_copy) {
+  const bool gated = a.branch.data != nullptr;
+  if (a.stream)
+    (gated ? forward_rows<T, true, true> : forward_rows<T, false, true>)(a, begin, end, row_copy);
   else
-    for (int64_t row = begin; row < end; ++row) forward_row<T, false>(a, row);
+    (gated ? forward_rows<T, true, false> : forward_rows<T, false, false>)(a, begin, end, row_copy);
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------------
@@ -139,7 +185,7 @@ VAR_INLINE GradRow<T> grad_row(const ModulationGrad& grad, int64_t row, int64_t 
           grad.partial ? grad.partial + chunk * channels : nullptr};
 }
 
-template <class T, bool kGated>
+template <class T, bool kGated, bool kStream>
 VAR_INLINE void backward_row(const AdaLNBackward& a, int64_t sample, int64_t token, int64_t chunk) {
   const int64_t channels = a.channels, row = sample * a.length + token;
   const T* dy = row_of<T>(a.dy, sample, token);
@@ -170,14 +216,20 @@ VAR_INLINE void backward_row(const AdaLNBackward& a, int64_t sample, int64_t tok
     const T* gate = row_of<T>(a.gate, sample, token);
     T* dbranch = static_cast<T*>(a.dbranch) + row * channels;
     const GradRow<T> dgate = grad_row<T>(a.dgate, row, chunk, channels);
-    for_each_vector(channels, [=](int64_t c, auto part) VAR_LAMBDA {
+    for_each_vector(channels, [=, &a](int64_t c, auto part) VAR_LAMBDA {
       const Vec d = dx_of(c, part) + get(dresidual + c, part);
-      put(dx + c, d, part);
-      put(dbranch + c, d * get(gate + c, part), part);
+      put_output<kStream>(dx + c, d, part);
+      put_output<kStream>(dbranch + c, d * get(gate + c, part), part);
       dgate.add(c, d * get(branch + c, part), part);
+      if constexpr (kStream) __builtin_prefetch(dy + a.dy.per_token + c);
+      if constexpr (kStream) __builtin_prefetch(x + a.x.per_token + c);
     });
   } else {
-    for_each_vector(channels, [=](int64_t c, auto part) VAR_LAMBDA { put(dx + c, dx_of(c, part), part); });
+    for_each_vector(channels, [=, &a](int64_t c, auto part) VAR_LAMBDA {
+      put_output<kStream>(dx + c, dx_of(c, part), part);
+      if constexpr (kStream) __builtin_prefetch(dy + a.dy.per_token + c);
+      if constexpr (kStream) __builtin_prefetch(x + a.x.per_token + c);
+    });
   }
 }
 
@@ -185,15 +237,22 @@ VAR_INLINE void clear(const ModulationGrad& grad, int64_t chunk, int64_t channel
   if (grad.partial != nullptr) memset(grad.partial + chunk * channels, 0, size_t(channels) * sizeof(float));
 }
 
+template <class T, bool kGated, bool kStream>
+void backward_rows(const AdaLNBackward& a, int64_t sample, int64_t begin, int64_t end, int64_t chunk) {
+  for (int64_t token = begin; token < end; ++token) backward_row<T, kGated, kStream>(a, sample, token, chunk);
+  if constexpr (kStream) stream_fence();
+}
+
 template <class T>
 void backward(const AdaLNBackward& a, int64_t sample, int64_t begin, int64_t end, int64_t chunk) {
   clear(a.dgate, chunk, a.channels);
   clear(a.dscale, chunk, a.channels);
   clear(a.dshift, chunk, a.channels);
-  if (a.dresidual.data != nullptr)
-    for (int64_t token = begin; token < end; ++token) backward_row<T, true>(a, sample, token, chunk);
+  const bool gated = a.dresidual.data != nullptr;
+  if (a.stream)
+    (gated ? backward_rows<T, true, true> : backward_rows<T, false, true>)(a, sample, begin, end, chunk);
   else
-    for (int64_t token = begin; token < end; ++token) backward_row<T, false>(a, sample, token, chunk);
+    (gated ? backward_rows<T, true, false> : backward_rows<T, false, false>)(a, sample, begin, end, chunk);
 }
 
 template <class T>

@@ -40,25 +40,6 @@ inline void store_rows(const float* src, int64_t padded, int64_t rows, int64_t d
   }
 }
 
-// Lanes with bit `Step` clear come from a, the others from b moved up by Step; and the mirror image.
-template <int Step, int... Lane>
-VAR_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, Lane...>) {
-#if defined(__clang__)
-  const Vec low = __builtin_shufflevector(a, b, (Lane & Step ? kWidth + Lane - Step : Lane)...);
-  b = __builtin_shufflevector(a, b, (Lane & Step ? kWidth + Lane : Lane + Step)...);
-#else
-  const Vec low = __builtin_shuffle(a, b, IVec{(Lane & Step ? kWidth + Lane - Step : Lane)...});
-  b = __builtin_shuffle(a, b, IVec{(Lane & Step ? kWidth + Lane : Lane + Step)...});
-#endif
-  a = low;
-}
-template <int Step>
-VAR_INLINE void transpose_step(Vec (&rows)[kWidth]) {
-  for (int i = 0; i < kWidth; ++i)
-    if (!(i & Step)) exchange<Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, kWidth>());
-  if constexpr (Step > 1) transpose_step<Step / 2>(rows);
-}
-
 // dst [dim][kStrip] = the transposed src (keys, dim), keys <= kStrip. Columns are zero up to the next whole vector.
 template <class T>
 inline void pack_strip(const T* src, int64_t src_row, int64_t keys, int64_t dim, float* dst) {

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
 #if !defined(__clang__)  // GCC 12 finds its own _mm512_undefined_ps() uninitialised
@@ -55,7 +56,7 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 VAR_INLINE int64_t min_i(int64_t a, int64_t b) { return a < b ? a : b; }
 VAR_INLINE int64_t max_i(int64_t a, int64_t b) { return a > b ? a : b; }
 
-VAR_INLINE Vec splat(float x) { return Vec{} + x; }
+VAR_INLINE Vec splat(float x) { return x - Vec{}; }  // folds to a broadcast; x + 0 would not, since it changes -0
 VAR_INLINE Vec as_float(UVec v) { return (Vec)v; }
 VAR_INLINE UVec as_bits(Vec v) { return (UVec)v; }
 VAR_INLINE Vec max_v(Vec a, Vec b) { return a > b ? a : b; }
@@ -155,6 +156,35 @@ VAR_INLINE void store(fp16* p, Vec v) {
 #endif
 }
 
+// Stores past the caches, for outputs too large to be found there later: without them every line is first read. The
+// address is a multiple of the stored size; a fence must follow before another thread reads. Plain stores off x86.
+VAR_INLINE void stream(float* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+template <class T>
+VAR_INLINE void stream(T* p, Vec v) {
+  T lanes[kWidth];
+  store(lanes, v);
+#if defined(__AVX512F__)
+  _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((const __m256i*)lanes));
+#elif defined(__AVX2__)
+  _mm_stream_si128((__m128i*)p, _mm_loadu_si128((const __m128i*)lanes));
+#else
+  memcpy(p, lanes, sizeof lanes);
+#endif
+}
+VAR_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // ---- tails: the first n of kWidth lanes, the others read as zero and are not written ----------------------------
 
 template <class T>
@@ -188,6 +218,27 @@ VAR_INLINE Vec load_tail(const fp16* p, int64_t n) { return load_tail_16bit(p, n
 VAR_INLINE void store_tail(bf16* p, Vec v, int64_t n) { store_tail_16bit(p, v, n); }
 VAR_INLINE void store_tail(fp16* p, Vec v, int64_t n) { store_tail_16bit(p, v, n); }
 #endif
+
+// ---- transposition of kWidth by kWidth, in registers -----------------------------------------------------------
+
+// Lanes with bit `Step` clear come from a, the others from b moved up by Step; and the mirror image.
+template <int Step, int... Lane>
+VAR_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, Lane...>) {
+#if defined(__clang__)
+  const Vec low = __builtin_shufflevector(a, b, (Lane & Step ? kWidth + Lane - Step : Lane)...);
+  b = __builtin_shufflevector(a, b, (Lane & Step ? kWidth + Lane : Lane + Step)...);
+#else
+  const Vec low = __builtin_shuffle(a, b, IVec{(Lane & Step ? kWidth + Lane - Step : Lane)...});
+  b = __builtin_shuffle(a, b, IVec{(Lane & Step ? kWidth + Lane : Lane + Step)...});
+#endif
+  a = low;
+}
+template <int Step>
+VAR_INLINE void transpose_step(Vec (&rows)[kWidth]) {
+  for (int i = 0; i < kWidth; ++i)
+    if (!(i & Step)) exchange<Step>(rows[i], rows[i + Step], std::make_integer_sequence<int, kWidth>());
+  if constexpr (Step > 1) transpose_step<Step / 2>(rows);
+}
 
 // ---- reductions in a fixed order: results do not depend on the caller ------------------------------------------
 

@@ -56,8 +56,10 @@ Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) 
     table.pack(code_data, codes, channels, cosine, strip, packed + strip * strip_floats);
   });
 
-  // At least 16 tasks, so that any number of threads up to that has something to do.
-  const int64_t rows_per_task = std::clamp<int64_t>((rows / 16 + 5) / 6 * 6, 6, kNearestCodeRows);
+  // Large blocks reuse each strip from L1; four per thread balance the ends. Rows are independent of each other, so the
+  // result does not depend on their number.
+  const int64_t tile = 6, per_thread = rows / (4 * int64_t(torch::stable::get_num_threads()));
+  const int64_t rows_per_task = std::clamp((per_thread + tile - 1) / tile * tile, tile, kNearestCodeRows);
   const float* z_data = z.const_data_ptr<float>();
   int64_t* out = best.mutable_data_ptr<int64_t>();
   run_tasks((rows + rows_per_task - 1) / rows_per_task, rows * codes * channels, [&](int64_t task) {

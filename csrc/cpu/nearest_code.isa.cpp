@@ -19,33 +19,44 @@ namespace {
 
 constexpr int64_t kStrip = kVectors * kWidth;
 
-// The lanes' best score so far and the strip it was found in; -1: no score above -inf yet.
+// The lanes' best score so far and the strip it was found in, which means nothing while the score is -inf.
 struct Best {
   Vec score;
   IVec strip;
 };
 
+// One vector of codes: kWidth columns of the strip, transposed a block at a time.
+VAR_INLINE void pack_lanes(const float* codes, int64_t count, int64_t channels, float* panel) {
+  for (int64_t c = 0; c < channels; c += kWidth) {
+    const int64_t width = min_i(channels - c, kWidth);
+    Vec rows[kWidth];
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const float* at = codes + i * channels + c;
+      rows[i] = i >= count ? Vec{} : width == kWidth ? load(at) : load_tail(at, width);
+    }
+    transpose_step<kWidth / 2>(rows);
+    for (int64_t i = 0; i < width; ++i) store(panel + (c + i) * kStrip, rows[i]);
+  }
+}
+
 void pack(const float* codebook, int64_t codes, int64_t channels, bool cosine, int64_t index, float* packed) {
-  const int64_t first = index * kStrip, count = min_i(kStrip, codes - first);
-  float* panel = packed + kStrip;
-  for (int64_t i = 0; i < kStrip; ++i)
-    for (int64_t c = 0; c < channels; ++c)
-      panel[c * kStrip + i] = i < count ? codebook[(first + i) * channels + c] : 0.0f;
   for (int64_t j = 0; j < kStrip; j += kWidth) {
+    const int64_t first = index * kStrip + j, count = max_i(0, min_i(codes - first, kWidth));
+    float* panel = packed + kStrip + j;
+    pack_lanes(codebook + first * channels, count, channels, panel);
     Vec squares = {};
     for (int64_t c = 0; c < channels; ++c) {
-      const Vec v = load(panel + c * kStrip + j);
+      const Vec v = load(panel + c * kStrip);
       squares += v * v;
     }
     if (cosine) {
       for (int i = 0; i < kWidth; ++i) squares[i] = __builtin_sqrtf(squares[i]);
       const Vec norm = squares < 1e-12f ? splat(1e-12f) : squares;  // a NaN stays
-      for (int64_t c = 0; c < channels; ++c) store(panel + c * kStrip + j, load(panel + c * kStrip + j) / norm);
+      for (int64_t c = 0; c < channels; ++c) store(panel + c * kStrip, load(panel + c * kStrip) / norm);
       squares = Vec{};
     }
     Vec start = squares * -0.5f;
-    for (int i = 0; i < kWidth; ++i)
-      if (j + i >= count) start[i] = -kInfinity;
+    for (int64_t i = count; i < kWidth; ++i) start[i] = -kInfinity;
     store(packed + j, start);
   }
 }
@@ -77,30 +88,31 @@ VAR_INLINE void update(const float* z, int64_t channels, const float* strip, int
   }
 }
 
-// The lowest index with the highest score among the row's lanes.
-int64_t resolve(const float* z, int64_t channels, const float* packed, const Best& best) {
-  int64_t index = -1;
-  float top = -kInfinity;
-  for (int i = 0; i < kWidth; ++i) {
-    if (best.strip[i] < 0 || best.score[i] < top) continue;
-    if (best.score[i] > top || best.strip[i] < index) index = best.strip[i];
-    top = best.score[i];
-  }
-  if (index < 0) return 0;
-  Vec acc[1][kVectors];
+VAR_INLINE int32_t lowest(IVec v) {
+  int32_t lanes[kWidth], low = INT32_MAX;
+  memcpy(lanes, &v, sizeof v);
+  for (int i = 0; i < kWidth; ++i) low = lanes[i] < low ? lanes[i] : low;
+  return low;
+}
+
+// The lowest index with the highest score: strips first, since all indices of a strip precede those of the next.
+VAR_INLINE int64_t resolve(const float* z, int64_t channels, const float* packed, const Best& best) {
+  const float top = reduce_max(best.score);
+  if (!(top > -kInfinity)) return 0;
+  const int64_t index = lowest(best.score == top ? best.strip : IVec{} + INT32_MAX);
+  Vec acc[1][kVectors], strip_top = splat(-kInfinity);
   scores<1>(z, channels, packed + index * (channels + 1) * kStrip, acc);
-  int64_t place = 0;
-  top = -kInfinity;
-  for (int64_t k = 0; k < kStrip; ++k) {
-    const float score = acc[0][k / kWidth][k % kWidth];
-    if (score > top) top = score, place = k;
-  }
-  return index * kStrip + place;
+  for (int j = 0; j < kVectors; ++j) strip_top = max_v(acc[0][j], strip_top);
+  const float score = reduce_max(strip_top);
+  IVec lane, place = IVec{} + INT32_MAX;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+  for (int j = kVectors - 1; j >= 0; --j) place = acc[0][j] == score ? lane + j * kWidth : place;
+  return index * kStrip + lowest(place);
 }
 
 void search(const float* z, int64_t rows, int64_t channels, const float* packed, int64_t strips, int64_t* out) {
   Best best[kNearestCodeRows];
-  for (int64_t i = 0; i < rows; ++i) best[i] = {splat(-kInfinity), IVec{} - 1};
+  for (int64_t i = 0; i < rows; ++i) best[i] = {splat(-kInfinity), IVec{}};
   for (int64_t s = 0; s < strips; ++s) {
     const float* strip = packed + s * (channels + 1) * kStrip;
     int64_t i = 0;
