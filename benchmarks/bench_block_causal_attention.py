@@ -133,15 +133,33 @@ LONG_PROVIDERS = {name: PROVIDERS[name] for name in ("var_kernels", "masked SDPA
 LONG_MISSING = dict.fromkeys(sorted(set(PROVIDERS) - set(LONG_PROVIDERS)), "left out at this length")
 
 
+def recomputed(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+    """Forward and backward in matrix products that recompute the probabilities as exp(scores - lse), in fp32 or fp64.
+
+    The formula of every backward without an (L, L) tensor. Rounding the scores and lse, of size 10, costs several
+    times what a saved softmax loses, so a kernel is compared with this and not with whoever keeps the softmax.
+    """
+    q, k, v, dout = (t.detach().to(torch.promote_types(t.dtype, torch.float32))
+                     for t in (inputs.q, inputs.k, inputs.v, inputs.dout))  # fmt: skip
+    scale = q.shape[-1] ** -0.5
+    scores = q @ k.mT * scale
+    if inputs.visible is not None:
+        scores = scores.masked_fill(~inputs.visible, -torch.inf)
+    p = torch.exp(scores - scores.logsumexp(dim=-1, keepdim=True))
+    out = (p @ v).to(inputs.q.dtype).to(p.dtype)  # a backward is given the output as it was rounded
+    ds = p * (dout @ v.mT - (dout * out).sum(dim=-1, keepdim=True)) * scale
+    return tuple(t.to(inputs.q.dtype) for t in (out, ds @ k, ds.mT @ q, p.mT @ dout))
+
+
 def judge(inputs: Inputs) -> Judge:
     names = ("out",) if inputs.dout is None else ("out", "dq", "dk", "dv")
 
     def results(dtype) -> dict[str, torch.Tensor]:
-        q, k, v = (t.detach().to(dtype).requires_grad_(t.requires_grad) for t in (inputs.q, inputs.k, inputs.v))
+        q, k, v = (t.detach().to(dtype) for t in (inputs.q, inputs.k, inputs.v))
         dout = None if inputs.dout is None else inputs.dout.to(dtype)
         converted = inputs._replace(q=q, k=k, v=v, dout=dout)
-        found = prefix_calls(converted)() if inputs.visible is not None else sdpa_bool(converted)()
-        return dict(zip(names, found if isinstance(found, tuple) else (found,), strict=True))
+        found = (sdpa_bool(converted)(),) if dout is None else recomputed(converted)
+        return dict(zip(names, found, strict=True))
 
     return judge_floats(results(torch.float64), results(inputs.q.dtype))
 
