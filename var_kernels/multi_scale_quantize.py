@@ -209,7 +209,7 @@ def multi_scale_quantize(
         raise ValueError(f"codebook: expected shape (V, {channels}) with V >= 1, got {tuple(codebook.shape)}")
     _check_phi(phi_weight, phi_bias, channels)
     plan = _plan(patch_nums, "f", (height, width), phi_weight.shape[0])
-    check(metric in ("l2", "cosine"), "metric", "l2 or cosine", repr(metric))
+    check(metric in ("l2", "cosine"), "metric", "'l2' or 'cosine'", repr(metric))
     tensors = (f, codebook, phi_weight, phi_bias)
     if autocast_dtype(f.device.type) is not None:
         f, codebook, phi_weight, phi_bias = tensors = _upcast(*tensors)

@@ -20,7 +20,6 @@ constexpr int64_t kGroupImages = 8;
 
 int64_t bands_of(const MapShape& shape) { return (shape.height + kBandRows - 1) / kBandRows; }
 int64_t phi_work(const MapShape& shape) { return shape.height * shape.width * shape.padded * shape.padded * 9; }
-int64_t phi_floats(const MapShape& shape) { return (9 * shape.padded + 1) * shape.padded; }
 
 struct Quantizer {
   const QuantizeForwardTable& table = quantize_forward();

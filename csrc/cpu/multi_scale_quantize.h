@@ -37,9 +37,9 @@ struct CodeMap {
 struct QuantizeForwardTable {
   int64_t vector_width;  // `padded` is the next multiple of it
 
-  // phi is folded into one convolution with weight ratio·weight + (1 - ratio)·identity and bias ratio·bias, packed as
-  // (3, 3, in = padded, out = padded) and (padded). With `transposed` it is the adjoint: out and in change places, the
-  // taps are mirrored, the bias is zero. weight (channels, channels, 3, 3), bias (channels), dense.
+  // phi packed as ratio·weight (3, 3, in = padded, out = padded), ratio·bias (padded), and 1 - ratio, the weight of
+  // the identity (padded). With `transposed` it is the adjoint: out and in change places, the taps are mirrored, the
+  // bias is zero. weight (channels, channels, 3, 3), bias (channels), dense.
   void (*pack_phi)(const float* weight, const float* bias, int64_t channels, float ratio, bool transposed,
                    float* packed);
 

@@ -33,7 +33,6 @@ struct Backward {
   float* partials;       // (scales, slots): dweight (3, 3, channels, padded) and dbias (padded)
 
   int64_t scales() const { return schedule.scales.size(); }
-  int64_t phi_floats() const { return (9 * shape.padded + 1) * shape.padded; }
   int64_t weight_floats() const { return 9 * shape.channels * shape.padded; }
   int64_t partial_floats() const { return weight_floats() + shape.padded; }
   int64_t bordered_row() const { return (shape.width + 2) * shape.padded; }
@@ -54,7 +53,7 @@ struct Backward {
       for (int64_t y = 1; y <= shape.height; ++y)
         std::fill_n(map + (y + 1) * bordered_row() - shape.padded, 2 * shape.padded, 0.0f);
       std::fill_n(map + (shape.height + 1) * bordered_row(), bordered_row(), 0.0f);
-      forward.phi_rows(shape, codes_of(first + task / scales(), k), packed_phi + phi_index[k] * phi_floats(), 0,
+      forward.phi_rows(shape, codes_of(first + task / scales(), k), packed_phi + phi_index[k] * phi_floats(shape), 0,
                        shape.height, thread_scratch(scratch), map + bordered_row() + shape.padded, bordered_row());
     });
   }
@@ -73,7 +72,7 @@ struct Backward {
     parallel_tasks(count * scales(), 2 * work(count), [&](int64_t task) {
       const int64_t slot = task / scales(), k = task % scales();
       float* dweight = partials + (k * kSlots + slot) * partial_floats();
-      table.phi_backward(shape, codes_of(first + slot, k), packed_adjoint + phi_index[k] * phi_floats(),
+      table.phi_backward(shape, codes_of(first + slot, k), packed_adjoint + phi_index[k] * phi_floats(shape),
                          maps + task * bordered_floats(), thread_scratch(scratch), first > 0, dweight,
                          dweight + weight_floats(),
                          dcodes + (slot * schedule.tokens + schedule.scales[k].offset) * shape.padded);
@@ -151,13 +150,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_backward_door(const Tensor& 
   Tensor dbias = empty_cpu({convolutions, channels}, ScalarType::Float);
   std::fill_n(dcodebook.mutable_data_ptr<float>(), codes * channels, 0.0f);
 
-  const int64_t slots = std::min(batch, kSlots), phi_floats = (9 * shape.padded + 1) * shape.padded;
+  const int64_t slots = std::min(batch, kSlots);
   const std::vector<float> factors = gradient_factors(derrors);
-  const Tensor packed = workspace(2 * convolutions * phi_floats);
+  const Tensor packed = workspace(2 * convolutions * phi_floats(shape));
   float* phi_data = packed.mutable_data_ptr<float>();
   Backward backward{.f = f, .shape = shape, .schedule = schedule, .codebook = codebook.const_data_ptr<float>(),
                     .codes = codes, .tokens = tokens.const_data_ptr<int64_t>(), .packed_phi = phi_data,
-                    .packed_adjoint = phi_data + convolutions * phi_floats, .phi_index = phi_index,
+                    .packed_adjoint = phi_data + convolutions * phi_floats(shape), .phi_index = phi_index,
                     .factors = factors.data(), .maps = nullptr, .dcodes = nullptr, .partials = nullptr};
   const Tensor maps = workspace(slots * scales * backward.bordered_floats());
   const Tensor dcodes = workspace(slots * schedule.tokens * shape.padded);
@@ -170,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_backward_door(const Tensor& 
     const int64_t i = task % convolutions;
     backward.forward.pack_phi(phi_weight.const_data_ptr<float>() + i * channels * channels * 9,
                               bias.const_data_ptr<float>() + i * channels, channels, float(phi_ratio),
-                              task >= convolutions, phi_data + task * phi_floats);
+                              task >= convolutions, phi_data + task * phi_floats(shape));
   });
   for (int64_t first = 0; first < batch; first += kSlots) {
     const int64_t count = std::min(kSlots, batch - first);

@@ -83,7 +83,7 @@ void phi_backward(const MapShape& s, const CodeMap& codes, const float* packed_a
   for (int64_t y = 0; y < s.height; ++y) {
     const int64_t code_row = codes.width * s.padded;
     float* out = codes.vertical ? du_row : dcodes + y * code_row;
-    convolve_row(s, gradient + y * (s.width + 2) * s.padded, packed_adjoint, out);
+    phi_row(s, gradient + y * (s.width + 2) * s.padded, packed_adjoint, out);
     if (!codes.vertical) continue;
     zero(line, code_row);
     for (int64_t x = 0; x < s.width; ++x)

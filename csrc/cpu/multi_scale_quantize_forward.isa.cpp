@@ -7,7 +7,7 @@ namespace {
 void pack_phi(const float* weight, const float* bias, int64_t channels, float ratio, bool transposed, float* packed) {
   const int64_t padded = round_up(channels, kWidth);
   float* packed_bias = packed + 9 * padded * padded;
-  zero(packed, 9 * padded * padded + padded);
+  zero(packed, (9 * padded + 2) * padded);
   for (int64_t tap = 0; tap < 9; ++tap) {
     float* matrix = packed + tap * padded * padded;
     const float* source = weight + (transposed ? 8 - tap : tap);
@@ -15,11 +15,10 @@ void pack_phi(const float* weight, const float* bias, int64_t channels, float ra
     for (int64_t in = 0; in < channels; ++in)
       for (int64_t out = 0; out < channels; ++out)
         matrix[in * padded + out] = ratio * source[in * in_stride + out * out_stride];
-    if (tap == 4)
-      for (int64_t c = 0; c < channels; ++c) matrix[c * padded + c] += 1.0f - ratio;
   }
   if (!transposed)
     for (int64_t c = 0; c < channels; ++c) packed_bias[c] = ratio * bias[c];
+  for (int64_t c = 0; c < channels; ++c) packed_bias[padded + c] = 1.0f - ratio;
 }
 
 void load_rows(const MapShape& s, const Image& image, int64_t y0, int64_t y1, float* map) {
@@ -74,7 +73,7 @@ void phi_rows(const MapShape& s, const CodeMap& codes, const float* packed, int6
   const int64_t row = (s.width + 2) * s.padded;
   upsample_rows(s, codes, y0, y1, scratch + (y1 - y0 + 2) * row, scratch);
   for (int64_t y = y0; y < y1; ++y)
-    convolve_row(s, scratch + (y - y0) * row, packed, out + (y - y0) * out_row);
+    phi_row(s, scratch + (y - y0) * row, packed, out + (y - y0) * out_row);
 }
 
 double subtract_rows(const MapShape& s, int64_t rows, const float* h, float* f_hat, float* rest) {

@@ -71,15 +71,22 @@ inline void upsample_rows(const MapShape& s, const CodeMap& codes, int64_t y0, i
   }
 }
 
-// One row of the convolution of a bordered map, whose row above starts at `input`. Three taps of a row are one
-// product: the three neighbours of a pixel are consecutive in memory.
-inline void convolve_row(const MapShape& s, const float* input, const float* packed, float* out) {
+// One row of phi of a bordered map, whose row above starts at `input`. Three taps of a row are one product: the three
+// neighbours of a pixel are consecutive in memory. The identity part comes last: folded into the middle tap it would
+// enlarge the sums that the other taps are rounded to.
+inline void phi_row(const MapShape& s, const float* input, const float* packed, float* out) {
   const float* bias = packed + 9 * s.padded * s.padded;
   for (int64_t x = 0; x < s.width; ++x)
     for (int64_t c = 0; c < s.padded; c += kWidth) store(out + x * s.padded + c, load(bias + c));
   for (int64_t dy = 0; dy < 3; ++dy)
     gemm(s.width, s.padded, 3 * s.padded, input + dy * (s.width + 2) * s.padded, s.padded, 1,
          packed + dy * 3 * s.padded * s.padded, s.padded, out, s.padded, true);
+  const float* middle = input + (s.width + 3) * s.padded;
+  for (int64_t x = 0; x < s.width; ++x)
+    for (int64_t c = 0; c < s.padded; c += kWidth) {
+      const int64_t i = x * s.padded + c;
+      store(out + i, load(out + i) + load(bias + s.padded + c) * load(middle + i));
+    }
 }
 
 }  // namespace var_kernels::VAR_ISA

@@ -113,6 +113,9 @@ inline MapShape map_shape(const Tensor& f, const char* argument) {
   return {channels, (channels + width - 1) / width * width, f.size(2), f.size(3)};
 }
 
+// Of pack_phi: nine matrices, the bias, the weights of the identity.
+inline int64_t phi_floats(const MapShape& shape) { return (9 * shape.padded + 2) * shape.padded; }
+
 inline int64_t map_floats(const MapShape& shape) { return shape.height * shape.width * shape.padded; }
 
 inline Image image_of(const Tensor& f, int64_t index) {
