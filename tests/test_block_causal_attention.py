@@ -66,9 +66,7 @@ def plain(q, k, v, lens, *, q_offset=None, softmax_scale=None) -> torch.Tensor:
     """What PyTorch offers: scaled_dot_product_attention with a mask."""
     first = k.shape[2] - q.shape[2] if q_offset is None else q_offset
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=visible(lens, first, q.shape[2]), scale=softmax_scale
-    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible(lens, first, q.shape[2]), scale=softmax_scale)
 
 
 def with_grads(attention, inputs, dout, dtype=None):

@@ -21,11 +21,11 @@ struct BackwardScratch {
 
 BackwardScratch carve(const AttentionProblem& p, const AttentionBackwardTask& task, float* base) {
   const int64_t padded = round_up(p.dim, kWidth), keys = round_up(task.key_end - task.key_begin, kBlock);
-  float* next = base;
-  const auto take = [&next](int64_t floats) {
-    float* taken = next;
-    next += round_up(floats, 16);
-    return taken;
+  int64_t taken = 0;
+  const auto take = [&taken, base](int64_t floats) {
+    float* memory = base ? base + taken : nullptr;  // without memory only the size is wanted
+    taken += round_up(floats, 16);
+    return memory;
   };
   BackwardScratch s;
   s.key_strips = take(keys * p.dim);
@@ -40,7 +40,7 @@ BackwardScratch carve(const AttentionProblem& p, const AttentionBackwardTask& ta
   s.ds = take(kMaxTileRows * kScoreRow);
   s.lse = take(kMaxTileRows);
   s.delta = take(kMaxTileRows);
-  s.size = next - base;
+  s.size = taken;
   return s;
 }
 
@@ -128,14 +128,14 @@ void backward(const AttentionBackwardArgs& args, const AttentionBackwardTask& ta
     const int64_t head = task.kv_head * group + unit / p.tile_count;
     const QueryTile tile = p.tiles[unit % p.tile_count];
     const int64_t rows = tile.end - tile.begin;
-    float* share = task.dq_part + ((unit / p.tile_count) * p.queries + tile.begin) * padded;
-    if (p.visible[tile.end - 1] <= task.key_begin) {
+    float* share = task.dq_part ? task.dq_part + (unit / p.tile_count * p.queries + tile.begin) * padded : nullptr;
+    if (p.visible[tile.end - 1] <= task.key_begin) {  // never in the range that starts at key 0
       memset(share, 0, rows * padded * sizeof(float));
       continue;
     }
     load_tile<T>(args, task.batch, head, tile, s);
     backward_tile(p, task, tile, s);
-    if (task.dq_part)
+    if (share)
       store_rows(s.dq, padded, rows, padded, p.softmax_scale, share, padded);
     else
       store_rows(s.dq, padded, rows, p.dim, p.softmax_scale, row_of<T>(args.dq, task.batch, head, tile.begin),

@@ -27,11 +27,11 @@ VAR_INLINE bool streams(const AttentionForwardTask& task) { return task.unit_end
 
 ForwardScratch carve(const AttentionProblem& p, const AttentionForwardTask& task, float* base) {
   const int64_t padded = round_up(p.dim, kWidth), keys = streams(task) ? kBlock : round_up(p.keys, kBlock);
-  float* next = base;
-  const auto take = [&next](int64_t floats) {
-    float* taken = next;
-    next += round_up(floats, 16);
-    return taken;
+  int64_t taken = 0;
+  const auto take = [&taken, base](int64_t floats) {
+    float* memory = base ? base + taken : nullptr;  // without memory only the size is wanted
+    taken += round_up(floats, 16);
+    return memory;
   };
   ForwardScratch s;
   s.keys = take(keys * p.dim);
@@ -41,7 +41,7 @@ ForwardScratch carve(const AttentionProblem& p, const AttentionForwardTask& task
   s.out = take(kMaxTileRows * padded);
   s.sum = take(kMaxTileRows * kWidth);
   s.max = take(kMaxTileRows);
-  s.size = next - base;
+  s.size = taken;
   return s;
 }
 
