@@ -211,7 +211,7 @@ def plot(
 ) -> None:
     """Draw the curves of trainings, running or done: losses, accuracy, PSNR, use of the codebook.
 
-    Needs matplotlib (`pip install "var-kernels[plots]"`).
+    Needs matplotlib: the extra `plots` of this package.
 
     Example:
 

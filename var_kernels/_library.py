@@ -1,4 +1,4 @@
-"""The operator library `torch.ops.var_kernels`: schemas are defined in Python, so that no compiler is needed to import."""
+"""The operator library `torch.ops.var_kernels`. Schemas are defined in Python: importing needs no compiler."""
 
 import torch
 from torch._C import _functorch
