@@ -1,79 +1,17 @@
 """multi_scale_quantize and next_scale_input: tokens, values and gradients against an independent composition."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy
 import pytest
+import quantizer_inputs
 import torch
 import torch.nn.functional as F
+from quantizer_inputs import NAMES, SHAPES, SMALL, gradients, inputs, leaves, pairs
 
 from var_kernels import multi_scale_quantize, next_scale_input
-from var_kernels.backends import unavailable_reason
 from var_kernels.multi_scale_quantize import phi_index
-from var_kernels.testing import assert_accurate, isa_levels, poison, randn
+from var_kernels.testing import assert_accurate, poison, randn
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = ("f", "codebook", "phi_weight", "phi_bias")
-
-# (batch, channels, codes, convolutions, maps). Channels straddle the vectors of every ISA level (4, 8, 16) and the
-# column strips of the matrix product (16, 32, 64); heights straddle the bands of four rows, widths the register tile of
-# six pixels; batches straddle the slots of eight images of the backward; maps are square and not, taller than wide,
-# as large as the full map in the middle of the schedule, larger than it along one axis, and a single one. Several
-# images where maps are small: the codes of scale 0 are constant over an image, and so is their rounding error, which
-# makes the sums over the pixels of few images a matter of luck.
-SHAPES = {
-    "VAR": (2, 32, 120, 4, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)),
-    "narrow": (3, 3, 17, 1, (1, 2, 4)),
-    "one vector": (4, 8, 65, 4, (1, 3, 5)),
-    "just over a vector": (3, 17, 33, 2, (2, 5, 7)),
-    "just under": (5, 15, 60, 3, (1, 5, 11)),
-    "two strips": (1, 65, 40, 4, (1, 2, 3, 7)),
-    "one code": (2, 5, 1, 4, (1, 3)),
-    "one channel": (2, 1, 9, 4, (1, 2, 3)),
-    "one scale": (3, 9, 30, 4, (6,)),
-    "one pixel": (3, 6, 30, 1, (1,)),
-    "wide": (4, 12, 50, 6, ((1, 1), (1, 3), (2, 5), (3, 4), (4, 11), (4, 13))),
-    "tall": (3, 12, 50, 5, ((1, 1), (3, 1), (8, 2), (13, 3))),
-    "full size twice": (4, 7, 50, 3, ((5, 6), (2, 2), (5, 6))),
-    "larger on the way": (1, 7, 50, 3, ((2, 2), (9, 4), (3, 11), (5, 6))),
-    "nine images": (9, 8, 40, 4, (1, 2, 3, 5)),
-    "seventeen images": (17, 4, 20, 2, (1, 2, 3)),
-}
-SMALL = SHAPES["just over a vector"]
-
-
-@pytest.fixture
-def cpu():
-    """Skips where the native library is not available."""
-    reason = unavailable_reason("cpu", "cpu", "multi_scale_quantize")
-    if reason is not None:
-        pytest.skip(reason)
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request):
-    if request.param == "cpu":
-        request.getfixturevalue("cpu")
-    return request.param
-
-
-def pairs(patch_nums) -> list[tuple[int, int]]:
-    return [(size, size) if isinstance(size, int) else size for size in patch_nums]
-
-
-def inputs(shape, *, seed: int = 1, dtype=torch.float32) -> list[torch.Tensor]:
-    """f, codebook, phi_weight, phi_bias; a weak mean in each, so that no part can be ignored."""
-    batch, channels, codes, convolutions, patch_nums = shape
-    height, width = pairs(patch_nums)[-1]
-    return [
-        randn(batch, channels, height, width, seed=seed, dtype=dtype),
-        (randn(codes, channels, seed=seed + 1, dtype=torch.float64, std=0.6) + 0.05).to(dtype),
-        randn(convolutions, channels, channels, 3, 3, seed=seed + 2, dtype=dtype, std=(9 * channels) ** -0.5),
-        (randn(convolutions, channels, seed=seed + 3, dtype=torch.float64, std=0.1) + 0.05).to(dtype),
-    ]
+cpu, backend = quantizer_inputs.cpu, quantizer_inputs.backend
 
 
 def composition(f, codebook, weight, bias, patch_nums, *, ratio=0.5, metric="l2", beta=0.25):
@@ -100,16 +38,6 @@ def composition(f, codebook, weight, bias, patch_nums, *, ratio=0.5, metric="l2"
         loss = loss + beta * (f_hat.detach() - f).square().mean() + (f_hat - f.detach()).square().mean()
         tokens.append(ids.flatten(1))
     return torch.cat(tokens, dim=1), f_hat, loss / len(sizes), gap
-
-
-def gradients(result, tensors, seed=9) -> list[torch.Tensor]:
-    """Of a weighted sum of f_hat and the loss: both parts matter in the gradient of f."""
-    weights = randn(*result.f_hat.shape, seed=seed, dtype=torch.float64, std=1e-3).to(result.f_hat.dtype)
-    return torch.autograd.grad((result.f_hat * weights).sum().to(result.vq_loss.dtype) + 3 * result.vq_loss, tensors)
-
-
-def leaves(tensors, dtype=None) -> list[torch.Tensor]:
-    return [tensor.detach().to(dtype or tensor.dtype).requires_grad_() for tensor in tensors]
 
 
 # ---- the specification -----------------------------------------------------------------------------------------------
@@ -215,7 +143,7 @@ def test_next_scale_input(cpu, name):
                 assert_accurate(*values, name=f"{part} after scale {k}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_16_bit_inputs_are_computed_in_float32(backend, dtype):
     tensors = inputs(SMALL, dtype=dtype)
     wide = [tensor.float() for tensor in tensors]
@@ -391,185 +319,3 @@ def test_an_image_does_not_depend_on_its_batch(cpu):
     for i in range(9):
         alone = multi_scale_quantize(f[i : i + 1], *others, SHAPES["nine images"][-1], backend="cpu")
         assert torch.equal(alone.tokens[0], whole.tokens[i]) and torch.equal(alone.f_hat[0], whole.f_hat[i])
-
-
-# ---- bad input -------------------------------------------------------------------------------------------------------
-
-QUANTIZE = dict(zip((*NAMES, "patch_nums"), (*inputs((2, 3, 5, 4, (1, 2, 4))), (1, 2, 4)), strict=True))
-STEP = {
-    "f_hat": QUANTIZE["f"],
-    "codes": torch.zeros(2, 4, 3),
-    "phi_weight": QUANTIZE["phi_weight"],
-    "phi_bias": QUANTIZE["phi_bias"],
-    "patch_nums": (1, 2, 4),
-    "k": 1,
-}
-BAD = [
-    (multi_scale_quantize, {"f": None}, TypeError, "f: expected a torch.Tensor, got NoneType"),
-    (multi_scale_quantize, {"f": torch.zeros(3, 4, 4)}, ValueError, r"f: expected 4 dimensions, got shape \(3, 4, 4\)"),
-    (multi_scale_quantize, {"f": torch.zeros(2, 3, 4, 4).long()}, TypeError, "f: expected float32.*got torch.int64"),
-    (multi_scale_quantize, {"f": torch.zeros(2, 3, 0, 4)}, ValueError, "f: expected non-empty channels, height"),
-    (multi_scale_quantize, {"codebook": torch.zeros(5, 4)}, ValueError, r"codebook: expected shape \(V, 3\).*\(5, 4\)"),
-    (multi_scale_quantize, {"codebook": torch.zeros(0, 3)}, ValueError, "codebook: expected shape .* with V >= 1"),
-    (multi_scale_quantize, {"codebook": torch.zeros(5, 3).double()}, TypeError, "codebook: expected torch.float32 lik"),
-    (multi_scale_quantize, {"codebook": torch.zeros(5, 3, device="meta")}, ValueError, "codebook: expected device cpu"),
-    (multi_scale_quantize, {"phi_weight": torch.zeros(3, 3, 3, 3)}, ValueError, "phi_weight: expected 5 dimensions"),
-    (multi_scale_quantize, {"phi_weight": torch.zeros(0, 3, 3, 3, 3)}, ValueError, "phi_weight: expected .* n >= 1"),
-    (multi_scale_quantize, {"phi_weight": torch.zeros(4, 3, 3, 5, 5)}, ValueError, r"phi_weight: expected .*\(n, 3, 3"),
-    (multi_scale_quantize, {"phi_bias": torch.zeros(3, 3)}, ValueError, r"phi_bias: expected shape \(4, 3\), got \(3"),
-    (multi_scale_quantize, {"patch_nums": (1, 2, 3)}, ValueError, r"patch_nums: expected the last map to be \(4, 4\)"),
-    (multi_scale_quantize, {"patch_nums": (0, 4)}, ValueError, "patch_nums: expected sides of at least 1, got 0"),
-    (multi_scale_quantize, {"patch_nums": (1, (2, -1), 4)}, ValueError, "patch_nums: expected sides of at least 1"),
-    (multi_scale_quantize, {"patch_nums": (1, 2.0, 4)}, ValueError, "patch_nums: expected integers or .* got 2.0"),
-    (multi_scale_quantize, {"patch_nums": (1, (1, 2, 3), 4)}, ValueError, "patch_nums: expected integers or"),
-    (multi_scale_quantize, {"patch_nums": ()}, ValueError, "patch_nums: expected at least one scale"),
-    (multi_scale_quantize, {"patch_nums": 4}, TypeError, "patch_nums: expected a sequence of map sizes, got int"),
-    (multi_scale_quantize, {"metric": "dot"}, ValueError, "metric: expected 'l2' or 'cosine', got 'dot'"),
-    (multi_scale_quantize, {"backend": "gpu"}, ValueError, "backend: expected one of auto, .*got 'gpu'"),
-    (next_scale_input, {"f_hat": torch.zeros(3, 4, 4)}, ValueError, "f_hat: expected 4 dimensions"),
-    (next_scale_input, {"f_hat": torch.zeros(2, 0, 4, 4)}, ValueError, "f_hat: expected non-empty channels"),
-    (next_scale_input, {"codes": torch.zeros(2, 5, 3)}, ValueError, r"codes: expected shape \(2, 4, 3\), got \(2, 5, "),
-    (next_scale_input, {"codes": torch.zeros(2, 4, 3).half()}, TypeError, "codes: expected torch.float32 like f_hat"),
-    (next_scale_input, {"phi_bias": torch.zeros(4)}, ValueError, "phi_bias: expected 2 dimensions"),
-    (next_scale_input, {"patch_nums": (1, 2, 8)}, ValueError, "patch_nums: expected the last map .* of f_hat"),
-    (next_scale_input, {"k": 3}, ValueError, "k: expected a scale from 0 to 2, got 3"),
-    (next_scale_input, {"k": -1}, ValueError, "k: expected a scale from 0 to 2, got -1"),
-    (next_scale_input, {"k": 1.0}, ValueError, "k: expected a scale from 0 to 2, got 1.0"),
-    (next_scale_input, {"backend": "gpu"}, ValueError, "backend: expected one of auto"),
-]
-
-
-@pytest.mark.parametrize("function, change, error, message", BAD)
-def test_bad_input(function, change, error, message):
-    arguments = QUANTIZE if function is multi_scale_quantize else STEP
-    function(**arguments)  # also fills the cache of schedules, which must not let 2.0 pass for 2
-    with pytest.raises(error, match=message):
-        function(**arguments | change)
-
-
-def test_float64_is_served_by_the_reference(cpu):
-    tensors = [tensor.double() for tensor in inputs(SMALL)]
-    assert multi_scale_quantize(*tensors, SMALL[-1]).f_hat.dtype == torch.float64
-    with pytest.raises(ValueError, match="'cpu' cannot serve multi_scale_quantize.*does not take torch.float64"):
-        multi_scale_quantize(*tensors, SMALL[-1], backend="cpu")
-
-
-def test_raw_ops_check_their_arguments(cpu):
-    tensors, schedule = raw_inputs()
-    ops = torch.ops.var_kernels
-    forward, backward = ops._multi_scale_quantize, ops._multi_scale_quantize_backward
-    tokens, derrors = torch.zeros(2, 21, dtype=torch.int64), torch.ones(2, 3)
-    for wrong in (-1, 5):
-        with pytest.raises(RuntimeError, match=f"tokens: expected indices of the codebook, got {wrong}"):
-            backward(*tensors, torch.full_like(tokens, wrong), derrors, *schedule, 0.5)
-    with pytest.raises(RuntimeError, match="tokens: expected shape"):
-        backward(*tensors, tokens[:, :20], derrors, *schedule, 0.5)
-    with pytest.raises(RuntimeError, match="derrors: expected shape"):
-        backward(*tensors, tokens, derrors[:, :2], *schedule, 0.5)
-    with pytest.raises(RuntimeError, match="phi_index: expected an index of phi_weight, got 4"):
-        forward(*tensors, *schedule[:2], [0, 1, 4], 0.5, False)
-    with pytest.raises(RuntimeError, match="phi_index: expected 3, got 2 entries"):
-        forward(*tensors, *schedule[:2], [0, 1], 0.5, False)
-    with pytest.raises(RuntimeError, match="heights, widths: expected the full size as last entry"):
-        forward(*tensors, [1, 2, 3], *schedule[1:], 0.5, False)
-    with pytest.raises(RuntimeError, match="f: expected float32"):
-        forward(tensors[0].double(), *tensors[1:], *schedule, 0.5, False)
-    with pytest.raises(RuntimeError, match="codes: expected shape"):
-        ops._next_scale_input(tensors[0], torch.zeros(2, 3, 3), *tensors[2:], 0, 2, 2, 4, 4, 0.5)
-
-
-# ---- torch's tools, ISA levels ---------------------------------------------------------------------------------------
-
-
-def raw_inputs():
-    shape = (2, 3, 5, 4, (1, 2, 4))
-    return inputs(shape), ([1, 2, 4], [1, 2, 4], [0, 1, 3])
-
-
-def test_opcheck(cpu):
-    tensors, schedule = raw_inputs()
-    ops = torch.ops.var_kernels
-    torch.library.opcheck(ops._multi_scale_quantize.default, (*tensors, *schedule, 0.5, False))
-    channels_last = tensors[0].contiguous(memory_format=torch.channels_last)
-    torch.library.opcheck(ops._multi_scale_quantize.default, (channels_last, *tensors[1:], *schedule, 0.3, True))
-    tokens = ops._multi_scale_quantize(*tensors, *schedule, 0.5, False)[0]
-    for f in (tensors[0], channels_last):
-        arguments = (f, *tensors[1:], tokens, torch.ones(()).expand(2, 3), *schedule, 0.5)
-        torch.library.opcheck(ops._multi_scale_quantize_backward.default, arguments)
-        for following in ((4, 4), (0, 0)):
-            arguments = (f, torch.zeros(2, 4, 3), *tensors[2:], 1, 2, 2, *following, 0.5)
-            torch.library.opcheck(ops._next_scale_input.default, arguments)
-
-
-class Quantizer(torch.nn.Module):
-    def forward(self, f, codebook, phi_weight, phi_bias):
-        result = multi_scale_quantize(f, codebook, phi_weight, phi_bias, SMALL[-1])
-        codes = codebook[result.tokens[:, :4]]
-        return *result, *next_scale_input(result.f_hat, codes, phi_weight, phi_bias, SMALL[-1], 0)
-
-
-def test_compile(backend, monkeypatch):
-    if backend == "reference":
-        monkeypatch.setattr("var_kernels.backends.BACKENDS", ("reference",))
-    compiled = torch.compile(Quantizer(), fullgraph=True, backend="aot_eager")
-    tensors = inputs(SMALL)
-    with torch.no_grad():
-        for part, expected in zip(compiled(*tensors), Quantizer()(*tensors), strict=True):
-            torch.testing.assert_close(part, expected)
-    results = []
-    for module in (compiled, Quantizer()):
-        arguments = leaves(tensors)
-        _, f_hat, loss, *_ = module(*arguments)
-        results.append(torch.autograd.grad((f_hat * f_hat.detach()).sum() + loss, arguments))
-    for part, expected in zip(*results, strict=True):
-        torch.testing.assert_close(part, expected)
-
-
-def test_export(cpu):
-    tensors = tuple(inputs(SMALL))
-    exported = torch.export.export(Quantizer(), tensors)
-    assert any("_multi_scale_quantize" in str(node.target) for node in exported.graph.nodes)
-    for part, expected in zip(exported.module()(*tensors), Quantizer()(*tensors), strict=True):
-        assert torch.equal(part, expected)
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_and_functional_gradients(backend):
-    f, *others = inputs((3, 5, 20, 4, (1, 2, 3)))
-
-    def quantize(f):
-        return tuple(multi_scale_quantize(f, *others, (1, 2, 3), backend=backend))
-
-    def step(f):
-        return next_scale_input(f, f.flatten(2).mT, *others[1:], (1, 3, 3), 1, backend=backend)
-
-    images = f.unsqueeze(1)
-    for function in (quantize, step):
-        expected = [function(image) for image in images]
-        for part, *parts in zip(torch.vmap(function)(images), *expected, strict=True):
-            torch.testing.assert_close(part, torch.stack(parts))
-
-    def loss(*arguments):
-        result = multi_scale_quantize(*arguments, (1, 2, 3), backend=backend)
-        return result.vq_loss + (result.f_hat * result.f_hat.detach()).sum()
-
-    def gradient(f):
-        return torch.func.grad(loss, argnums=(0, 1, 2, 3))(f, *others)
-
-    for part, *parts in zip(torch.vmap(gradient)(images), *map(gradient, images), strict=True):
-        torch.testing.assert_close(part, torch.stack(parts))
-    arguments = leaves([images[0], *others])
-    for part, expected in zip(gradient(images[0]), torch.autograd.grad(loss(*arguments), arguments), strict=True):
-        torch.testing.assert_close(part, expected)
-
-
-@pytest.mark.parametrize("level", ("portable", "avx2", "avx512"))
-def test_every_lower_isa_level(cpu, level):
-    if level not in isa_levels()[:-1]:
-        pytest.skip(f"{level} is not below the level of this process")
-    root = Path(__file__).resolve().parents[1]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "forward_and_backward and l2 or test_next_scale_input or layouts and cpu or every_element"]
-    environment = {**os.environ, "VAR_KERNELS_ISA": level}
-    answer = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert answer.returncode == 0 and "skipped" not in answer.stdout, answer.stdout[-3000:] + answer.stderr[-2000:]
