@@ -16,6 +16,9 @@ from var_kernels import backends
 
 DATA = Path(__file__).parent / "data"
 IMAGE_ATOL = 2e-4  # images, logits and reconstructions: absolute, in fp32
+# more_smooth feeds every scale the softmax of (2 x guided logits + noise) / 0.0135, which amplifies their rounding a
+# thousandfold. The recorded image itself, fp32 too, is 1.6e-4 away from the same computation in fp64.
+SMOOTH_ATOL = IMAGE_ATOL + 1.6e-4
 
 
 class Golden:
@@ -109,7 +112,8 @@ def test_logits_loss_and_gradients(golden):
 def test_generate(golden, mode):
     result = generate(golden.var, golden.vqvae, golden.labels, **golden.spec["generate"][mode])
     assert torch.equal(result.tokens, golden[f"generate/{mode}/tokens"].long())
-    assert_near((result.images + 1) / 2, golden[f"generate/{mode}/image"])
+    atol = SMOOTH_ATOL if mode == "smooth" else IMAGE_ATOL
+    assert_near((result.images + 1) / 2, golden[f"generate/{mode}/image"], atol)
 
 
 @pytest.mark.parametrize("task", ["inpaint", "outpaint", "class_edit"])
