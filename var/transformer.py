@@ -142,7 +142,7 @@ class VAR(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_derived_buffers)
 
     def forward(self, labels: Tensor, teacher_forcing_input: Tensor) -> Tensor:
-        """Logits (B, L, V), fp32; the input (B, L − l_1, z_channels) is what the coarser scales of a token add up to."""
+        """Logits (B, L, V), fp32; the input (B, L − l_1, z_channels) is what the coarser scales of it add up to."""
         schedule = self.config.schedule
         expected = (len(labels), schedule.length - schedule.lengths[0], self.config.z_channels)
         if tuple(teacher_forcing_input.shape) != expected:
