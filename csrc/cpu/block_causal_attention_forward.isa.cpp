@@ -25,6 +25,9 @@ struct ForwardScratch {
 // A task of one tile uses every key once: it packs each block just before use, into the same place.
 VAR_INLINE bool streams(const AttentionForwardTask& task) { return task.unit_end - task.unit_begin == 1; }
 
+// Decided by the tile alone: the two ways round differently, and how tiles are split into tasks depends on the threads.
+VAR_INLINE bool few_rows(QueryTile tile) { return tile.end - tile.begin <= kFewRows; }
+
 ForwardScratch carve(const AttentionProblem& p, const AttentionForwardTask& task, float* base) {
   const int64_t padded = round_up(p.dim, kWidth), keys = streams(task) ? kBlock : round_up(p.keys, kBlock);
   int64_t taken = 0;
@@ -143,7 +146,7 @@ void forward_tile(const AttentionForwardArgs& args, const AttentionForwardTask& 
   const int64_t rows = tile.end - tile.begin, padded = round_up(p.dim, kWidth);
   const int64_t* visible = p.visible + tile.begin;
   const int64_t keys = visible[rows - 1];
-  const bool few = streams(task) && rows <= kFewRows;
+  const bool few = few_rows(tile);
   load_rows(row_of<const T>(args.q, task.batch, head, tile.begin), args.q.row, rows, p.dim, p.softmax_scale, s.queries,
             padded);
   memset(s.out, 0, rows * padded * sizeof(float));
@@ -190,11 +193,14 @@ void forward(const AttentionForwardArgs& args, const AttentionForwardTask& task,
   const AttentionProblem& p = args.problem;
   const ForwardScratch s = carve(p, task, scratch);
   if (!streams(task)) {
-    int64_t keys = 0;
-    for (int64_t unit = task.unit_begin; unit < task.unit_end; ++unit)
-      keys = max_i(keys, p.visible[p.tiles[unit % p.tile_count].end - 1]);
+    int64_t keys = 0, values = 0;
+    for (int64_t unit = task.unit_begin; unit < task.unit_end; ++unit) {
+      const QueryTile tile = p.tiles[unit % p.tile_count];
+      values = max_i(values, p.visible[tile.end - 1]);
+      if (!few_rows(tile)) keys = max_i(keys, p.visible[tile.end - 1]);
+    }
     pack_keys<T>(args, task, 0, keys, s.keys);
-    pack_values<T>(args, task, 0, keys, s.values);
+    pack_values<T>(args, task, 0, values, s.values);
   }
   const int64_t group = p.heads / p.kv_heads;
   for (int64_t unit = task.unit_begin; unit < task.unit_end; ++unit)
