@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 from var_kernels import block_causal_attention
-from var_kernels.backends import unavailable_reason
 from var_kernels.testing import assert_accurate, attention_inputs, isa_levels, poison, randn, scale_lens
 
 RAW = torch.ops.var_kernels
@@ -32,28 +31,6 @@ SCHEDULES = {
     "256px": scale_lens("256px"),
 }
 SHORT = (1, 4, 9, 16, 25, 36, 64)  # 155 tokens
-
-
-@pytest.fixture
-def cpu():
-    """Skips where the native library is not available."""
-    reason = unavailable_reason("cpu", "cpu", "block_causal_attention")
-    if reason is not None:
-        pytest.skip(reason)
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request):
-    if request.param == "cpu":
-        request.getfixturevalue("cpu")
-    return request.param
-
-
-@pytest.fixture
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def visible(lens, first: int, queries: int) -> torch.Tensor:

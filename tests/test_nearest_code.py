@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from var_kernels import nearest_code
-from var_kernels.backends import unavailable_reason
 from var_kernels.testing import isa_levels, poison, randn
 
 METRICS = ("l2", "cosine")
@@ -20,21 +19,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200)
 ROWS = (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 95, 96, 97, 193)
 CHANNELS = (1, 2, 3, 8, 31, 32, 33, 256)
-
-
-@pytest.fixture
-def cpu():
-    """Skips where the native library is not available."""
-    reason = unavailable_reason("cpu", "cpu", "nearest_code")
-    if reason is not None:
-        pytest.skip(reason)
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request):
-    if request.param == "cpu":
-        request.getfixturevalue("cpu")
-    return request.param
 
 
 def scores_and_band(z: torch.Tensor, codebook: torch.Tensor, metric: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,28 @@
+"""Fixtures that the tests of all ops share."""
+
+import pytest
+import torch
+
+from var_kernels.backends import unavailable_reason
+
+
+@pytest.fixture
+def cpu():
+    """Skips where the native library, which serves all ops together, is not available."""
+    reason = unavailable_reason("cpu", "cpu", "block_causal_attention")
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request):
+    if request.param == "cpu":
+        request.getfixturevalue("cpu")
+    return request.param
+
+
+@pytest.fixture
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
