@@ -1,20 +1,51 @@
-"""The operator library `torch.ops.var_kernels`. Schemas are defined in Python: importing needs no compiler."""
+"""The raw operators. Schemas are defined in Python: importing needs no compiler.
+
+They exist twice, under the same names and schemas: in `torch.ops.var_kernels`, implemented per device by the native
+library, and in `torch.ops.var_kernels_triton`, implemented by Triton kernels, which share devices with CUDA kernels.
+"""
+
+import importlib
 
 import torch
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-LIBRARY = torch.library.Library("var_kernels", "DEF")
+NATIVE = torch.library.Library("var_kernels", "DEF")
+TRITON = torch.library.Library("var_kernels_triton", "DEF")
 
 
-def define(schema: str) -> None:
-    """Define one raw operator; the native library implements it per device, the op's page adds the fake kernel."""
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+def define(schema: str, page: str) -> None:
+    """Define one raw operator, `_name(...) -> ...`, of the op's page (its `__name__`), which adds the fake kernel.
+
+    Its Triton implementation is the function `name` of the page's module in `triton/`, imported at the first call.
+    """
+    stem = page.rpartition(".")[2]
+    for library in (NATIVE, TRITON):
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema.partition("(")[0]
+
+    def in_triton(*args, **kwargs):
+        module = importlib.import_module(f".triton.{stem}", __package__)
+        return getattr(module, name.removeprefix("_"))(*args, **kwargs)
+
+    for key in ("CUDA", "CPU"):  # on CPU tensors only where launches do not go to a GPU: backends.py sees to it
+        TRITON.impl(name, in_triton, key)
 
 
 def register_fake(name: str):
     """Decorator: the shape function of the raw operator `name`."""
-    return torch.library.register_fake(f"var_kernels::{name}", lib=LIBRARY)
+
+    def register(function):
+        for namespace, library in (("var_kernels", NATIVE), ("var_kernels_triton", TRITON)):
+            torch.library.register_fake(f"{namespace}::{name}", function, lib=library)
+        return function
+
+    return register
+
+
+def raw_ops(backend: str):
+    """The raw operators of a backend that `resolve` chose."""
+    return torch.ops.var_kernels_triton if backend == "triton" else torch.ops.var_kernels
 
 
 def needs_grad(*tensors: torch.Tensor) -> bool:

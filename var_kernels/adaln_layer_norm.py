@@ -9,27 +9,32 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._checks import check, check_same, check_tensor
-from ._library import autocast_dtype, define, needs_grad, register_fake
+from ._library import autocast_dtype, define, needs_grad, raw_ops, register_fake
 from .backends import resolve
 from .reference import adaln_layer_norm as _reference
 
 # Raw ops take modulation (scale, shift, gate) as 3-D views of shape (B or 1, L or 1, C). mean and rstd are (B, L) fp32.
 # A gradient of modulation has the shape of that view; shift itself is not needed to differentiate, only its shape.
-define("_adaln_layer_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor y, Tensor mean, Tensor rstd)")
+define(
+    "_adaln_layer_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+    __name__,
+)
 define(
     "_adaln_layer_norm_backward(Tensor dy, Tensor x, Tensor scale, Tensor mean, Tensor rstd, "
-    "bool shift_per_sample, bool shift_per_token) -> (Tensor dx, Tensor dscale, Tensor dshift)"
+    "bool shift_per_sample, bool shift_per_token) -> (Tensor dx, Tensor dscale, Tensor dshift)",
+    __name__,
 )
 define(
     "_gated_residual_adaln(Tensor x, Tensor branch, Tensor gate, Tensor scale, Tensor shift, float eps) "
-    "-> (Tensor residual, Tensor y, Tensor mean, Tensor rstd)"
+    "-> (Tensor residual, Tensor y, Tensor mean, Tensor rstd)",
+    __name__,
 )
 define(
     "_gated_residual_adaln_backward(Tensor? dresidual, Tensor? dy, Tensor residual, Tensor branch, Tensor gate, "
     "Tensor scale, Tensor mean, Tensor rstd, bool shift_per_sample, bool shift_per_token) "
-    "-> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dscale, Tensor dshift)"
+    "-> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dscale, Tensor dshift)",
+    __name__,
 )
-_OPS = torch.ops.var_kernels
 
 
 def _dense(like: torch.Tensor, shape=None) -> torch.Tensor:
@@ -67,12 +72,12 @@ class _AdaLN(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, scale, shift, eps):
-        return _OPS._adaln_layer_norm(x, scale, shift, eps)
+    def forward(x, scale, shift, eps, backend):
+        return raw_ops(backend)._adaln_layer_norm(x, scale, shift, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, scale, shift, _ = inputs
+        x, scale, shift, _, ctx.backend = inputs
         _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.save_for_backward(x, scale, mean, rstd)
@@ -81,19 +86,20 @@ class _AdaLN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, _dmean, _drstd):
-        return *_OPS._adaln_layer_norm_backward(dy, *ctx.saved_tensors, *ctx.shift_varies), None
+        backward = raw_ops(ctx.backend)._adaln_layer_norm_backward
+        return *backward(dy, *ctx.saved_tensors, *ctx.shift_varies), None, None
 
 
 class _GatedResidualAdaLN(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, branch, gate, scale, shift, eps):
-        return _OPS._gated_residual_adaln(x, branch, gate, scale, shift, eps)
+    def forward(x, branch, gate, scale, shift, eps, backend):
+        return raw_ops(backend)._gated_residual_adaln(x, branch, gate, scale, shift, eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, branch, gate, scale, shift, _ = inputs
+        _, branch, gate, scale, shift, _, ctx.backend = inputs
         residual, _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)  # the last block of a network uses only one of the two outputs
@@ -104,8 +110,9 @@ class _GatedResidualAdaLN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dresidual, dy, _dmean, _drstd):
         if dresidual is None and dy is None:
-            return (None,) * 6
-        return *_OPS._gated_residual_adaln_backward(dresidual, dy, *ctx.saved_tensors, *ctx.shift_varies), None
+            return (None,) * 7
+        backward = raw_ops(ctx.backend)._gated_residual_adaln_backward
+        return *backward(dresidual, dy, *ctx.saved_tensors, *ctx.shift_varies), None, None
 
 
 def adaln_layer_norm(
@@ -122,7 +129,7 @@ def adaln_layer_norm(
             A view such as a `chunk` of a modulation tensor is read in place. Under autocast they are converted to
             the dtype of x; otherwise they must have it.
         eps: added to the variance; not negative.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
         (B, L, C), dense, in the dtype of x. All arithmetic and the statistics are fp32; the result is rounded once.
@@ -144,11 +151,12 @@ def adaln_layer_norm(
     if autocast_dtype(x.device.type) is not None:
         scale, shift = scale.to(x.dtype), shift.to(x.dtype)
     check_same("x", x, scale=scale, shift=shift)
-    if x.numel() == 0 or resolve("adaln_layer_norm", backend, x.device.type, x.dtype) == "reference":
+    backend = resolve("adaln_layer_norm", backend, x.device.type, x.dtype)
+    if x.numel() == 0 or backend == "reference":
         return _reference.adaln_layer_norm(x, scale, shift, eps=eps)
     if needs_grad(x, scale, shift):
-        return _AdaLN.apply(x, scale, shift, eps)[0]
-    return _OPS._adaln_layer_norm(x, scale, shift, eps)[0]
+        return _AdaLN.apply(x, scale, shift, eps, backend)[0]
+    return raw_ops(backend)._adaln_layer_norm(x, scale, shift, eps)[0]
 
 
 def gated_residual_adaln(
@@ -174,7 +182,7 @@ def gated_residual_adaln(
         gate, scale, shift: each (B, C), (B, 1, C), (1, 1, C) or (B, L, C), as in `adaln_layer_norm`. Under autocast
             they and `branch` are converted to the dtype of x; otherwise they must have it.
         eps: added to the variance; not negative.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
         (residual, y), both (B, L, C), dense, in the dtype of x.
@@ -196,11 +204,12 @@ def gated_residual_adaln(
     if autocast_dtype(x.device.type) is not None:
         branch, gate, scale, shift = (tensor.to(x.dtype) for tensor in (branch, gate, scale, shift))
     check_same("x", x, branch=branch, gate=gate, scale=scale, shift=shift)
-    if x.numel() == 0 or resolve("gated_residual_adaln", backend, x.device.type, x.dtype) == "reference":
+    backend = resolve("gated_residual_adaln", backend, x.device.type, x.dtype)
+    if x.numel() == 0 or backend == "reference":
         return _reference.gated_residual_adaln(x, branch, gate, scale, shift, eps=eps)
     if needs_grad(x, branch, gate, scale, shift):
-        return _GatedResidualAdaLN.apply(x, branch, gate, scale, shift, eps)[:2]
-    return _OPS._gated_residual_adaln(x, branch, gate, scale, shift, eps)[:2]
+        return _GatedResidualAdaLN.apply(x, branch, gate, scale, shift, eps, backend)[:2]
+    return raw_ops(backend)._gated_residual_adaln(x, branch, gate, scale, shift, eps)[:2]
 
 
 def _modulation_view(argument: str, modulation: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -4,15 +4,20 @@
 backend or an error: there is no silent fallback from a named backend.
 """
 
+import functools
+import importlib.util
+import sys
+
 import torch
 
 OPS = ("block_causal_attention", "adaln_layer_norm", "gated_residual_adaln", "nearest_code", "multi_scale_quantize")
 
 # In the order that "auto" tries them.
-BACKENDS = ("cpu", "reference")
-_DEVICES = {"cpu": ("cpu",), "reference": None}  # None: any device
+BACKENDS = ("cpu", "triton", "reference")
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "reference": None}  # None: any device; "cuda" is AMD's name as well
 _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
     "reference": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
 }
 
@@ -24,9 +29,27 @@ def _native_reason() -> str | None:
     return None if status.available else f"the native library is not available: {status.reason}"
 
 
+@functools.cache
+def _triton_reason() -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return "Triton's kernels need a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def _launches_elsewhere() -> bool:
+    """Whether Triton launches are handed to a function instead of a GPU, see `triton/launch.py`."""
+    launch = sys.modules.get(f"{__package__}.triton.launch")  # nobody can have said so without importing it
+    return launch is not None and launch.has_executor()
+
+
 # What torch.compiler.assume_constant_result does; calling it would import all of torch._dynamo, which takes seconds
 # and edits the environment.
-_native_reason._dynamo_marked_constant = True
+for _function in (_native_reason, _triton_reason, _launches_elsewhere):
+    _function._dynamo_marked_constant = True
 
 
 def unavailable_reason(backend: str, device_type: str, op: str) -> str | None:
@@ -34,7 +57,9 @@ def unavailable_reason(backend: str, device_type: str, op: str) -> str | None:
     devices = _DEVICES[backend]
     if devices is not None and device_type not in devices:
         return f"runs on {', '.join(devices)} tensors only"
-    return _native_reason() if backend == "cpu" else None
+    if backend == "cpu":
+        return _native_reason()
+    return _triton_reason() if backend == "triton" else None
 
 
 def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
@@ -50,6 +75,8 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     reason = unavailable_reason(backend, device_type, op)
+    if reason is not None and backend == "triton" and _launches_elsewhere():
+        reason = None
     if reason is None and dtype not in _DTYPES[backend]:
         reason = f"does not take {dtype}"
     if reason is not None:

@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._checks import check_same, check_shape, check_tensor, unit_inner_stride
-from ._library import autocast_dtype, define, needs_grad, register_fake
+from ._library import autocast_dtype, define, needs_grad, raw_ops, register_fake
 from .backends import resolve
 from .reference import block_causal_attention as reference
 
@@ -22,11 +22,13 @@ MAX_HEAD_DIM = 256
 
 define(
     "_block_causal_attention(Tensor q, Tensor k, Tensor v, SymInt[] scale_lens, float softmax_scale, "
-    "SymInt q_offset) -> (Tensor out, Tensor lse)"
+    "SymInt q_offset) -> (Tensor out, Tensor lse)",
+    __name__,
 )
 define(
     "_block_causal_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor? dlse, SymInt[] scale_lens, float softmax_scale, SymInt q_offset) -> (Tensor dq, Tensor dk, Tensor dv)"
+    "Tensor? dlse, SymInt[] scale_lens, float softmax_scale, SymInt q_offset) -> (Tensor dq, Tensor dk, Tensor dv)",
+    __name__,
 )
 
 
@@ -44,12 +46,12 @@ class _BlockCausalAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v, scale_lens, softmax_scale, q_offset):
-        return torch.ops.var_kernels._block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset)
+    def forward(q, k, v, scale_lens, softmax_scale, q_offset, backend):
+        return raw_ops(backend)._block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, *ctx.options = inputs
+        q, k, v, *ctx.options, ctx.backend = inputs
         ctx.save_for_backward(q, k, v, *output)
         ctx.set_materialize_grads(False)
 
@@ -58,8 +60,8 @@ class _BlockCausalAttention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else unit_inner_stride(dout)
-        grads = torch.ops.var_kernels._block_causal_attention_backward(dout, q, k, v, out, lse, dlse, *ctx.options)
-        return *grads, None, None, None
+        backward = raw_ops(ctx.backend)._block_causal_attention_backward
+        return *backward(dout, q, k, v, out, lse, dlse, *ctx.options), None, None, None, None
 
 
 def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -152,14 +154,15 @@ def block_causal_attention(
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         check_same("q", q, k=k, v=v)
     scale = 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale)
-    if resolve("block_causal_attention", backend, q.device.type, q.dtype) == "reference":
+    backend = resolve("block_causal_attention", backend, q.device.type, q.dtype)
+    if backend == "reference":
         # Inside autocast the products of the reference would be cast again.
         with nullcontext() if cast is None else torch.autocast(q.device.type, enabled=False):
             out, lse = reference.block_causal_attention(q, k, v, lens, scale, offset)
     else:
         q, k, v = unit_inner_stride(q), unit_inner_stride(k), unit_inner_stride(v)
         if needs_grad(q, k, v):
-            out, lse = _BlockCausalAttention.apply(q, k, v, lens, scale, offset)
+            out, lse = _BlockCausalAttention.apply(q, k, v, lens, scale, offset, backend)
         else:
-            out, lse = torch.ops.var_kernels._block_causal_attention(q, k, v, lens, scale, offset)
+            out, lse = raw_ops(backend)._block_causal_attention(q, k, v, lens, scale, offset)
     return (out, lse) if return_lse else out

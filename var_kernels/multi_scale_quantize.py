@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ._checks import check, check_same, check_tensor
-from ._library import autocast_dtype, define, needs_grad, register_fake
+from ._library import autocast_dtype, define, needs_grad, raw_ops, register_fake
 from .backends import resolve
 from .reference import multi_scale_quantize as _reference
 from .reference.multi_scale_quantize import phi_index
@@ -19,20 +19,22 @@ __all__ = ["MultiScaleQuantized", "multi_scale_quantize", "next_scale_input", "p
 # the convolution phi_index[k].
 define(
     "_multi_scale_quantize(Tensor f, Tensor codebook, Tensor phi_weight, Tensor phi_bias, int[] heights, int[] widths, "
-    "int[] phi_index, float phi_ratio, bool cosine) -> (Tensor tokens, Tensor f_hat, Tensor errors)"
+    "int[] phi_index, float phi_ratio, bool cosine) -> (Tensor tokens, Tensor f_hat, Tensor errors)",
+    __name__,
 )
 # Of E = sum(derrors * errors): df with f_hat_k constant, the others with f constant.
 define(
     "_multi_scale_quantize_backward(Tensor f, Tensor codebook, Tensor phi_weight, Tensor phi_bias, Tensor tokens, "
     "Tensor derrors, int[] heights, int[] widths, int[] phi_index, float phi_ratio) "
-    "-> (Tensor df, Tensor dcodebook, Tensor dphi_weight, Tensor dphi_bias)"
+    "-> (Tensor df, Tensor dcodebook, Tensor dphi_weight, Tensor dphi_bias)",
+    __name__,
 )
 # One scale, (height, width), with the convolution phi_index; next_height 0: there is no next scale.
 define(
     "_next_scale_input(Tensor f_hat, Tensor codes, Tensor phi_weight, Tensor phi_bias, int phi_index, int height, "
-    "int width, int next_height, int next_width, float phi_ratio) -> (Tensor new_f_hat, Tensor next_map)"
+    "int width, int next_height, int next_width, float phi_ratio) -> (Tensor new_f_hat, Tensor next_map)",
+    __name__,
 )
-_OPS = torch.ops.var_kernels
 
 
 @register_fake("_multi_scale_quantize")
@@ -128,15 +130,15 @@ class _Quantize(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(f, codebook, phi_weight, phi_bias, plan, phi_ratio, cosine, beta):
-        tokens, f_hat, errors = _OPS._multi_scale_quantize(
+    def forward(f, codebook, phi_weight, phi_bias, plan, phi_ratio, cosine, beta, backend):
+        tokens, f_hat, errors = raw_ops(backend)._multi_scale_quantize(
             f, codebook, phi_weight, phi_bias, *plan, phi_ratio, cosine
         )
         return tokens, f_hat, errors.sum() * ((1 + beta) / (errors.shape[-1] * f.numel()))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        f, codebook, phi_weight, phi_bias, ctx.plan, ctx.phi_ratio, _, ctx.beta = inputs
+        f, codebook, phi_weight, phi_bias, ctx.plan, ctx.phi_ratio, _, ctx.beta, ctx.backend = inputs
         ctx.save_for_backward(f, codebook, phi_weight, phi_bias, output[0])
         ctx.mark_non_differentiable(output[0])
 
@@ -145,10 +147,10 @@ class _Quantize(torch.autograd.Function):
         f, codebook, phi_weight, phi_bias, tokens = ctx.saved_tensors
         scales = len(ctx.plan.heights)
         derrors = (dloss / (scales * f.numel())).expand(f.shape[0], scales)
-        df, dcodebook, dphi_weight, dphi_bias = _OPS._multi_scale_quantize_backward(
+        df, dcodebook, dphi_weight, dphi_bias = raw_ops(ctx.backend)._multi_scale_quantize_backward(
             f, codebook, phi_weight, phi_bias, tokens, derrors, *ctx.plan, ctx.phi_ratio
         )
-        return df_hat + ctx.beta * df, dcodebook, dphi_weight, dphi_bias, None, None, None, None
+        return df_hat + ctx.beta * df, dcodebook, dphi_weight, dphi_bias, None, None, None, None, None
 
 
 def multi_scale_quantize(
@@ -184,7 +186,7 @@ def multi_scale_quantize(
         phi_ratio: weight of the convolution in phi.
         metric: "l2" or "cosine", as in `nearest_code`; ties go to the lowest index.
         beta: weight of the commitment part of the loss.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
         MultiScaleQuantized: ``tokens`` (B, L) int64, scales concatenated, row-major within a scale; ``f_hat``
@@ -224,7 +226,7 @@ def multi_scale_quantize(
                 *tensors, plan.sizes, phi_ratio=phi_ratio, metric=metric, beta=beta
             ))
     quantize = _Quantize.apply if needs_grad(*tensors) else _Quantize.forward
-    tokens, f_hat, vq_loss = quantize(*_upcast(*tensors), plan, phi_ratio, metric == "cosine", beta)
+    tokens, f_hat, vq_loss = quantize(*_upcast(*tensors), plan, phi_ratio, metric == "cosine", beta, chosen)
     return MultiScaleQuantized(tokens, f_hat.to(f.dtype), vq_loss)
 
 
@@ -252,7 +254,7 @@ def next_scale_input(
         patch_nums: the K map sizes, ints for square maps or (height, width) pairs; the last must be (H, W).
         k: the scale, from 0.
         phi_ratio: weight of the convolution in phi.
-        backend: "auto", "reference" or "cpu".
+        backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
         The new f_hat (B, C, H, W), and the next map (B, h_{k+1}·w_{k+1}, C), or None after the last scale; both in
@@ -281,7 +283,8 @@ def next_scale_input(
         f_hat, codes, phi_weight, phi_bias = _upcast(f_hat, codes, phi_weight, phi_bias)
     check_same("f_hat", f_hat, codes=codes, phi_weight=phi_weight, phi_bias=phi_bias)
     dtype = f_hat.dtype
-    if resolve("multi_scale_quantize", backend, device, dtype) == "reference":
+    backend = resolve("multi_scale_quantize", backend, device, dtype)
+    if backend == "reference":
         with torch.autocast(device, enabled=False):
             return _reference.next_scale_input(f_hat, codes, phi_weight, phi_bias, plan.sizes, k, phi_ratio=phi_ratio)
     if dtype != torch.float32:
@@ -290,7 +293,7 @@ def next_scale_input(
         f_hat, codes, phi_weight, phi_bias = f_hat.detach(), codes.detach(), phi_weight.detach(), phi_bias.detach()
     last = k + 1 == len(heights)
     next_height, next_width = (0, 0) if last else (heights[k + 1], widths[k + 1])
-    new_f_hat, next_map = _OPS._next_scale_input(
+    new_f_hat, next_map = raw_ops(backend)._next_scale_input(
         f_hat, codes, phi_weight, phi_bias, phi_indices[k], heights[k], widths[k], next_height, next_width, phi_ratio
     )
     if dtype != torch.float32:

@@ -3,11 +3,11 @@
 import torch
 
 from ._checks import check, check_tensor
-from ._library import autocast_dtype, define, register_fake
+from ._library import autocast_dtype, define, raw_ops, register_fake
 from .backends import resolve
 from .reference import nearest_code as _reference
 
-define("_nearest_code(Tensor z, Tensor codebook, bool cosine) -> Tensor")
+define("_nearest_code(Tensor z, Tensor codebook, bool cosine) -> Tensor", __name__)
 _METRICS = ("l2", "cosine")
 
 
@@ -28,7 +28,7 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor, *, metric: str = "l2",
         codebook: (V, C) with V >= 1, the dtype of z. Under autocast the two may differ and are widened, which is
             exact.
         metric: "l2" or "cosine".
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
         int64 indices of shape (…). Of codes with equal scores the lowest index is returned. 16-bit inputs are widened
@@ -60,9 +60,10 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor, *, metric: str = "l2",
     check(z.device == codebook.device, "codebook", f"device {z.device} like z", codebook.device)
     if z.numel() == 0:
         return z.new_zeros(z.shape[:-1], dtype=torch.int64)
-    if resolve("nearest_code", backend, z.device.type, z.dtype) == "reference":
+    backend = resolve("nearest_code", backend, z.device.type, z.dtype)
+    if backend == "reference":
         return _reference.nearest_code(z, codebook, metric=metric)
+    nearest = raw_ops(backend)._nearest_code
     if z.dim() == 2:
-        return torch.ops.var_kernels._nearest_code(z, codebook, metric == "cosine")
-    rows = z.reshape(-1, z.shape[-1])
-    return torch.ops.var_kernels._nearest_code(rows, codebook, metric == "cosine").reshape(z.shape[:-1])
+        return nearest(z, codebook, metric == "cosine")
+    return nearest(z.reshape(-1, z.shape[-1]), codebook, metric == "cosine").reshape(z.shape[:-1])
