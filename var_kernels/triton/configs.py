@@ -67,7 +67,7 @@ def choose(kernel: str, target: Target, size: int, itemsize: int) -> Config:
 
 @contextlib.contextmanager
 def override(configs: Mapping[str, Config]) -> Iterator[None]:
-    """Use these configurations, by "<stem>.<function>", inside this context and in every thread, whatever the table says.
+    """Use these configurations, by "<stem>.<function>", inside this context, in every thread, whatever the table says.
 
     Raises ValueError for a kernel that the table does not have.
     """
