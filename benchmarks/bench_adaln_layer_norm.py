@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from var_kernels import adaln_layer_norm, gated_residual_adaln
 from var_kernels.testing import modulation, randn
 
-from .harness import Call, Case, Judge, compiled, judge_floats, require_native
+from .harness import Call, Case, Judge, compiled, judge_floats, kernel_backend, only_on
 from .table import Work
 
 
@@ -58,8 +58,9 @@ def _function(inputs: Inputs):
 
 def ours(inputs: Inputs) -> Call:
     gated = _function(inputs) is gated_composition
-    require_native("gated_residual_adaln" if gated else "adaln_layer_norm")
-    return timed(functools.partial(gated_residual_adaln if gated else adaln_layer_norm, backend="cpu"), inputs)
+    op = gated_residual_adaln if gated else adaln_layer_norm
+    backend = kernel_backend(op.__name__, inputs.tensors[0].device)
+    return timed(functools.partial(op, backend=backend), inputs)
 
 
 def eager(inputs: Inputs) -> Call:
@@ -71,7 +72,25 @@ def torch_compile(inputs: Inputs) -> Call:
     return timed(torch.compile(_function(inputs), dynamic=False), inputs)
 
 
-PROVIDERS = {"var_kernels": ours, "eager": eager, "torch.compile": torch_compile}
+@only_on("cuda")
+def liger(inputs: Inputs) -> Call:
+    """Its LayerNorm with unit weight and zero bias, modulated by PyTorch: it has no modulated one."""
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+    x = inputs.tensors[0]
+    ones, zeros = torch.ones(x.shape[-1], device=x.device, dtype=x.dtype), torch.zeros_like(x[0, 0])
+
+    def modulated(x, scale, shift):
+        return LigerLayerNormFunction.apply(x, ones, zeros, 1e-6) * (1 + scale) + shift
+
+    def gated(x, branch, gate, scale, shift):
+        residual = x + gate * branch
+        return residual, modulated(residual, scale, shift)
+
+    return timed(gated if _function(inputs) is gated_composition else modulated, inputs)
+
+
+PROVIDERS = {"var_kernels": ours, "eager": eager, "torch.compile": torch_compile, "Liger LayerNorm": liger}
 
 
 def judge(inputs: Inputs) -> Judge:
@@ -88,7 +107,7 @@ def judge(inputs: Inputs) -> Judge:
     return judge_floats(results(torch.float64), results(inputs.tensors[0].dtype))
 
 
-def case(tier, shape, dtype, *, gated=False, backward=False, headline=False) -> Case:
+def case(tier, shape, dtype, *, gated=False, backward=False, **options) -> Case:
     batch, length, channels = shape
     # Tensors of x's size that are read or written once; forward: x and y, or x, branch, residual and y; backward: dy, x
     # and dx, or dresidual, dy, residual, branch, dx and dbranch.
@@ -103,14 +122,29 @@ def case(tier, shape, dtype, *, gated=False, backward=False, headline=False) -> 
         baseline="eager",
         judge=judge,
         work=Work(streams * batch * length * channels * dtype.itemsize, "B", "copy"),
-        headline=headline,
+        **options,
     )
 
 
-_SHAPES = {"smoke": (2, 130, 256), "quick": (4, 680, 1024), "full": (2, 2240, 2304)}
+_SHAPES = {
+    ("smoke", (2, 130, 256)): ("cpu", "cuda"),
+    ("quick", (4, 680, 1024)): ("cpu",),
+    ("full", (2, 2240, 2304)): ("cpu",),
+    ("quick", (32, 680, 1024)): ("cuda",),
+    ("quick", (8, 2240, 2304)): ("cuda",),
+    ("full", (32, 680, 1920)): ("cuda",),
+}
 CASES = tuple(
-    case(tier, shape, dtype, gated=gated, backward=backward, headline=tier != "full" and dtype == torch.float32)
-    for tier, shape in _SHAPES.items()
+    case(
+        tier,
+        shape,
+        dtype,
+        gated=gated,
+        backward=backward,
+        headline=tier != "full" and dtype == torch.float32,
+        devices=devices,
+    )
+    for (tier, shape), devices in _SHAPES.items()
     for gated in (False, True)
     for backward in (False, True)
     for dtype in (torch.float32, torch.bfloat16)

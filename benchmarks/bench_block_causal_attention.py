@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from var_kernels import block_causal_attention
 from var_kernels.testing import attention_inputs, randn, scale_lens
 
-from .harness import Call, Case, Judge, compiled, judge_floats, require_native
+from .harness import Call, Case, Judge, compiled, judge_floats, kernel_backend, only_on
 from .table import Work
 
 
@@ -53,8 +53,8 @@ def timed(attention, inputs: Inputs) -> Call:
 
 
 def ours(inputs: Inputs) -> Call:
-    require_native("block_causal_attention")
-    return timed(lambda q, k, v: block_causal_attention(q, k, v, inputs.lens, backend="cpu"), inputs)
+    backend = kernel_backend("block_causal_attention", inputs.q.device)
+    return timed(lambda q, k, v: block_causal_attention(q, k, v, inputs.lens, backend=backend), inputs)
 
 
 def sdpa_bool(inputs: Inputs) -> Call:
@@ -66,15 +66,35 @@ def sdpa_additive(inputs: Inputs) -> Call:
     return timed(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=bias), inputs)
 
 
+def _spans(lens) -> list[tuple[int, int]]:
+    """First row and end of every scale."""
+    ends = list(accumulate(lens))
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
 def prefix_calls(inputs: Inputs) -> Call:
     """One plain attention call per scale over its prefix: exact, no mask, nothing invisible is computed."""
-    ends = list(accumulate(inputs.lens))
-    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+    spans = _spans(inputs.lens)
 
     def attention(q, k, v):
         parts = [F.scaled_dot_product_attention(q[:, :, start:end], k[:, :, :end], v[:, :, :end])
                  for start, end in spans]  # fmt: skip
         return torch.cat(parts, dim=2)
+
+    return timed(attention, inputs)
+
+
+@only_on("cuda")
+def flash_attn_prefix_calls(inputs: Inputs) -> Call:
+    """The same with the flash-attn package, whose layout is (B, L, H, D); fp16 and bf16 only."""
+    from flash_attn import flash_attn_func
+
+    spans = _spans(inputs.lens)
+
+    def attention(q, k, v):
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        parts = [flash_attn_func(q[:, start:end], k[:, :end], v[:, :end]) for start, end in spans]
+        return torch.cat(parts, dim=1).transpose(1, 2)
 
     return timed(attention, inputs)
 
@@ -102,11 +122,12 @@ def torch_compile(inputs: Inputs) -> Call:
 
 @compiled
 def flex(inputs: Inputs) -> Call:
-    scale = torch.repeat_interleave(torch.arange(len(inputs.lens)), torch.tensor(inputs.lens))
+    device = inputs.q.device
+    scale = torch.repeat_interleave(torch.arange(len(inputs.lens)), torch.tensor(inputs.lens)).to(device)
     queries, keys = inputs.q.shape[2], inputs.k.shape[2]
     offset = keys - queries
     block_mask = create_block_mask(
-        lambda b, h, i, j: scale[i + offset] >= scale[j], None, None, queries, keys, device="cpu"
+        lambda b, h, i, j: scale[i + offset] >= scale[j], None, None, queries, keys, device=device
     )
     attention = torch.compile(flex_attention, dynamic=False)
     return timed(lambda q, k, v: attention(q, k, v, block_mask=block_mask), inputs)
@@ -117,6 +138,7 @@ PROVIDERS = {
     "masked SDPA, bool": sdpa_bool,
     "masked SDPA, additive": sdpa_additive,
     "K prefix SDPA calls": prefix_calls,
+    "K prefix flash-attn calls": flash_attn_prefix_calls,
     "eager composition": eager,
     "torch.compile of it": torch_compile,
     "FlexAttention, compiled": flex,
@@ -130,7 +152,8 @@ STEP_PROVIDERS = {
 }
 # The composition holds (L, L) tensors per head: several gigabytes at 1024 px.
 LONG_PROVIDERS = {name: PROVIDERS[name] for name in ("var_kernels", "masked SDPA, bool", "K prefix SDPA calls")}
-LONG_MISSING = dict.fromkeys(sorted(set(PROVIDERS) - set(LONG_PROVIDERS)), "left out at this length")
+LONG_MISSING = {name: "left out at this length" for name, provider in PROVIDERS.items()
+                if name not in LONG_PROVIDERS and not hasattr(provider, "device")}  # fmt: skip
 
 
 def recomputed(inputs: Inputs) -> tuple[torch.Tensor, ...]:
@@ -184,10 +207,12 @@ def case(tier, lens, dtype, *, batch=2, heads=16, head_dim=64, backward=False, q
 
 
 _EMBEDDED, _256, _512, _1024 = (scale_lens(name) for name in ("embedded", "256px", "512px", "1024px"))
+_INFINITY = scale_lens("infinity-512px")
 _FP32, _BF16 = torch.float32, torch.bfloat16
+_GPU, _BOTH = ("cuda",), ("cpu", "cuda")
 CASES = (
-    case("smoke", _EMBEDDED, _FP32, heads=2, headline=True),
-    case("smoke", _EMBEDDED, _BF16, heads=2, backward=True),
+    case("smoke", _EMBEDDED, _FP32, heads=2, headline=True, devices=_BOTH),
+    case("smoke", _EMBEDDED, _BF16, heads=2, backward=True, devices=_BOTH),
     case("quick", _256, _FP32, headline=True),
     case("quick", _256, _BF16, headline=True),
     case("quick", _256, _FP32, backward=True, headline=True),
@@ -199,6 +224,15 @@ CASES = (
     case("full", _512, _FP32, backward=True),
     case("full", _512, _BF16, backward=True),
     case("full", _1024, _BF16, batch=1, heads=8, providers=LONG_PROVIDERS, missing=LONG_MISSING),
+    case("quick", _256, _BF16, batch=16, devices=_GPU),
+    case("quick", _256, _BF16, batch=16, backward=True, devices=_GPU),
+    case("quick", _256, _FP32, batch=16, devices=_GPU),
+    case("quick", _256, _BF16, batch=16, queries=256, devices=_GPU),
+    case("quick", _512, _BF16, batch=4, heads=36, devices=_GPU),
+    case("quick", _512, _BF16, batch=4, heads=36, backward=True, devices=_GPU),
+    case("full", _INFINITY, _BF16, batch=2, head_dim=128, devices=_GPU),
+    case("full", _INFINITY, _BF16, batch=2, head_dim=128, backward=True, devices=_GPU),
+    case("full", _1024, _BF16, batch=2, heads=16, providers=LONG_PROVIDERS, missing=LONG_MISSING, devices=_GPU),
 )
 
 

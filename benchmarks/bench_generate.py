@@ -10,7 +10,7 @@ import torch
 import var
 from var.checkpoints import WEIGHTS
 
-from .harness import Call, Case, Judge, Unavailable, judge_floats, require_native
+from .harness import Call, Case, Judge, Unavailable, judge_floats, kernel_backend
 from .table import Work
 
 _OPS = ("block_causal_attention", "adaln_layer_norm", "gated_residual_adaln", "multi_scale_quantize")
@@ -30,10 +30,11 @@ def make_inputs(model, batch) -> Inputs:
 
 
 @functools.lru_cache(maxsize=2)  # one model, with either backend
-def load(model: str, backend: str) -> var.Pipeline:
+def load(model: str, backend: str, device: torch.device) -> var.Pipeline:
     """The embedded model, or one of a released shape with random weights, the same for every backend."""
     if model == "embedded":
-        return var.load(backend=backend)
+        pipeline = var.load(backend=backend)
+        return var.Pipeline(pipeline.vqvae.to(device), pipeline.var.to(device))
     vqvae_config, var_config = var.PRESETS[model]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -41,20 +42,19 @@ def load(model: str, backend: str) -> var.Pipeline:
         # Gates and a head of the size that training gives them: with those of the initialisation every block would
         # be the identity, and every token equally likely.
         transformer.init_weights(torch.Generator().manual_seed(0), gamma=1.0, head=1.0)
-    return var.Pipeline(vqvae.eval(), transformer.eval())
+    return var.Pipeline(vqvae.to(device).eval(), transformer.to(device).eval())
 
 
 def _generate(inputs: Inputs, backend: str) -> Call:
-    pipeline = load(inputs.model, backend)
+    pipeline = load(inputs.model, backend, inputs.labels.device)
     # top-k and top-p of the published protocol.
     options = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 0}
     return lambda: tuple(var.generate(pipeline.var, pipeline.vqvae, inputs.labels, **options))
 
 
 def ours(inputs: Inputs) -> Call:
-    for op in _OPS:
-        require_native(op)
-    return _generate(inputs, "cpu")
+    (backend,) = {kernel_backend(op, inputs.labels.device) for op in _OPS}
+    return _generate(inputs, backend)
 
 
 def reference(inputs: Inputs) -> Call:
@@ -68,7 +68,7 @@ def judge(inputs: Inputs) -> Judge:
     """The same tokens from the same seed; images as near to those of a float64 decoder as plain PyTorch's."""
     tokens, plain = reference(inputs)()
     with torch.inference_mode():
-        vqvae = load(inputs.model, "reference").vqvae
+        vqvae = load(inputs.model, "reference", inputs.labels.device).vqvae
         try:
             exact = vqvae.double().decode(tokens)
         finally:
@@ -85,7 +85,7 @@ def judge(inputs: Inputs) -> Judge:
     return judge_both
 
 
-def case(tier, model, batch, headline=False) -> Case:
+def case(tier, model, batch, **options) -> Case:
     return Case(
         group="generate",
         name=f"{model} B{batch} cfg 1.5 float32" + ("" if model == "embedded" else ", random weights"),
@@ -95,16 +95,18 @@ def case(tier, model, batch, headline=False) -> Case:
         baseline="plain PyTorch (backend='reference')",
         judge=judge,
         work=Work(batch, "images"),
-        headline=headline,
+        **options,
     )
 
 
 CASES = (
-    case("smoke", "embedded", 2),
+    case("smoke", "embedded", 2, devices=("cpu", "cuda")),
     case("quick", "embedded", 1),
     case("quick", "embedded", 16, headline=True),
     case("full", "embedded", 64),
     case("full", "d16", 1),
+    case("quick", "embedded", 128, devices=("cuda",)),
+    case("quick", "d16", 8, devices=("cuda",)),
 )
 
 

@@ -13,7 +13,7 @@ from var_kernels.multi_scale_quantize import phi_index
 from var_kernels.testing import SCHEDULES, randn
 
 from .bench_nearest_code import by_addmm
-from .harness import Call, Case, Judge, compiled, judge_floats, require_native
+from .harness import Call, Case, Judge, compiled, judge_floats, kernel_backend
 from .table import Work
 
 
@@ -41,10 +41,10 @@ def make_inputs(batch, codes, channels, patch_nums) -> Inputs:
 
 
 def ours(inputs: Inputs) -> Call:
-    require_native("multi_scale_quantize")
+    backend = kernel_backend("multi_scale_quantize", inputs.f.device)
 
     def quantize():
-        found = multi_scale_quantize(*inputs, backend="cpu")
+        found = multi_scale_quantize(*inputs, backend=backend)
         return found.tokens, found.f_hat
 
     return torch.no_grad()(quantize)
@@ -113,7 +113,7 @@ def judge(inputs: Inputs) -> Judge:
     return judge_both
 
 
-def case(tier, batch, codes, schedule, channels=32, headline=False) -> Case:
+def case(tier, batch, codes, schedule, channels=32, **options) -> Case:
     patch_nums = SCHEDULES[schedule]
     length, area, scales = sum(side**2 for side in patch_nums), patch_nums[-1] ** 2, len(patch_nums)
     # Search, 3×3 convolution of every scale, bicubic (16 taps) of all scales but the last.
@@ -127,16 +127,17 @@ def case(tier, batch, codes, schedule, channels=32, headline=False) -> Case:
         baseline="eager loop",
         judge=judge,
         work=Work(batch * per_image, "FLOP", "fp32"),
-        headline=headline,
         missing=MISSING,
+        **options,
     )
 
 
 CASES = (
-    case("smoke", 2, 512, "embedded", headline=True),
-    case("quick", 1, 4096, "256px", headline=True),
+    case("smoke", 2, 512, "embedded", headline=True, devices=("cpu", "cuda")),
+    case("quick", 1, 4096, "256px", headline=True, devices=("cpu", "cuda")),
     case("quick", 8, 4096, "256px", headline=True),
     case("full", 1, 4096, "512px"),
+    case("quick", 32, 4096, "256px", devices=("cuda",)),
 )
 
 

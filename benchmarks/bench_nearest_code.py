@@ -10,7 +10,7 @@ import torch
 from var_kernels import nearest_code
 from var_kernels.testing import assert_accurate, randn
 
-from .harness import Call, Case, Judge, compiled, require_native
+from .harness import Call, Case, Judge, compiled, kernel_backend, only_on
 from .table import Work
 
 
@@ -26,8 +26,8 @@ def make_inputs(rows, codes, channels) -> Inputs:
 
 
 def ours(inputs: Inputs) -> Call:
-    require_native("nearest_code")
-    return lambda: nearest_code(inputs.z, inputs.codebook, backend="cpu")
+    backend = kernel_backend("nearest_code", inputs.z.device)
+    return lambda: nearest_code(inputs.z, inputs.codebook, backend=backend)
 
 
 def by_addmm(z, codebook, half_norms):
@@ -54,6 +54,7 @@ def cdist(inputs: Inputs) -> Call:
     return torch.no_grad()(lambda: torch.cdist(*inputs).argmin(dim=-1))
 
 
+@only_on("cpu")
 def faiss_flat(inputs: Inputs) -> Call:
     import faiss
 
@@ -69,7 +70,7 @@ def vector_quantize(inputs: Inputs) -> Call:
     from vector_quantize_pytorch import VectorQuantize
 
     codes, channels = inputs.codebook.shape
-    module = VectorQuantize(dim=channels, codebook_size=codes, commitment_weight=0.0).eval()
+    module = VectorQuantize(dim=channels, codebook_size=codes, commitment_weight=0.0).to(inputs.z.device).eval()
     module.codebook = inputs.codebook
     z = inputs.z[None]
     return torch.no_grad()(lambda: module(z)[1][0])
@@ -107,7 +108,7 @@ def judge(inputs: Inputs) -> Judge:
     return judge_codes
 
 
-def case(tier, rows, codes, channels=32, headline=False) -> Case:
+def case(tier, rows, codes, channels=32, **options) -> Case:
     return Case(
         group="nearest_code",
         name=f"N{rows} V{codes} C{channels} float32",
@@ -117,14 +118,17 @@ def case(tier, rows, codes, channels=32, headline=False) -> Case:
         baseline="eager addmm + argmax",
         judge=judge,
         work=Work(2 * rows * codes * channels, "FLOP", "fp32"),
-        headline=headline,
+        **options,
     )
 
 
 CASES = (
-    case("smoke", 130, 512, headline=True),
+    case("smoke", 130, 512, headline=True, devices=("cpu", "cuda")),
     case("quick", 2048, 4096, headline=True),
     case("full", 5440, 4096),
+    case("quick", 256, 4096, devices=("cuda",)),
+    case("quick", 21760, 4096, devices=("cuda",)),
+    case("full", 21760, 16384, devices=("cuda",)),
 )
 
 

@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("var_kernels benchmarks")
     group.addoption("--full", action="store_true", help="all shapes, and more rounds")
     group.addoption("--smoke", action="store_true", help="tiny shapes, nothing compiled: a check of the benchmarks")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (cuda: AMD GPUs as well)")
     group.addoption("--bench-threads", type=_positive, metavar="N", help="threads of torch (default: its own choice)")
 
 
@@ -32,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--full and --smoke exclude each other")
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install 'var-kernels[bench]'")
-    fair_malloc.restart_if_needed(config)
+    if option.device == "cpu":
+        fair_malloc.restart_if_needed(config)
     # The table here says more than pytest-benchmark's own, which is needed only for what this one lacks.
     if not (option.benchmark_histogram or option.benchmark_compare or option.benchmark_cprofile):
         option.benchmark_quiet = True

@@ -8,9 +8,7 @@ so whatever else the machine does hits both, and the ratio is the median of the 
 
 from __future__ import annotations
 
-import gc
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +19,7 @@ from var_kernels import backends
 from var_kernels.testing import assert_accurate, max_error
 
 from . import fair_malloc
+from .clock import Clock, CpuClock
 from .table import Row, Work
 
 OURS = "var_kernels"
@@ -45,7 +44,8 @@ class Case:
     """One piece of work that several providers do.
 
     `tier` is the smallest run that includes the case ("smoke" cases belong to ``--smoke`` alone). `inputs` makes the
-    inputs, once; `judge`, given them, makes the judge of results. `missing` says why a known peer is no provider.
+    inputs, once, on the CPU; `judge`, given them, makes the judge of results. `missing` says why a known peer is no
+    provider. `devices` are those on which it is worth its time.
     """
 
     group: str
@@ -58,6 +58,7 @@ class Case:
     work: Work
     headline: bool = False
     missing: Mapping[str, str] = field(default_factory=dict)
+    devices: tuple[str, ...] = ("cpu",)
 
     def __post_init__(self) -> None:
         if self.tier not in TIERS:
@@ -69,9 +70,13 @@ class Case:
     def title(self) -> str:
         return f"{self.group}, {self.name}"
 
-    def runs_in(self, tier: str) -> bool:
-        """Whether a run of `tier` includes this case: the full run has the quick cases as well."""
-        return self.tier == tier or (tier == "full" and self.tier == "quick")
+    def runs_in(self, tier: str, device: str = "cpu") -> bool:
+        """Whether a run of `tier` on `device` includes this case: the full run has the quick cases as well."""
+        return device in self.devices and (self.tier == tier or (tier == "full" and self.tier == "quick"))
+
+    def providers_on(self, device: str) -> list[str]:
+        """The providers that exist on `device`, by name."""
+        return [name for name, provider in self.providers.items() if getattr(provider, "device", device) == device]
 
 
 def compiled(provider: Provider) -> Provider:
@@ -80,11 +85,27 @@ def compiled(provider: Provider) -> Provider:
     return provider
 
 
-def require_native(op: str) -> None:
-    """Unavailable unless the cpu backend serves `op`: what is timed under our name is never the reference."""
-    reason = backends.unavailable_reason("cpu", "cpu", op)
-    if reason is not None:
-        raise Unavailable(reason)
+def only_on(device: str) -> Callable[[Provider], Provider]:
+    """Marks a provider that exists on one device only."""
+
+    def mark(provider: Provider) -> Provider:
+        provider.device = device
+        return provider
+
+    return mark
+
+
+def kernel_backend(op: str, device: str | torch.device) -> str:
+    """The backend that "auto" takes for `op` on `device`; Unavailable where that is the reference, which is never timed
+    under our name."""
+    reasons = []
+    for name in backends.BACKENDS:
+        reason = backends.unavailable_reason(name, torch.device(device).type, op)
+        if reason is None and name != "reference":
+            return name
+        if reason is not None:
+            reasons.append(f"{name}: {reason}")
+    raise Unavailable("; ".join(reasons))
 
 
 def judge_floats(exact: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]) -> Judge:
@@ -147,19 +168,6 @@ class Timing:
         return statistics.median(base / own for base, own in zip(self.baseline, self.seconds, strict=True))
 
 
-def seconds_of(call: Call) -> float:
-    """Wall-clock seconds of one call, without garbage collection, as pytest-benchmark times the provider."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    finally:
-        if collecting:
-            gc.enable()
-
-
 def rounds_for(seconds_per_round: float, budget: float) -> int:
     """As many rounds as fit the budget, at least 7 (the median of fewer is noise) and at most 300."""
     return max(7, min(300, int(budget / max(seconds_per_round, 1e-9))))
@@ -167,30 +175,37 @@ def rounds_for(seconds_per_round: float, budget: float) -> int:
 
 def measure(call: Call, baseline: Call, budget: float) -> Timing:
     """Interleaved rounds, baseline then provider, for about `budget` seconds, after two rounds of warm-up."""
-    warm = [seconds_of(baseline) + seconds_of(call) for _ in range(2)]
-    pairs = [(seconds_of(baseline), seconds_of(call)) for _ in range(rounds_for(min(warm), budget))]
+    seconds = CpuClock().seconds
+    warm = [seconds(baseline) + seconds(call) for _ in range(2)]
+    pairs = [(seconds(baseline), seconds(call)) for _ in range(rounds_for(min(warm), budget))]
     own, base = tuple(pair[1] for pair in pairs), tuple(pair[0] for pair in pairs)
     return Timing(own, base, fair_malloc.faults_per_call(call))
 
 
-def measure_with(benchmark, call: Call, baseline: Call, budget: float) -> Timing | None:
-    """The same rounds, the provider's part timed and recorded by pytest-benchmark; None where it may not time."""
+def measure_with(benchmark, call: Call, baseline: Call, budget: float, clock: Clock) -> Timing | None:
+    """The same rounds, the provider's part timed and recorded by pytest-benchmark; None where it may not time.
+
+    On a GPU pytest-benchmark records what the host saw, and the clock's figures count.
+    """
     if benchmark.disabled:
         benchmark.pedantic(call)
         return None
-    warm = [seconds_of(baseline) + seconds_of(call) for _ in range(2)]
+    warm = [clock.seconds(baseline) + clock.seconds(call) for _ in range(2)]
     base: list[float] = []
+    own: list[float] = []
+    timed = call if clock.device == "cpu" else lambda: own.append(clock.seconds(call))
     benchmark.pedantic(
-        call, setup=lambda: base.append(seconds_of(baseline)), rounds=rounds_for(min(warm), budget), iterations=1
+        timed, setup=lambda: base.append(clock.seconds(baseline)), rounds=rounds_for(min(warm), budget), iterations=1
     )
-    return Timing(tuple(benchmark.stats.stats.data), tuple(base), fair_malloc.faults_per_call(call))
+    return Timing(tuple(own or benchmark.stats.stats.data), tuple(base), fair_malloc.faults_per_call(call))
 
 
 class Duel:
     """Judges and times one provider after the other; keeps what the providers of one case share."""
 
-    def __init__(self, *, tier: str, budget: float) -> None:
+    def __init__(self, *, tier: str, budget: float, clock: Clock | None = None) -> None:
         self.tier = tier
+        self.clock = CpuClock() if clock is None else clock
         self.budget = budget
         self.rows: dict[str, list[Row]] = {}
         self.cases: dict[str, Case] = {}
@@ -200,7 +215,7 @@ class Duel:
         if self._title == case.title:
             return
         self._title, self._inputs, self._judge, self._baseline = None, None, None, None  # free the last case first
-        self._inputs = case.inputs()
+        self._inputs = self.clock.place(case.inputs())
         self._judge = case.judge(self._inputs)
         self._baseline = prepare(case, case.baseline, self._inputs)
         self._title = case.title
@@ -222,7 +237,7 @@ class Duel:
             verdict = "wrong result" if isinstance(error, AssertionError) else type(error).__name__
             rows.append(Row(provider, note=f"REFUSED, {verdict}: {_first_line(error)}"))
             raise
-        timing = measure_with(benchmark, call, self._baseline, self.budget)
+        timing = measure_with(benchmark, call, self._baseline, self.budget, self.clock)
         if timing is None:
             row = Row(provider, error=error, note="judged right; not timed")
         else:

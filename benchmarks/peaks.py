@@ -6,13 +6,14 @@ import ctypes
 import shlex
 import subprocess
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from var_kernels import _build
+
+from .clock import Clock, CpuClock
 
 _SOURCE = Path(__file__).with_name("peaks.cpp")
 _BEYOND_CACHE = 256 << 20  # bytes read; twice this in flight is larger than any last-level cache of a desktop
@@ -27,9 +28,10 @@ class Peak:
 
 
 class Peaks:
-    """Limits of this machine with torch's current number of threads; each is measured at its first use."""
+    """Limits of the CPU with torch's current number of threads, or of the GPU; each is measured at its first use."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = CpuClock() if clock is None else clock
         self._found: dict[str, Peak] = {}
         self._copies: dict[int, Peak] = {}
 
@@ -42,10 +44,13 @@ class Peaks:
         if name == "copy":
             size = copied_bytes // 2 or _BEYOND_CACHE
             if size not in self._copies:
-                self._copies[size] = Peak(_copy_rate(size), f"torch copy_ of {size / 1e6:.3g} MB")
+                self._copies[size] = Peak(_copy_rate(size, self._clock), f"torch copy_ of {size / 1e6:.3g} MB")
             return self._copies[size]
         if not self._found:
-            self._found = _arithmetic_peaks(torch.get_num_threads())
+            if self._clock.device == "cpu":
+                self._found = _arithmetic_peaks(torch.get_num_threads())
+            else:
+                self._found = _matmul_peaks(self._clock, 8192, "torch matmul, 8192 cubed")
         return self._found[name]
 
     def as_dict(self) -> dict[str, dict]:
@@ -67,16 +72,18 @@ def _arithmetic_peaks(threads: int) -> dict[str, Peak]:
     try:
         library = _compile()
     except (_build.BuildUnavailable, subprocess.CalledProcessError, OSError):
-        # Without a compiler the best matrix product of torch stands in: a lower bound of the limit, and named so.
-        return {
-            "fp32": Peak(_matmul_rate(torch.float32), "torch matmul; no compiler for a register loop"),
-            "bf16": Peak(_matmul_rate(torch.bfloat16), "torch matmul; no compiler for a register loop"),
-        }
+        return _matmul_peaks(CpuClock(), 1536, "torch matmul; no compiler for a register loop")
     fp32 = Peak(library.peak_fp32(threads), f"register loop of multiply-adds, {threads} threads")
     rate = library.peak_bf16(threads)
     if rate:
         return {"fp32": fp32, "bf16": Peak(rate, f"register loop of dot products, {threads} threads")}
     return {"fp32": fp32, "bf16": Peak(fp32.value, "fp32 peak: no bf16 dot product on this machine")}
+
+
+def _matmul_peaks(clock: Clock, size: int, how: str) -> dict[str, Peak]:
+    """What torch's own matrix product reaches, in fp32 as the caller's settings say: a lower bound of the limit."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    return {name: Peak(_matmul_rate(dtype, size, clock), how) for name, dtype in dtypes.items()}
 
 
 def _compile() -> ctypes.CDLL:
@@ -92,23 +99,18 @@ def _compile() -> ctypes.CDLL:
     return loaded
 
 
-def _best_seconds(function, calls: int) -> float:
+def _best_seconds(function, calls: int, clock: Clock) -> float:
     function()
-    best = float("inf")
-    for _ in range(calls):
-        start = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - start)
-    return best
+    return min(clock.seconds(function) for _ in range(calls))
 
 
-def _matmul_rate(dtype: torch.dtype, size: int = 1536) -> float:
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    out = torch.empty(size, size, dtype=dtype)
-    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b, out=out), 10) / 1e9
+def _matmul_rate(dtype: torch.dtype, size: int, clock: Clock) -> float:
+    a, b = (torch.randn(size, size, device=clock.device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b, out=out), 10, clock) / 1e9
 
 
-def _copy_rate(size: int) -> float:
-    source, target = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+def _copy_rate(size: int, clock: Clock) -> float:
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=clock.device) for _ in range(2))
     calls = max(5, min(500, (1 << 31) // max(size, 1)))
-    return 2 * size / _best_seconds(lambda: target.copy_(source), calls) / 1e9
+    return 2 * size / _best_seconds(lambda: target.copy_(source), calls, clock) / 1e9

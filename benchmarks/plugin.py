@@ -10,6 +10,7 @@ import torch
 from var_kernels import _native
 
 from . import fair_malloc, plain_mode
+from .clock import clock_for
 from .harness import OURS, Case, Duel, Unavailable
 from .peaks import Peaks
 from .table import case_lines
@@ -27,9 +28,12 @@ class BenchmarkPlugin:
         logging.getLogger("torch.__trace").propagate = False
         if option.bench_threads:
             torch.set_num_threads(option.bench_threads)
+        self.device = option.device
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: expected a GPU that this torch can use, found none")
         self.tier = "full" if option.full else "smoke" if option.smoke else "quick"
-        self.duel_of_session = Duel(tier=self.tier, budget=_SECONDS[self.tier])
-        self.peaks = Peaks()
+        self.duel_of_session = Duel(tier=self.tier, budget=_SECONDS[self.tier], clock=clock_for(self.device))
+        self.peaks = Peaks(self.duel_of_session.clock)
         self.modules: dict[str, str] = {}  # by title of the case
         self.plain: dict[str, dict] = {}
 
@@ -38,7 +42,12 @@ class BenchmarkPlugin:
         cases = getattr(metafunc.module, "CASES", None)
         if cases is None or "duel" not in metafunc.fixturenames:
             return
-        pairs = [(case, provider) for case in cases if case.runs_in(self.tier) for provider in case.providers]
+        pairs = [
+            (case, provider)
+            for case in cases
+            if case.runs_in(self.tier, self.device)
+            for provider in case.providers_on(self.device)
+        ]
         ids = [f"{case.title}-{provider}".replace(" ", "_") for case, provider in pairs]
         metafunc.parametrize("duel", pairs, ids=ids, indirect=True)
 
@@ -59,7 +68,7 @@ class BenchmarkPlugin:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
         """The headline cases once more, as they are without fair allocation."""
-        if not fair_malloc.is_fair():
+        if self.device != "cpu" or not fair_malloc.is_fair():
             return
         duel = self.duel_of_session
         cases = [(self.modules[title], case) for title, case in duel.cases.items() if self._is_timed(case)]
@@ -76,7 +85,14 @@ class BenchmarkPlugin:
             torch_cpu_capability=torch.backends.cpu.get_cpu_capability(),
             var_kernels_isa=_native.load().isa,
             malloc=fair_malloc.mode(),
+            device=self._device_name(),
         )
+
+    def _device_name(self) -> str:
+        if self.device == "cuda":
+            return torch.cuda.get_device_name()
+        isa = _native.load().isa or "no library"
+        return f"the CPU, {torch.get_num_threads()} threads; var_kernels at {isa}"
 
     def pytest_benchmark_update_json(self, output_json: dict) -> None:
         output_json["peaks"] = self.peaks.as_dict()
@@ -87,9 +103,9 @@ class BenchmarkPlugin:
         if not duel.rows:
             return
         reporter.section("side by side (results are judged before they are timed)")
-        isa = _native.load().isa or "no library"
-        reporter.line(f"torch {torch.__version__}, {torch.get_num_threads()} threads; var_kernels at {isa}")
-        reporter.line(fair_malloc.mode())
+        reporter.line(f"torch {torch.__version__} on {self._device_name()}")
+        if self.device == "cpu":
+            reporter.line(fair_malloc.mode())
         reporter.line("limits of this machine, measured in this session:")
         for line in self.peaks.lines():
             reporter.line(f"  {line}")

@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the benchmarks are not part of the installed package
 
-from benchmarks import fair_malloc, harness, plain_mode, table  # noqa: E402
+from benchmarks import clock, fair_malloc, harness, plain_mode, table  # noqa: E402
 from benchmarks.peaks import Peak, Peaks  # noqa: E402
 
 MODULES = sorted(f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("bench_*.py"))
@@ -190,6 +190,12 @@ def test_environments_keep_the_tunables_of_the_user(monkeypatch):
     [
         (["--full"], "--full and --smoke exclude each other"),
         (["--bench-threads", "0"], "expected a positive integer, got '0'"),
+        pytest.param(
+            ["--device", "cuda"],
+            "--device cuda: expected a GPU that this torch can use, found none",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--bench-threads", "many"], "expected a positive integer, got 'many'"),
     ],
 )
@@ -260,6 +266,72 @@ def test_measure_interleaves_and_counts_faults():
     assert fresh == 0 or fresh > (64 << 20) / (512 * page)  # nothing, or whole pages, be they huge
 
 
+class _FakeEvents:
+    """CUDA events on a machine without a GPU: each record takes the next of the given times, in milliseconds."""
+
+    def __init__(self, monkeypatch, log):
+        self.times = iter(range(0, 10**6, 5))
+
+        class Event:
+            def __init__(event, enable_timing):
+                assert enable_timing
+
+            def record(event):
+                log.append("record")
+                event.time = next(self.times)
+
+            def synchronize(event):
+                log.append("synchronize")
+
+            def elapsed_time(event, end):
+                return end.time - event.time
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(clock.CudaClock, "device", "cpu")
+
+
+def test_a_gpu_is_timed_by_events_after_a_flush(monkeypatch):
+    log = []
+    _FakeEvents(monkeypatch, log)
+    gpu = clock.clock_for("cuda")
+    gpu._flush = SimpleNamespace(zero_=lambda: log.append("flush"))
+    assert gpu.seconds(lambda: log.append("call")) == pytest.approx(5e-3)
+    assert log == ["flush", "record", "call", "record", "synchronize"]
+    leaf = torch.ones(2, requires_grad=True)
+    placed = gpu.place((leaf, "name", torch.zeros(1, dtype=torch.bool)))
+    assert placed[0].requires_grad and placed[0] is not leaf and placed[1] == "name" and not placed[2].requires_grad
+
+
+def test_on_a_gpu_the_clock_counts_and_not_the_host(monkeypatch):
+    gpu = SimpleNamespace(device="cuda", seconds=lambda call: (call(), 0.5)[1])
+    recorded = []
+
+    def pedantic(function, setup, rounds, iterations):
+        for _ in range(rounds):
+            setup()
+            recorded.append(function())
+
+    benchmark = SimpleNamespace(disabled=False, pedantic=pedantic)
+    log = []
+    timing = harness.measure_with(benchmark, lambda: log.append("b"), lambda: log.append("a"), 0.0, gpu)
+    assert timing.seconds == timing.baseline == (0.5,) * 7 and len(recorded) == 7
+    assert log[:18] == ["a", "b"] * 9
+
+
+def test_providers_and_cases_of_one_device_stay_there():
+    providers = {"a": lambda x: x, "b": harness.only_on("cuda")(lambda x: x), "c": harness.only_on("cpu")(lambda x: x)}
+    case = harness.Case("g", "n", "quick", None, providers, "a", None, table.Work(1, "B"), devices=("cuda",))
+    assert case.providers_on("cpu") == ["a", "c"] and case.providers_on("cuda") == ["a", "b"]
+    assert case.runs_in("full", "cuda") and not case.runs_in("quick", "cpu") and not case.runs_in("smoke", "cuda")
+
+
+def test_the_reference_is_never_timed_under_our_name(monkeypatch):
+    only_reference = {"reference": None}
+    monkeypatch.setattr("var_kernels.backends.unavailable_reason", lambda name, *_: only_reference.get(name, "no"))
+    with pytest.raises(harness.Unavailable, match="cpu: no; triton: no"):
+        harness.kernel_backend("nearest_code", "cuda")
+
+
 def test_a_case_with_a_wrong_name_in_it_is_refused():
     arguments = dict(group="g", name="n", inputs=None, providers={"a": None}, judge=None, work=table.Work(1, "B"))
     with pytest.raises(ValueError, match="tier: expected one of smoke, quick, full, got 'fast'"):
@@ -272,7 +344,9 @@ def test_a_case_with_a_wrong_name_in_it_is_refused():
 def test_every_benchmark_refuses_zeros_and_shifted_rows(module):
     cases = importlib.import_module(module).CASES
     assert len({case.title for case in cases}) == len(cases)
-    assert {tier for tier in harness.TIERS if any(case.tier == tier for case in cases)} == set(harness.TIERS)
+    for device in ("cpu", "cuda"):
+        assert all(any(case.runs_in(tier, device) for case in cases) for tier in harness.TIERS)
+        assert all({harness.OURS, case.baseline} <= set(case.providers_on(device)) for case in cases)
     for case in [case for case in cases if case.tier == "smoke"]:
         try:
             inputs = case.inputs()
