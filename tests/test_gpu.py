@@ -1,0 +1,246 @@
+"""Every op on a GPU, for the first one that this package meets: `pytest -m gpu`. Skipped where there is none.
+
+What `tests/test_triton_*.py` show without a GPU (arithmetic, masks, addresses) is repeated here at the sizes of the
+model family and on the real compiler's output; the rest only a GPU can show: streams, graphs, inductor, two devices.
+"""
+
+import functools
+
+import pytest
+import torch
+
+import var
+from var_kernels import (
+    adaln_layer_norm,
+    backends,
+    block_causal_attention,
+    gated_residual_adaln,
+    multi_scale_quantize,
+    nearest_code,
+    next_scale_input,
+)
+from var_kernels.testing import SCHEDULES, assert_accurate, attention_inputs, modulation, randn, scale_lens
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OURS = [name for name in backends.BACKENDS if name not in ("cpu", "reference")]
+
+
+@pytest.fixture(params=OURS)
+def gpu(request):
+    """The name of each GPU backend."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    for op in backends.OPS:
+        reason = backends.unavailable_reason(request.param, DEVICE, op)
+        if reason is not None:
+            pytest.skip(f"{op}: {reason}")
+    return request.param
+
+
+def results(call, tensors, backend, dtype=None):
+    """Outputs and, under fixed cotangents, the gradient of every tensor, by number."""
+    leaves = [t.detach().to(DEVICE, dtype or t.dtype).requires_grad_() for t in tensors]
+    outputs = [out for out in call(*leaves, backend=backend) if out.requires_grad]
+    cotangents = [randn(out.numel(), seed=50 + i).to(tensors[0].dtype).to(out).view_as(out)
+                  for i, out in enumerate(outputs)]  # fmt: skip
+    gradients = torch.autograd.grad(outputs, leaves, cotangents)
+    return [t.detach() for t in (*outputs, *gradients)]
+
+
+def check(call, tensors, backend) -> None:
+    """Outputs and gradients are as accurate as plain PyTorch in the same dtype, and the same in a second run."""
+    exact, plain = results(call, tensors, "reference", torch.float64), results(call, tensors, "reference")
+    actual, again = results(call, tensors, backend), results(call, tensors, backend)
+    for i, (found, repeated, *others) in enumerate(zip(actual, again, plain, exact, strict=True)):
+        assert torch.equal(found, repeated), f"result {i} differs between two runs"
+        assert_accurate(found, *others, name=f"result {i}")
+
+
+def attention(lens, **options):
+    return lambda q, k, v, backend: [block_causal_attention(q, k, v, lens, backend=backend, **options)]
+
+
+# ---- accuracy at the sizes of the model family -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 40, 64, 72, 96, 104, 120, 126, 128])
+def test_attention_head_dims(gpu, head_dim, dtype):
+    lens = scale_lens("256px")
+    check(attention(lens), attention_inputs(2, 2, sum(lens), head_dim, seed=1, dtype=dtype), gpu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("schedule", ["embedded", "512px", "infinity-256px", "infinity-512px"])
+def test_attention_schedules(gpu, schedule, dtype):
+    lens = scale_lens(schedule)
+    check(attention(lens), attention_inputs(1, 3, sum(lens), 64, seed=2, dtype=dtype), gpu)
+
+
+@pytest.mark.parametrize(("queries", "q_offset"), [(1, None), (256, None), (169, 255), (300, 101)])
+def test_attention_against_a_cache(gpu, queries, q_offset):
+    lens = scale_lens("256px")
+    q, k, v = attention_inputs(2, 8, 680, 128, seed=3, dtype=torch.bfloat16, kv_heads=2, query_length=queries)
+    with torch.no_grad():
+        found, plain, exact = (
+            block_causal_attention(*(t.to(DEVICE, dtype) for t in (q, k, v)), lens, q_offset=q_offset, backend=backend)
+            for dtype, backend in ((None, gpu), (None, "reference"), (torch.float64, "reference"))
+        )
+    assert_accurate(found, plain, exact, name="out")
+
+
+def test_attention_of_views(gpu):
+    lens = scale_lens("256px")
+    packed = randn(2, 680, 3, 4, 64, seed=4, dtype=torch.bfloat16)
+    check(lambda qkv, backend: attention(lens)(*qkv.permute(2, 0, 3, 1, 4), backend=backend), [packed], gpu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(4, 680, 1024), (2, 680, 1920), (2, 2240, 2304), (1, 521, 3584), (3, 37, 203)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_adaln(gpu, gated, shape, dtype):
+    batch, _, channels = shape
+    streams = [randn(*shape, seed=seed, dtype=dtype) for seed in range(2 if gated else 1)]
+    parts = modulation(batch, channels, seed=7, dtype=dtype, parts=3 if gated else 2)
+    if gated:
+        check(lambda *tensors, backend: gated_residual_adaln(*tensors, backend=backend), [*streams, *parts], gpu)
+    else:
+        check(lambda *tensors, backend: [adaln_layer_norm(*tensors, backend=backend)], [*streams, *parts], gpu)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize(("rows", "codes", "channels"), [(5440, 4096, 32), (1, 4096, 32), (1000, 16384, 64)])
+def test_nearest_code(gpu, rows, codes, channels, metric):
+    z, codebook = randn(rows, channels, seed=0).to(DEVICE), randn(codes, channels, seed=1).to(DEVICE)
+    codebook[codes // 2] = codebook[3]  # of equal codes the first
+    found = nearest_code(z, codebook, metric=metric, backend=gpu)
+    wide = z.double(), codebook.double()
+    if metric == "cosine":
+        wide = wide[0], torch.nn.functional.normalize(wide[1], dim=-1)
+        scores = wide[0] @ wide[1].T
+    else:
+        scores = wide[0] @ wide[1].T - wide[1].square().sum(-1) / 2
+    best = scores.max(-1).values
+    # fp32 scores: products of C terms, each sum rounded; a code is as near within that.
+    band = 4 * channels**0.5 * torch.finfo(torch.float32).eps * (z.norm(dim=-1) * codebook.norm(dim=-1).max()).double()
+    assert (best - scores.gather(-1, found[:, None])[:, 0] <= band).all()
+    assert not (found == codes // 2).any()
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_multi_scale_quantize(gpu, batch):
+    patch_nums = SCHEDULES["256px"]
+    tensors = [
+        randn(batch, 32, 16, 16, seed=0),
+        randn(4096, 32, seed=1) * torch.linspace(0.1, 1, 4096)[:, None],
+        randn(4, 32, 32, 3, 3, seed=2, std=(9 * 32) ** -0.5),
+        randn(4, 32, seed=3, std=0.01),
+    ]
+    on_gpu = [tensor.to(DEVICE) for tensor in tensors]
+    tokens = multi_scale_quantize(*on_gpu, patch_nums, backend=gpu).tokens
+    assert torch.equal(tokens, multi_scale_quantize(*(t.double() for t in on_gpu), patch_nums).tokens)
+    check(lambda *ts, backend: multi_scale_quantize(*ts, patch_nums, backend=backend)[1:], tensors, gpu)
+    f_hat, codes = torch.zeros_like(on_gpu[0]), on_gpu[1][tokens[:, 5:14]]
+    found, plain = (
+        next_scale_input(f_hat, codes, *on_gpu[2:], patch_nums, 2, backend=backend) for backend in (gpu, "reference")
+    )
+    exact = next_scale_input(*(t.double() for t in (f_hat, codes, *on_gpu[2:])), patch_nums, 2, backend="reference")
+    for name, *parts in zip(("f_hat", "next map"), found, plain, exact, strict=True):
+        assert_accurate(*parts, name=name)
+
+
+# ---- what only a GPU can show ----------------------------------------------------------------------------------------
+
+
+def block(q, k, v, x, gate, scale, shift, backend):
+    """One of each op of a transformer block."""
+    lens = scale_lens("256px")
+    out = block_causal_attention(q, k, v, lens, backend=backend)
+    branch = out.transpose(1, 2).flatten(2)
+    residual, y = gated_residual_adaln(x, branch, gate, scale, shift, backend=backend)
+    return residual, adaln_layer_norm(y, scale, shift, backend=backend)
+
+
+def block_inputs(dtype=torch.bfloat16, seed=0):
+    heads = attention_inputs(2, 4, 680, 64, seed=seed, dtype=dtype)
+    parts = modulation(2, 256, seed=seed + 5, dtype=dtype, parts=3)
+    return [tensor.to(DEVICE) for tensor in (*heads, randn(2, 680, 256, seed=seed + 6, dtype=dtype), *parts)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inductor(gpu, dtype):
+    inputs = block_inputs(dtype)
+    compiled = torch.compile(functools.partial(block, backend=gpu), fullgraph=True)
+    for found, expected in zip(compiled(*inputs), block(*inputs, backend=gpu), strict=True):
+        assert torch.equal(found, expected)
+    leaves = [[t.detach().clone().requires_grad_() for t in inputs] for _ in range(2)]
+    for function, tensors in zip((compiled, functools.partial(block, backend=gpu)), leaves, strict=True):
+        sum(out.float().square().sum() for out in function(*tensors)).backward()
+    for a, b in zip(*leaves, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_graph_capture(gpu):
+    inputs = block_inputs()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(side):
+        for _ in range(3):
+            block(*inputs, backend=gpu)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        outputs = block(*inputs, backend=gpu)
+    fresh = block_inputs(seed=100)
+    for static, new in zip(inputs, fresh, strict=True):
+        static.copy_(new)
+    graph.replay()
+    with torch.no_grad():
+        for found, expected in zip(outputs, block(*fresh, backend=gpu), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_side_stream(gpu):
+    """Kernels run on the current stream: behind a long wait on it, and not on the default one."""
+    inputs = block_inputs()
+    with torch.no_grad():
+        expected = block(*inputs, backend=gpu)
+        late = [torch.zeros_like(t) for t in inputs]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(100_000_000)
+            for target, source in zip(late, inputs, strict=True):
+                target.copy_(source)
+            found = block(*late, backend=gpu)
+            torch.cuda.current_stream().synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_second_device(gpu):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    inputs = block_inputs()
+    with torch.no_grad():
+        expected = block(*inputs, backend=gpu)
+        found = block(*(t.to("cuda:1") for t in inputs), backend=gpu)  # the current device stays cuda:0
+    assert all(torch.equal(a, b.to(DEVICE)) for a, b in zip(expected, found, strict=True))
+
+
+def test_auto_is_a_kernel(gpu):
+    for op in backends.OPS:
+        for dtype in DTYPES:
+            assert backends.resolve(op, "auto", "cuda", dtype) in OURS
+
+
+def test_generation_with_the_embedded_model(gpu):
+    """The same pictures as plain PyTorch, with one and the same seed."""
+    labels = torch.arange(10)
+    images = []
+    for backend in (gpu, "reference"):
+        pipeline = var.load(backend=backend)
+        vqvae, transformer = pipeline.vqvae.to(DEVICE), pipeline.var.to(DEVICE)
+        images.append(transformer.generate(vqvae, labels, cfg=2.0, top_k=1, seed=0))
+    same = (images[0].tokens == images[1].tokens).float().mean().item()
+    assert same > 0.99, f"{same:.1%} of the tokens agree"  # a near-tie may fall otherwise, and changes what follows it
