@@ -1,9 +1,7 @@
-"""Shapes, inputs and fixtures that the tests of the multi-scale quantizer share."""
+"""Shapes and inputs that the tests of the multi-scale quantizer share."""
 
-import pytest
 import torch
 
-from var_kernels.backends import unavailable_reason
 from var_kernels.testing import randn
 
 NAMES = ("f", "codebook", "phi_weight", "phi_bias")
@@ -33,21 +31,6 @@ SHAPES = {
     "seventeen images": (17, 4, 20, 2, (1, 2, 3)),
 }
 SMALL = SHAPES["just over a vector"]
-
-
-@pytest.fixture
-def cpu():
-    """Skips where the native library is not available."""
-    reason = unavailable_reason("cpu", "cpu", "multi_scale_quantize")
-    if reason is not None:
-        pytest.skip(reason)
-
-
-@pytest.fixture(params=["cpu", "reference"])
-def backend(request):
-    if request.param == "cpu":
-        request.getfixturevalue("cpu")
-    return request.param
 
 
 def pairs(patch_nums) -> list[tuple[int, int]]:

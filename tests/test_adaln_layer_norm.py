@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from var_kernels import adaln_layer_norm, gated_residual_adaln
-from var_kernels.backends import unavailable_reason
 from var_kernels.testing import assert_accurate, isa_levels, modulation, poison, randn
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -28,14 +27,6 @@ SHAPES = [
     (1, 7, 1920),
     (3, 50, 2304),
 ]
-
-
-@pytest.fixture
-def cpu():
-    """Skips where the native library is not available."""
-    reason = unavailable_reason("cpu", "cpu", "adaln_layer_norm")
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def shape_of(form: str, batch: int, length: int, channels: int) -> tuple[int, ...]:

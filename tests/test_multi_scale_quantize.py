@@ -2,7 +2,6 @@
 
 import numpy
 import pytest
-import quantizer_inputs
 import torch
 import torch.nn.functional as F
 from quantizer_inputs import NAMES, SHAPES, SMALL, gradients, inputs, leaves, pairs
@@ -10,8 +9,6 @@ from quantizer_inputs import NAMES, SHAPES, SMALL, gradients, inputs, leaves, pa
 from var_kernels import multi_scale_quantize, next_scale_input
 from var_kernels.multi_scale_quantize import phi_index
 from var_kernels.testing import assert_accurate, poison, randn
-
-cpu, backend = quantizer_inputs.cpu, quantizer_inputs.backend
 
 
 def composition(f, codebook, weight, bias, patch_nums, *, ratio=0.5, metric="l2", beta=0.25):

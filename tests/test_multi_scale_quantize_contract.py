@@ -6,14 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import quantizer_inputs
 import torch
 from quantizer_inputs import NAMES, SMALL, inputs, leaves
 
 from var_kernels import multi_scale_quantize, next_scale_input
 from var_kernels.testing import isa_levels
-
-cpu, backend = quantizer_inputs.cpu, quantizer_inputs.backend
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
