@@ -51,6 +51,59 @@ class Row:
 
 TABLE: dict[str, tuple[Row, ...]] = {}
 
+# nearest_code: size is the number of rows (prepare: channels). Exact fp32 products run on the fp32 units: a thread needs
+# many of them per value that it reads from shared memory, 8×8 for many rows. Few rows are a small tile instead, since
+# lanes without a row work for nothing.
+TABLE |= {
+    "nearest_code.prepare": (Row(Config({"BLOCK_V": 64, "BLOCK_C": 32}, num_warps=4)),),
+    "nearest_code.search": (
+        Row(Config({"BLOCK_N": 16, "BLOCK_V": 64, "BLOCK_C": 32}, num_warps=4, num_stages=3), size=32),
+        Row(Config({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_C": 32}, num_warps=4, num_stages=3), size=2048),
+        Row(Config({"BLOCK_N": 128, "BLOCK_V": 64, "BLOCK_C": 32}, num_warps=4, num_stages=2)),
+    ),
+    "nearest_code.search_wide": (
+        Row(Config({"BLOCK_N": 16, "BLOCK_V": 64, "BLOCK_C": 32}, num_warps=4, num_stages=3), size=32),
+        Row(Config({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_C": 32}, num_warps=4, num_stages=3)),
+    ),
+    "nearest_code.reduce": (Row(Config({"BLOCK_N": 16, "BLOCK_S": 64}, num_warps=4)),),
+}
+
+# adaln_layer_norm: size is the fp32 values of a row that a program keeps in registers (sum_partials: channels). A row has
+# the least power of two of threads that leaves each of them 96 values, of 128 registers; a vector of 16 bytes of a tile
+# for each of these threads is CHUNK; and 128 threads, or one row, are a program.
+_ADALN_ROWS = tuple(
+    Row(
+        Config(
+            {"ROWS": max(1, 128 // threads), "CHUNK": threads * 16 // itemsize},
+            num_warps=max(128, threads) // warp_size,
+        ),
+        size=96 * threads,
+        itemsize=itemsize,
+        api=api,
+    )
+    for api, warp_size in (("cuda", 32), ("hip", 64))
+    for itemsize in (2, 4)
+    for threads in (8, 16, 32, 64, 128, 256, 512)
+)
+TABLE |= {
+    "adaln_layer_norm.adaln_forward": _ADALN_ROWS,
+    "adaln_layer_norm.adaln_backward": _ADALN_ROWS,
+    "adaln_layer_norm.sum_partials": (Row(Config({"ROWS": 32, "CHUNK": 64}, num_warps=4)),),
+}
+
+# block_causal_attention: size is the head dimension, rounded up to a power of two.
+TABLE |= {
+    "block_causal_attention.forward": (
+        Row(Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2)),
+    ),
+    "block_causal_attention.backward_queries": (
+        Row(Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2)),
+    ),
+    "block_causal_attention.backward_keys": (
+        Row(Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2)),
+    ),
+}
+
 # For the whole process: the backward of an op runs in threads of autograd, where no context variable would be seen.
 _overrides: dict[str, Config] = {}
 
