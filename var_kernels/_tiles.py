@@ -1,0 +1,161 @@
+"""Which tiles of a block-causal score matrix exist: tables for GPU kernels, computed on the host from the lengths alone.
+
+The visible part of the matrix is a staircase. A kernel cuts one of its sides into tiles of at most so many rows (or
+keys) and walks over whole blocks of the other. Where the cuts are decides how much of the staircase's outside is
+visited: a tile that ends where a scale ends visits nothing that its last row does not see, and small scales share a
+tile, since a tile of few rows costs as much as a full one. `query_tiles` and `key_tiles` find the cheapest cuts.
+
+`device_table` keeps the tables on the GPU, so that a schedule is a run-time argument: another schedule is another
+small tensor, not another kernel.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+
+
+class QueryTile(NamedTuple):
+    """`count` query rows from `first`: all of them see the keys below `common`, some of them those below `limit`."""
+
+    first: int
+    count: int
+    common: int
+    limit: int
+
+
+class KeyTile(NamedTuple):
+    """`count` keys from `first`: rows from `common` on see all of them, rows below `limit` none."""
+
+    first: int
+    count: int
+    common: int
+    limit: int
+
+
+def visible_ends(lens: Sequence[int]) -> list[int]:
+    """For each token the end of its scale: the number of keys that it sees."""
+    return [end for length, end in zip(lens, accumulate(lens), strict=True) for _ in range(length)]
+
+
+def query_tiles(lens: Sequence[int], q_offset: int, queries: int, rows: int, keys: int) -> list[QueryTile]:
+    """Cuts the query rows, tokens `q_offset` to `q_offset + queries`, into tiles of at most `rows`, for a kernel that
+    visits the keys from 0 in blocks of `keys`. Most work first: the short tiles fill the gaps at the end.
+    """
+    ends = [end for end in accumulate(lens) if end > q_offset]
+    bounds = [min(end - q_offset, queries) for end in ends]
+    cuts = _cheapest_cuts(bounds[: bounds.index(queries) + 1], [_blocks(end, keys) for end in ends], rows)
+    tiles = []
+    for begin, end in cuts:
+        common, limit = (ends[bisect_right(bounds, row)] for row in (begin, end - 1))
+        tiles.append(QueryTile(begin, end - begin, common, limit))
+    return sorted(tiles, key=lambda tile: -tile.limit)
+
+
+def key_tiles(lens: Sequence[int], q_offset: int, queries: int, keys: int, rows: int) -> list[KeyTile]:
+    """Cuts all keys into tiles of at most `keys`, for a kernel that visits, in blocks of `rows`, the rows that see
+    some key of the tile. A tile that no row sees has `limit` = `common` = `queries`. Most work first.
+    """
+    total = sum(lens)
+    starts = [end - length for length, end in zip(lens, accumulate(lens), strict=True)]
+    first_rows = [min(max(start - q_offset, 0), queries) for start in starts]
+    # The rows that see a tile follow from its first key. From the last key backwards this is the problem above.
+    costs = [_blocks(queries - row, rows) for row in reversed(first_rows)]
+    tiles = []
+    for begin, end in _cheapest_cuts([total - start for start in reversed(starts)], costs, keys):
+        first, last = total - end, total - begin - 1
+        limit, common = (first_rows[bisect_right(starts, key) - 1] for key in (first, last))
+        tiles.append(KeyTile(first, last + 1 - first, common, limit))
+    return sorted(tiles, key=lambda tile: tile.limit)
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _cheapest_cuts(bounds: Sequence[int], costs: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """Cuts range(bounds[-1]) into pieces of at most `size` such that the sum of the pieces' costs is least.
+
+    A piece costs what the interval (bounds[i-1], bounds[i]] of its last element says, `costs[i]`, which does not
+    decrease, and 1 for its start. Elements of equal cost that follow the last one may as well join the piece if there
+    is room, so a piece ends at the bound before the next cost or is full: few ends are to be tried.
+    """
+    steps = [i for i in range(len(bounds)) if i + 1 == len(bounds) or costs[i] != costs[i + 1]]
+    ends, costs = [bounds[i] for i in steps], [costs[i] for i in steps]
+    best: dict[int, tuple[int, int]] = {0: (0, 0)}  # cut -> (cost of all before it, the cut before it)
+    for begin in range(ends[-1]):
+        if begin not in best:
+            continue
+        total = best[begin][0]
+        for i in range(bisect_right(ends, begin), len(ends)):
+            end = min(ends[i], begin + size)
+            price = total + costs[i] + 1
+            if end not in best or price < best[end][0]:
+                best[end] = (price, begin)
+            if end < ends[i] or end == begin + size:
+                break
+    pieces, end = [], ends[-1]
+    while end > 0:
+        pieces.append((best[end][1], end))
+        end = best[end][1]
+    return pieces[::-1]
+
+
+# ---- on the device
+
+
+class DeviceTable(NamedTuple):
+    """`tiles` (count, 4) int32, rows as the tuples above; `ends` (Lk,) int32, the number of keys that each sees."""
+
+    tiles: torch.Tensor
+    ends: torch.Tensor
+
+
+_CAPACITY = 512
+_tables: OrderedDict[tuple, DeviceTable] = OrderedDict()
+_captured: dict[tuple, DeviceTable] = {}  # graphs hold addresses of these: they stay
+_lock = threading.Lock()  # the backward runs in threads of autograd
+
+
+def device_table(
+    tiling: Callable[..., list], lens: Sequence[int], q_offset: int, queries: int, own: int, other: int,
+    device: torch.device,
+) -> DeviceTable:
+    """The result of `tiling`, `query_tiles` or `key_tiles`, as tensors on `device`, from a cache if it was asked for
+    before: a call that repeats copies nothing, which CUDA graphs need.
+    """
+    key = (tiling, tuple(lens), q_offset, queries, own, other, device)
+    with _lock:
+        table = _tables.get(key) or _captured.get(key)
+        if table is None:
+            table = _upload(tiling(lens, q_offset, queries, own, other), visible_ends(lens), device)
+            _make_room(device)
+            _tables[key] = table
+        elif key in _tables:
+            _tables.move_to_end(key)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            _captured[key] = table
+    return table
+
+
+def _upload(tiles: list, ends: list[int], device: torch.device) -> DeviceTable:
+    flat = [number for tile in tiles for number in tile]
+    # A blocking copy: the table is complete for whichever stream uses it next. The tiles' 16-byte rows come first, so
+    # that both parts are aligned.
+    both = torch.tensor(flat + ends, dtype=torch.int32, device="cpu").to(device)
+    return DeviceTable(both[: len(flat)].view(-1, 4), both[len(flat) :])
+
+
+def _make_room(device: torch.device) -> None:
+    if len(_tables) < _CAPACITY or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # kernels on other streams may still read what is dropped; once in 256 new schedules
+    while len(_tables) > _CAPACITY // 2:
+        _tables.popitem(last=False)

@@ -1,0 +1,440 @@
+"""Block-causal attention in Triton: FlashAttention over the tiles of a staircase.
+
+With c = softmax_scale * log2(e) and all sums in float32, a tile of query rows walks over the blocks of keys that it
+sees and keeps, per row, the maximum m of the scaled scores so far, the sum l of the exponentials, and the sum of
+values; what was summed under an older maximum is rescaled::
+
+    s = c * q k^T              m' = max(m, rowmax(s))          p = exp2(s - m')
+    l = l * exp2(m - m') + rowsum(p)                           acc = acc * exp2(m - m') + p v
+    out = acc / l              lse = ln(2) * (m + log2(l))
+
+The backward recomputes p = exp(score - lse). With delta = rowsum(dout * out) - dlse, which is where a gradient of lse
+enters, ds = p * (dout v^T - delta) and
+
+    dq = softmax_scale * ds k      dk = softmax_scale * ds^T q      dv = p^T dout
+
+It is two kernels without atomics, so that its sums have one order: dq over tiles of rows, which also leaves delta for
+the second; dk and dv over tiles of keys, through all heads that share them.
+
+Three questions are kept apart. Which tiles exist: the tables of `_tiles`, read at run time, so that no schedule is
+compiled into a kernel. Which elements of a tile are visible: `_visible`, asked only in the last blocks of a tile. The
+softmax: `_softmax_step`. Blocks that are visible as a whole come in a loop of their own, without predicates.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+
+import torch
+import triton
+import triton.language as tl
+
+from .._checks import check, check_same, check_shape
+from .._tiles import device_table, key_tiles, query_tiles
+from . import configs
+from .launch import launch
+from .targets import target_of
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# Sizes and strides differ between schedules and batches: compiled for all of them alike. What the strides have in
+# common is the constexpr STRIDE_UNIT: they arrive divided by it, which tells the compiler how wide an access may be.
+_RUNTIME = [
+    *(f"{tensor}_{dim}" for tensor in ("q", "k", "v", "out", "dout", "dq", "dk", "dv") for dim in ("batch", "head", "row")),
+    "heads", "group", "q_offset", "queries", "tiles", "pairs", "section",
+]  # fmt: skip
+
+
+# ---- where a tile is
+
+
+@triton.jit
+def _program(tiles, pairs, section):
+    """The table row of this program and its pair of batch and head.
+
+    The tables begin with the tiles of most work, so all heads start with those. A section is as many pairs as share
+    the L2 cache: one section after another, or each of a thousand heads would read its keys from memory at every tile.
+    """
+    program = tl.program_id(0)
+    first = program // (tiles * section) * section
+    width = tl.minimum(section, pairs - first)
+    within = program - first * tiles
+    return within // width, first + within % width
+
+
+@triton.jit
+def _table_row(table, tile):
+    row = table + tile * 4
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+
+
+@triton.jit
+def _head(tensor, batch, head, batch_stride, head_stride, STRIDE_UNIT: tl.constexpr):
+    return tensor + (batch * batch_stride.to(tl.int64) + head * head_stride.to(tl.int64)) * STRIDE_UNIT
+
+
+@triton.jit
+def _offsets(row_stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_UNIT: tl.constexpr):
+    rows = tl.arange(0, ROWS)[:, None].to(tl.int64)
+    return rows * row_stride * STRIDE_UNIT + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def _load(head, first, count, row_stride, WHOLE: tl.constexpr,
+          ROWS: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr, STRIDE_UNIT: tl.constexpr):  # fmt: skip
+    """(ROWS, BLOCK_D): rows `first` ... of a head, zeros from row `count` of these on unless WHOLE, and beyond DIM."""
+    start = head + first * row_stride.to(tl.int64) * STRIDE_UNIT
+    pointers = start + _offsets(row_stride, ROWS, BLOCK_D, STRIDE_UNIT)
+    row_inside = tl.arange(0, ROWS)[:, None] < count
+    column_inside = tl.arange(0, BLOCK_D)[None, :] < DIM
+    if WHOLE and DIM == BLOCK_D:
+        return tl.load(pointers)
+    elif WHOLE:
+        return tl.load(pointers, mask=column_inside, other=0.0)
+    elif DIM == BLOCK_D:
+        return tl.load(pointers, mask=row_inside, other=0.0)
+    else:
+        return tl.load(pointers, mask=row_inside & column_inside, other=0.0)
+
+
+@triton.jit
+def _store(head, first, count, row_stride, values,
+           ROWS: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr, STRIDE_UNIT: tl.constexpr):  # fmt: skip
+    start = head + first * row_stride.to(tl.int64) * STRIDE_UNIT
+    pointers = start + _offsets(row_stride, ROWS, BLOCK_D, STRIDE_UNIT)
+    inside = tl.arange(0, ROWS)[:, None] < count
+    if DIM != BLOCK_D:
+        inside = inside & (tl.arange(0, BLOCK_D)[None, :] < DIM)
+    tl.store(pointers, values.to(head.dtype.element_ty), mask=inside)
+
+
+# ---- which elements are visible, and the softmax
+
+
+@triton.jit
+def _visible(ends, keys):
+    """`ends`: how many keys each row sees, 0 for rows that do not exist."""
+    return keys < ends
+
+
+@triton.jit
+def _softmax_step(scores, scale_log2, m, l):
+    """p of a block and the updated m and l; the factor by which the sums so far are to be multiplied."""
+    new_m = tl.maximum(m, tl.max(scores, 1) * scale_log2)
+    # Against a maximum of -inf (nothing but -inf yet) or inf every difference would be NaN, where exp2(-inf) = 0 and
+    # exp2(inf) = inf are meant: 0 gives these, and with them PyTorch's results, out = 0/0 and lse = -inf or inf.
+    shift = tl.where(tl.abs(new_m) == float("inf"), 0.0, new_m)
+    p = tl.exp2(scores * scale_log2 - shift[:, None])
+    factor = tl.exp2(m - shift)
+    return p, new_m, l * factor + tl.sum(p, 1), factor
+
+
+# ---- forward
+
+
+@triton.jit
+def _attend(acc, m, l, q, k_head, v_head, ends, first, last, k_row, v_row, scale_log2, WHOLE: tl.constexpr,
+            BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr, STRIDE_UNIT: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """A tile's rows over the keys from `first` to `last`, whole blocks that all rows see if WHOLE."""
+    for start in range(first, last, BLOCK_N):
+        k = _load(k_head, start, last - start, k_row, WHOLE, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if not WHOLE:
+            scores = tl.where(_visible(ends[:, None], start + tl.arange(0, BLOCK_N)[None, :]), scores, float("-inf"))
+        p, m, l, factor = _softmax_step(scores, scale_log2, m, l)
+        v = _load(v_head, start, last - start, v_row, WHOLE, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT)
+        acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision=PRECISION)
+    return acc, m, l
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def forward(q, k, v, out, lse, table, token_ends, scale_log2,
+            q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+            heads, group, q_offset, queries, tiles, pairs, section,
+            DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """out and lse of one tile of rows."""
+    tile, pair = _program(tiles, pairs, section)
+    first, count, common, limit = _table_row(table, tile)
+    batch, head = pair // heads, pair % heads
+    q_base = _head(q, batch, head, q_batch, q_head, STRIDE_UNIT)
+    k_base = _head(k, batch, head // group, k_batch, k_head, STRIDE_UNIT)
+    v_base = _head(v, batch, head // group, v_batch, v_head, STRIDE_UNIT)
+    q_tile = _load(q_base, first, count, q_row, False, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)
+    rows = tl.arange(0, BLOCK_M)
+    ends = tl.load(token_ends + q_offset + first + rows, mask=rows < count, other=0)
+
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    whole = common // BLOCK_N * BLOCK_N
+    acc, m, l = _attend(acc, m, l, q_tile, k_base, v_base, ends, 0, whole, k_row, v_row, scale_log2, True,
+                        BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
+    acc, m, l = _attend(acc, m, l, q_tile, k_base, v_base, ends, whole, limit, k_row, v_row, scale_log2, False,
+                        BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
+
+    out_base = _head(out, batch, head, out_batch, out_head, STRIDE_UNIT)
+    _store(out_base, first, count, out_row, acc * (1.0 / l)[:, None], BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)
+    shift = tl.where(tl.abs(m) == float("inf"), 0.0, m)
+    tl.store(lse + pair.to(tl.int64) * queries + first + rows, (shift + tl.log2(l)) * LN_2, mask=rows < count)
+
+
+# ---- backward: dq, row by row, and delta
+
+
+@triton.jit
+def _add_dq(acc, q, dout, lse_log2, delta, k_head, v_head, ends, first, last, k_row, v_row, scale_log2,
+            WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr,
+            STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    for start in range(first, last, BLOCK_N):
+        k = _load(k_head, start, last - start, k_row, WHOLE, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT)
+        v = _load(v_head, start, last - start, v_row, WHOLE, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+        ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        if not WHOLE:
+            ds = tl.where(_visible(ends[:, None], start + tl.arange(0, BLOCK_N)[None, :]), ds, 0.0)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def backward_queries(q, k, v, out, dout, lse, dlse, dq, delta, table, token_ends, softmax_scale,
+                     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+                     out_batch, out_head, out_row, dout_batch, dout_head, dout_row, dq_batch, dq_head, dq_row,
+                     heads, group, q_offset, queries, tiles, pairs, section,
+                     HAS_DLSE: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_UNIT: tl.constexpr,
+                     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """dq and delta of one tile of rows."""
+    tile, pair = _program(tiles, pairs, section)
+    first, count, common, limit = _table_row(table, tile)
+    batch, head = pair // heads, pair % heads
+    q_base = _head(q, batch, head, q_batch, q_head, STRIDE_UNIT)
+    k_base = _head(k, batch, head // group, k_batch, k_head, STRIDE_UNIT)
+    v_base = _head(v, batch, head // group, v_batch, v_head, STRIDE_UNIT)
+    out_base = _head(out, batch, head, out_batch, out_head, STRIDE_UNIT)
+    dout_base = _head(dout, batch, head, dout_batch, dout_head, STRIDE_UNIT)
+    q_tile = _load(q_base, first, count, q_row, False, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)
+    out_tile = _load(out_base, first, count, out_row, False, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)
+    dout_tile = _load(dout_base, first, count, dout_row, False, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)
+    rows = tl.arange(0, BLOCK_M)
+    inside = rows < count
+    ends = tl.load(token_ends + q_offset + first + rows, mask=inside, other=0)
+
+    statistics = pair.to(tl.int64) * queries + first + rows
+    row_delta = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    if HAS_DLSE:
+        row_delta -= tl.load(dlse + statistics, mask=inside, other=0.0)
+    tl.store(delta + statistics, row_delta, mask=inside)
+    lse_log2 = tl.load(lse + statistics, mask=inside, other=0.0) * LOG2_E
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    scale_log2 = softmax_scale * LOG2_E
+    whole = common // BLOCK_N * BLOCK_N
+    acc = _add_dq(acc, q_tile, dout_tile, lse_log2, row_delta, k_base, v_base, ends, 0, whole, k_row, v_row,
+                  scale_log2, True, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
+    acc = _add_dq(acc, q_tile, dout_tile, lse_log2, row_delta, k_base, v_base, ends, whole, limit, k_row, v_row,
+                  scale_log2, False, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
+    dq_base = _head(dq, batch, head, dq_batch, dq_head, STRIDE_UNIT)
+    _store(dq_base, first, count, dq_row, acc * softmax_scale, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)
+
+
+# ---- backward: dk and dv, key by key
+
+
+@triton.jit
+def _add_dk_dv(dk, dv, k, v, q_head, dout_head, lse, delta, row_ends, keys, first, last, q_row, dout_row, scale_log2,
+               WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr,
+               STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The rows from `first` to `last` of one head. Tiles are transposed, (keys, rows): p^T and ds^T are what is
+    multiplied by dout and q."""
+    for start in range(first, last, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        inside = rows < last
+        q = _load(q_head, start, last - start, q_row, WHOLE, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)
+        dout = _load(dout_head, start, last - start, dout_row, WHOLE, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)
+        row_lse = tl.load(lse + rows, mask=inside, other=0.0)
+        row_delta = tl.load(delta + rows, mask=inside, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        p = tl.exp2(scores * scale_log2 - (row_lse * LOG2_E)[None, :])
+        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - row_delta[None, :])
+        if not WHOLE:
+            visible = _visible(tl.load(row_ends + rows, mask=inside, other=0)[None, :], keys[:, None])
+            p = tl.where(visible, p, 0.0)
+            ds = tl.where(visible, ds, 0.0)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=_RUNTIME)
+def backward_keys(q, k, v, dout, lse, delta, dk, dv, table, token_ends, softmax_scale,
+                  q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+                  dout_batch, dout_head, dout_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
+                  heads, group, q_offset, queries, tiles, pairs, section,
+                  DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """dk and dv of one tile of keys; `pairs` are pairs of batch and key head, `heads` the number of key heads."""
+    tile, pair = _program(tiles, pairs, section)
+    first, count, common, limit = _table_row(table, tile)
+    batch, kv_head = pair // heads, pair % heads
+    k_base = _head(k, batch, kv_head, k_batch, k_head, STRIDE_UNIT)
+    v_base = _head(v, batch, kv_head, v_batch, v_head, STRIDE_UNIT)
+    k_tile = _load(k_base, first, count, k_row, False, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT)
+    v_tile = _load(v_base, first, count, v_row, False, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT)
+    keys = first + tl.arange(0, BLOCK_N)
+
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    scale_log2 = softmax_scale * LOG2_E
+    whole = queries - (queries - common) // BLOCK_M * BLOCK_M  # whole blocks end with the last row
+    for member in range(0, group):
+        head = kv_head * group + member
+        q_base = _head(q, batch, head, q_batch, q_head, STRIDE_UNIT)
+        dout_base = _head(dout, batch, head, dout_batch, dout_head, STRIDE_UNIT)
+        statistics = (pair.to(tl.int64) * group + member) * queries
+        dk_tile, dv_tile = _add_dk_dv(dk_tile, dv_tile, k_tile, v_tile, q_base, dout_base, lse + statistics,
+                                      delta + statistics, token_ends + q_offset, keys, limit, whole, q_row, dout_row, scale_log2,
+                                      False, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
+        dk_tile, dv_tile = _add_dk_dv(dk_tile, dv_tile, k_tile, v_tile, q_base, dout_base, lse + statistics,
+                                      delta + statistics, token_ends + q_offset, keys, whole, queries, q_row, dout_row,
+                                      scale_log2, True, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
+
+    dk_base = _head(dk, batch, kv_head, dk_batch, dk_head, STRIDE_UNIT)
+    dv_base = _head(dv, batch, kv_head, dv_batch, dv_head, STRIDE_UNIT)
+    _store(dk_base, first, count, dk_row, dk_tile * softmax_scale, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT)
+    _store(dv_base, first, count, dv_row, dv_tile, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT)
+
+
+# ---- launch
+
+_SECTION_BYTES = 16 << 20  # keys and values of a section: less than half of the L2 cache of an A100, H100 or B200
+
+
+def _strides(**tensors: torch.Tensor) -> dict[str, int]:
+    """The strides of each tensor (B, H, L, D) as kernel arguments, and the unit in which they are given: the largest
+    power of two, up to 16 bytes, that divides them all."""
+    strides = {
+        f"{name}_{dim}": stride if size > 1 else 0
+        for name, x in tensors.items()
+        for dim, size, stride in zip(("batch", "head", "row"), x.shape, x.stride(), strict=False)
+    }
+    widest = 16 // next(iter(tensors.values())).element_size()
+    unit = reduce(math.gcd, strides.values(), widest)
+    return {**{name: stride // unit for name, stride in strides.items()}, "STRIDE_UNIT": unit}
+
+
+def _constants(q: torch.Tensor, target) -> dict[str, object]:
+    dim = q.shape[3]
+    tf32 = target.api == "cuda" and q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {"DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "PRECISION": "tf32" if tf32 else "ieee"}
+
+
+def _grid(tiles: torch.Tensor, pairs: int, bytes_per_pair: int) -> tuple[tuple[int], dict[str, int]]:
+    section = min(pairs, max(1, _SECTION_BYTES // bytes_per_pair))
+    return (tiles.shape[0] * pairs,), {"tiles": tiles.shape[0], "pairs": pairs, "section": section}
+
+
+def _check(q, k, v, scale_lens, q_offset, **like_q) -> None:
+    """A raw operator is told sizes in several ways; a kernel would read out of bounds if they disagreed."""
+    batch, heads, queries, dim = q.shape
+    check_shape("k", k, (batch, k.shape[1], k.shape[2], dim))
+    check_shape("v", v, k.shape)
+    check(k.shape[1] > 0 and heads % k.shape[1] == 0, "k", f"a number of heads that divides {heads}", k.shape[1])
+    check(min(scale_lens, default=0) > 0, "scale_lens", "lengths > 0", scale_lens)
+    check(sum(scale_lens) == k.shape[2], "scale_lens", f"the sum {k.shape[2]}", scale_lens)
+    check(0 <= q_offset <= k.shape[2] - queries, "q_offset", f"0 to {k.shape[2]} - {queries}", q_offset)
+    for name, x in like_q.items():
+        check_shape(name, x, q.shape)
+    for name, x in {"q": q, "k": k, "v": v, **like_q}.items():
+        check(x.stride(3) == 1 or x.shape[3] == 1, name, "a dense last dimension", f"strides {x.stride()}")
+    check_same("q", q, k=k, v=v, **like_q)
+
+
+def block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset):
+    _check(q, k, v, scale_lens, q_offset)
+    batch, heads, queries, _ = q.shape
+    out = torch.empty_like(q)
+    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    if lse.numel() == 0:
+        return out, lse
+    if softmax_scale < 0:  # the maximum of the scaled scores would be their minimum
+        q, softmax_scale = -q, -softmax_scale
+    target = target_of(q.device)
+    constants = _constants(q, target)
+    config = configs.choose("block_causal_attention.forward", target, constants["BLOCK_D"], q.element_size())
+    table = device_table(
+        query_tiles, scale_lens, q_offset, queries, config.tiles["BLOCK_M"], config.tiles["BLOCK_N"], q.device
+    )
+    group = heads // k.shape[1]
+    grid, sizes = _grid(table.tiles, batch * heads, 2 * k[0, 0].nbytes // group)
+    arguments = {
+        "q": q, "k": k, "v": v, "out": out, "lse": lse, "table": table.tiles, "token_ends": table.ends,
+        # Not zero: the -inf of an invisible score times zero would be NaN.
+        "scale_log2": max(softmax_scale * LOG2_E.value, 1e-30),
+        **_strides(q=q, k=k, v=v, out=out),
+        "heads": heads, "group": group, "q_offset": q_offset, "queries": queries,
+        **sizes, **constants,
+    }  # fmt: skip
+    launch(forward, grid, arguments, config)
+    return out, lse
+
+
+def block_causal_attention_backward(dout, q, k, v, out, lse, dlse, scale_lens, softmax_scale, q_offset):
+    _check(q, k, v, scale_lens, q_offset, out=out, dout=dout)
+    for name, x in (("lse", lse), *([] if dlse is None else [("dlse", dlse)])):
+        check_shape(name, x, q.shape[:3])
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if q.shape[0] == 0 or q.shape[2] == 0:
+        return dq, dk.zero_(), dv.zero_()
+    lse = lse.contiguous()
+    delta = torch.empty_like(lse)
+    problem = (scale_lens, softmax_scale, q_offset)
+    _launch_backward_queries(dout, q, k, v, out, lse, dlse, *problem, dq, delta)
+    _launch_backward_keys(dout, q, k, v, lse, delta, *problem, dk, dv)
+    return dq, dk, dv
+
+
+def _launch_backward_queries(dout, q, k, v, out, lse, dlse, scale_lens, softmax_scale, q_offset, dq, delta) -> None:
+    batch, heads, queries, _ = q.shape
+    target = target_of(q.device)
+    constants = _constants(q, target)
+    config = configs.choose("block_causal_attention.backward_queries", target, constants["BLOCK_D"], q.element_size())
+    table = device_table(
+        query_tiles, scale_lens, q_offset, queries, config.tiles["BLOCK_M"], config.tiles["BLOCK_N"], q.device
+    )
+    group = heads // k.shape[1]
+    grid, sizes = _grid(table.tiles, batch * heads, 2 * k[0, 0].nbytes // group)
+    arguments = {
+        "q": q, "k": k, "v": v, "out": out, "dout": dout, "lse": lse,
+        "dlse": lse if dlse is None else dlse.contiguous(), "HAS_DLSE": dlse is not None,
+        "dq": dq, "delta": delta, "table": table.tiles, "token_ends": table.ends, "softmax_scale": softmax_scale,
+        **_strides(q=q, k=k, v=v, out=out, dout=dout, dq=dq),
+        "heads": heads, "group": group, "q_offset": q_offset, "queries": queries,
+        **sizes, **constants,
+    }  # fmt: skip
+    launch(backward_queries, grid, arguments, config)
+
+
+def _launch_backward_keys(dout, q, k, v, lse, delta, scale_lens, softmax_scale, q_offset, dk, dv) -> None:
+    batch, heads, queries, _ = q.shape
+    kv_heads = k.shape[1]
+    target = target_of(q.device)
+    constants = _constants(q, target)
+    config = configs.choose("block_causal_attention.backward_keys", target, constants["BLOCK_D"], q.element_size())
+    table = device_table(
+        key_tiles, scale_lens, q_offset, queries, config.tiles["BLOCK_N"], config.tiles["BLOCK_M"], q.device
+    )
+    group = heads // kv_heads
+    grid, sizes = _grid(table.tiles, batch * kv_heads, 2 * q[0, 0].nbytes * group)
+    arguments = {
+        "q": q, "k": k, "v": v, "dout": dout, "lse": lse, "delta": delta, "dk": dk, "dv": dv,
+        "table": table.tiles, "token_ends": table.ends, "softmax_scale": softmax_scale,
+        **_strides(q=q, k=k, v=v, dout=dout, dk=dk, dv=dv),
+        "heads": kv_heads, "group": group, "q_offset": q_offset, "queries": queries,
+        **sizes, **constants,
+    }  # fmt: skip
+    launch(backward_keys, grid, arguments, config)
