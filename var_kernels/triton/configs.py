@@ -5,17 +5,20 @@ API, at least its shared memory per block and at least its architecture. The fir
 GPUs stand above those for any GPU. No value here was measured yet: each is what the compiler's report bears out (no
 spills, fits the card, keeps the tensor cores busy by its static bound).
 
-`override` replaces a row's choice in a program; see :func:`choose`.
+Before the table come what `override` says in a program, and what :mod:`.tune` has measured on this kind of GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from . import tuned_file
 from .targets import Target
+from .tuned_file import Key
 
 
 @dataclass(frozen=True)
@@ -69,25 +72,29 @@ TABLE |= {
 }
 
 # adaln_layer_norm: size is the fp32 values of a row that a program keeps in registers (sum_partials: channels). A row has
-# the least power of two of threads that leaves each of them 96 values, of 128 registers; a vector of 16 bytes of a tile
-# for each of these threads is CHUNK; and 128 threads, or one row, are a program.
-_ADALN_ROWS = tuple(
-    Row(
-        Config(
-            {"ROWS": max(1, 128 // threads), "CHUNK": threads * 16 // itemsize},
-            num_warps=max(128, threads) // warp_size,
-        ),
-        size=96 * threads,
-        itemsize=itemsize,
-        api=api,
+# the least power of two of threads that leaves each of them 96 values, and CHUNK is a vector of 16 bytes for each of
+# these threads. A program of forward is one row, or one warp: then warps wait for none but those of their row. Programs
+# of backward are larger, so that fewer partial sums are written.
+def _adaln_rows(program_threads: int) -> tuple[Row, ...]:
+    return tuple(
+        Row(
+            Config(
+                {"ROWS": max(1, program_threads // threads), "CHUNK": threads * 16 // itemsize},
+                num_warps=max(program_threads, threads, warp_size) // warp_size,
+            ),
+            size=96 * threads,
+            itemsize=itemsize,
+            api=api,
+        )
+        for api, warp_size in (("cuda", 32), ("hip", 64))
+        for itemsize in (2, 4)
+        for threads in (8, 16, 32, 64, 128, 256, 512)
     )
-    for api, warp_size in (("cuda", 32), ("hip", 64))
-    for itemsize in (2, 4)
-    for threads in (8, 16, 32, 64, 128, 256, 512)
-)
+
+
 TABLE |= {
-    "adaln_layer_norm.adaln_forward": _ADALN_ROWS,
-    "adaln_layer_norm.adaln_backward": _ADALN_ROWS,
+    "adaln_layer_norm.adaln_forward": _adaln_rows(program_threads=32),
+    "adaln_layer_norm.adaln_backward": _adaln_rows(program_threads=128),
     "adaln_layer_norm.sum_partials": (Row(Config({"ROWS": 32, "CHUNK": 64}, num_warps=4)),),
 }
 
@@ -106,16 +113,38 @@ TABLE |= {
 
 # For the whole process: the backward of an op runs in threads of autograd, where no context variable would be seen.
 _overrides: dict[str, Config] = {}
+_recorded: list[dict[Key, Config]] = []
 
 
 def choose(kernel: str, target: Target, size: int, itemsize: int) -> Config:
     """The configuration of `kernel`, "<stem>.<function>", for a problem on a target."""
     if (config := _overrides.get(kernel)) is not None:
         return config
-    for row in TABLE[kernel]:
-        if row.serves(target, size, itemsize):
-            return row.config
-    raise ValueError(f"{kernel}: expected a size that the table of configurations serves on {target.name}, got {size}")
+    row = next((row for row in TABLE[kernel] if row.serves(target, size, itemsize)), None)
+    if row is None:
+        raise ValueError(f"{kernel}: expected a size that the configurations serve on {target.name}, got {size}")
+    key = Key(kernel, row.size, itemsize)
+    config = tuned_on(target.device).get(key, row.config)
+    for record in _recorded:
+        record[key] = config
+    return config
+
+
+@functools.cache
+def tuned_on(device: str) -> dict[Key, Config]:
+    """What was measured on this kind of GPU, by its name; may be changed in place. Empty for "", which is no GPU."""
+    return {key: Config(**values) for key, values in tuned_file.read(device).items()} if device else {}
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[dict[Key, Config]]:
+    """A dictionary that receives every choice made inside this context."""
+    record: dict[Key, Config] = {}
+    _recorded.append(record)
+    try:
+        yield record
+    finally:
+        _recorded.remove(record)
 
 
 @contextlib.contextmanager

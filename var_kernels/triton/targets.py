@@ -16,7 +16,8 @@ class Target:
     """One kind of GPU.
 
     `api` is "cuda" or "hip"; `arch` the compute capability times ten (80, 90, ...), or the gfx name of an AMD GPU;
-    `shared_memory` the bytes that one block may use; `multiprocessors` how many there are.
+    `shared_memory` the bytes that one block may use; `multiprocessors` how many there are; `device` the name of a GPU
+    that is really there, "" for one of the table below.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Target:
     shared_memory: int
     multiprocessors: int
     warp_size: int = 32
+    device: str = ""
 
 
 # Shared memory per block: CUDA C++ Programming Guide, table of technical specifications per compute capability; LDS of
@@ -64,12 +66,12 @@ def target_of(device: torch.device) -> Target:
 @functools.cache
 def _read(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
-    multiprocessors = properties.multi_processor_count
+    multiprocessors, device = properties.multi_processor_count, properties.name
     if torch.version.hip:
         arch = properties.gcnArchName.split(":")[0]
         warp_size = getattr(properties, "warp_size", 64)
-        return Target(arch, "hip", arch, 64 << 10, multiprocessors, warp_size)
+        return Target(arch, "hip", arch, 64 << 10, multiprocessors, warp_size, device)
     arch = properties.major * 10 + properties.minor
     # An architecture that the table does not know gets what its torch reports, or the least of all cards.
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-    return Target(f"sm_{arch}", "cuda", arch, shared, multiprocessors)
+    return Target(f"sm_{arch}", "cuda", arch, shared, multiprocessors, device=device)

@@ -1,0 +1,64 @@
+"""The configurations measured on one kind of GPU: a file that :mod:`.tune` writes and :mod:`.configs` reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .._build import cache_root
+
+_FIELDS = {"tiles": dict, "num_warps": int, "num_stages": int, "options": dict}
+
+
+class Key(NamedTuple):
+    """What a measured configuration replaces: that of a kernel, "<stem>.<function>", for one element size in the row of
+    the table that serves problems up to `size`."""
+
+    kernel: str
+    size: int
+    itemsize: int
+
+
+def path_of(device: str) -> Path:
+    """Where the configurations of a GPU of this name are kept: in the cache, beside the compiled kernels."""
+    return cache_root() / f"tuned-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+
+
+def read(device: str) -> dict[Key, dict[str, Any]]:
+    """The fields of each configuration; empty if nothing was measured. ValueError for a file that is not ours."""
+    path = path_of(device)
+    try:
+        entries = json.loads(path.read_text())["configs"]
+        found = {Key(e["kernel"], e["size"], e["itemsize"]): {f: e[f] for f in _FIELDS} for e in entries}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected what `python -m var_kernels.triton.tune` writes, got {error!r}; delete or rewrite it"
+        ) from None
+    for key, values in found.items():
+        for name, kind in _FIELDS.items():
+            if not isinstance(values[name], kind):
+                raise ValueError(f"{path}: {key.kernel}: {name}: expected {kind.__name__}, got {values[name]!r}")
+    return found
+
+
+def write(device: str, configs: Mapping[Key, Mapping[str, Any]]) -> Path:
+    """Replaces the file of this GPU, whole or not at all, and returns its path."""
+    path = path_of(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    entries = [{**key._asdict(), **values} for key, values in sorted(configs.items())]
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump({"device": device, "configs": entries}, file, indent=1)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
