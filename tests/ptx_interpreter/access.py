@@ -7,7 +7,7 @@ import numpy as np
 from . import numerics
 from .binding import DTYPES, FLOATS, INTEGERS, UNTYPED, Binder, Execute, bits_of, instruction
 from .errors import Fault
-from .machine import LOCAL_WINDOW, SHARED_WINDOW, lanes_of
+from .machine import LOCAL_WINDOW, SHARED_WINDOW, Machine, lanes_of, translated
 from .memory import UNITS
 from .syntax import Address
 
@@ -34,10 +34,8 @@ def _space(b: Binder) -> str:
 class _Space:
     """Reads and writes elements of `width` bytes of one state space, for lanes and addresses."""
 
-    def __init__(self, b: Binder, space: str, width: int):
-        self.machine, self.space, self.width = b.machine, space, width
-        if space in ("shared", "generic"):
-            b.shared_width = min(b.shared_width, width)
+    def __init__(self, machine: Machine, space: str, width: int):
+        self.machine, self.space, self.width = machine, space, width
 
     def read(self, address: np.ndarray, lanes) -> np.ndarray:
         if self.space == "global":
@@ -48,7 +46,7 @@ class _Space:
             return self._local(address, lanes, None)
         values = np.empty(address.size, UNITS[self.width])
         for space, chosen, shifted, some in self._windows(address, lanes):
-            values[chosen] = _translated(chosen, space.read, shifted, some)
+            values[chosen] = translated(chosen, space.read, shifted, some)
         return values
 
     def write(self, address: np.ndarray, lanes, values: np.ndarray) -> None:
@@ -60,7 +58,7 @@ class _Space:
             self._local(address, lanes, values)
         else:
             for space, chosen, shifted, some in self._windows(address, lanes):
-                _translated(chosen, space.write, shifted, some, values[chosen])
+                translated(chosen, space.write, shifted, some, values[chosen])
 
     def _windows(self, address: np.ndarray, lanes):
         """A generic access, split by the state space that each address lies in."""
@@ -72,10 +70,8 @@ class _Space:
             ("local", local, LOCAL_WINDOW),
         ):
             if chosen.any():
-                part = object.__new__(_Space)
-                part.machine, part.space, part.width = self.machine, name, self.width
                 numbers = np.flatnonzero(chosen)
-                yield part, numbers, address[numbers] - start, lanes[numbers]
+                yield _Space(self.machine, name, self.width), numbers, address[numbers] - start, lanes[numbers]
 
     def _local(self, address: np.ndarray, lanes, values: np.ndarray | None):
         machine, width = self.machine, self.width
@@ -96,14 +92,10 @@ class _Space:
         return None
 
 
-def _translated(lanes, function, *arguments):
-    """Calls a function of compacted lanes; the lane of its Fault becomes a lane of the batch."""
-    try:
-        return function(*arguments)
-    except Fault as fault:
-        if fault.lane is not None and not isinstance(lanes, slice):
-            fault.lane = int(lanes[fault.lane])
-        raise
+def _open(b: Binder, space: str, width: int) -> _Space:
+    if space in ("shared", "generic"):
+        b.shared_width = min(b.shared_width, width)
+    return _Space(b.machine, space, width)
 
 
 def _vector_length(b: Binder) -> int:
@@ -118,7 +110,7 @@ def _ld(b: Binder) -> Execute:
         return _ld_param(b, kind)
     count, policy = _vector_length(b), _hints(b)
     width = bits_of(kind) // 8
-    source, address = _Space(b, space, width * count), b.address(1, space)
+    source, address = _open(b, space, width * count), b.address(1, space)
     dests = [(b.wide_result(item, kind), i) for i, item in enumerate(b.vector(0, count)) if item != "_"]
     if policy:
         b.source(2, "b64")
@@ -126,7 +118,7 @@ def _ld(b: Binder) -> Execute:
 
     def execute(mask):
         lanes = lanes_of(mask)
-        values = _translated(lanes, source.read, address(lanes), lanes)
+        values = translated(lanes, source.read, address(lanes), lanes)
         if count == 1:
             dests[0][0][lanes] = values.view(dtype)
             return
@@ -153,7 +145,7 @@ def _st(b: Binder) -> Execute:
     space = _space(b)
     count, policy = _vector_length(b), _hints(b)
     width = bits_of(kind) // 8
-    target, address = _Space(b, space, width * count), b.address(0, space)
+    target, address = _open(b, space, width * count), b.address(0, space)
     if space == "param":
         raise b.error("unsupported: a store to a parameter")
     sources = [b.value(item, kind, narrow=True) for item in b.vector(1, count)]
@@ -171,7 +163,7 @@ def _st(b: Binder) -> Execute:
             for i, source in enumerate(sources):
                 packed[:, i] = source[lanes].view(word) if source.strides != (0,) else source[:1].view(word)
             values = packed.view(unit)[:, 0]
-        _translated(lanes, target.write, places, lanes, values)
+        translated(lanes, target.write, places, lanes, values)
 
     return execute
 
@@ -209,25 +201,25 @@ def _async_copy(b: Binder, width: int, to, source, size) -> Execute:
         """`size` bytes of each source, and zeros after them. A size of zero touches no memory."""
         address = source(lanes)
         if size is None:
-            return _translated(lanes, machine.target_memory.read, address, width)
+            return translated(lanes, machine.target_memory.read, address, width)
         count = size[lanes]
         data = np.zeros(count.size, UNITS[width])
         whole = np.flatnonzero(count == width)
         numbers = np.arange(machine.lanes)[lanes]
         if whole.size:
-            data[whole] = _translated(numbers[whole], machine.target_memory.read, address[whole], width)
+            data[whole] = translated(numbers[whole], machine.target_memory.read, address[whole], width)
         for i in np.flatnonzero((count != width) & (count != 0)):
             if count[i] > width:
                 raise Fault(f"cp.async of {count[i]} bytes into {width}", int(numbers[i]))
             bytes_ = data[i : i + 1].view(np.uint8)
             start = np.arange(int(count[i]), dtype=np.int64) + address[i]
-            bytes_[: count[i]] = _translated(np.full(start.size, numbers[i]), machine.target_memory.read, start, 1)
+            bytes_[: count[i]] = translated(np.full(start.size, numbers[i]), machine.target_memory.read, start, 1)
         return data
 
     def execute(mask):
         lanes = lanes_of(mask)
         data = fetch(lanes)
-        _translated(lanes, machine.shared.copy, to(lanes), lanes, width, data)
+        translated(lanes, machine.shared.copy, to(lanes), lanes, width, data)
 
     return execute
 
@@ -244,7 +236,7 @@ def _atom(b: Binder) -> Execute:
     first = 1 if b.name == "atom" else 0
     address = b.address(first, space)
     width = bits_of(kind) // 8
-    place = _Space(b, space, width)
+    place = _open(b, space, width)
     operands = [b.source(first + 1 + i, kind) for i in range(2 if name == "cas" else 1)]
     dest = b.dest(0, kind) if b.name == "atom" else None
     update = _update(b, name, kind)
@@ -260,13 +252,13 @@ def _atom(b: Binder) -> Execute:
             return np.asarray(update(np.array([old]).view(dtype), *(v[i : i + 1] for v in values))).view(unit)[0]
 
         if space == "shared":
-            old = _translated(numbers, machine.shared.atomic, places, numbers, width, step)
+            old = translated(numbers, machine.shared.atomic, places, numbers, width, step)
         else:
             old = np.empty(numbers.size, unit)
             for i in range(numbers.size):
                 one = numbers[i : i + 1]
-                old[i] = _translated(one, place.read, places[i : i + 1], one)[0]
-                _translated(one, place.write, places[i : i + 1], one, np.array([step(old[i], i)], unit))
+                old[i] = translated(one, place.read, places[i : i + 1], one)[0]
+                translated(one, place.write, places[i : i + 1], one, np.array([step(old[i], i)], unit))
         if dest is not None:
             dest[numbers] = old.view(dtype)
 

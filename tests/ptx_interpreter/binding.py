@@ -121,7 +121,7 @@ class Binder:
         if not isinstance(operand, str):
             raise self.error(f"expected a register or a constant, got {operand!r}")
         if operand in self.machine.special:
-            return self._view(self.machine.special[operand], 32, kind, narrow or kind == "u16" or kind == "b16")
+            return self._view(self.machine.special[operand], 32, kind, narrow)
         if operand == "WARP_SZ":
             operand = "32"
         bits = literal(operand, kind)

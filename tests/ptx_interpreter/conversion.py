@@ -99,7 +99,7 @@ def _floats(b: Binder, source: str, target: str):
     ftz, saturate, relu = b.flag("ftz"), b.flag("sat"), b.flag("relu")
     narrowing = bits_of(target) < bits_of(source) or {source, target} == {"f16", "bf16"}
     if source == target:
-        rounding = numerics.ROUNDINGS[b.one_of(tuple(numerics.ROUNDINGS))]
+        rounding = numerics.ROUNDINGS.get(b.one_of(tuple(numerics.ROUNDINGS), "none"))
     else:
         rounding = None
         if narrowing and b.one_of(("rn", "rz")) == "rz":

@@ -7,7 +7,7 @@ import functools
 from dataclasses import dataclass
 
 from . import access, conversion, floating, integer, selection, warp  # noqa: F401 - they register their instructions
-from .binding import Binder, instruction
+from .binding import Binder
 from .errors import PtxError
 from .machine import Machine
 from .syntax import Instruction, Kernel, Register, kernels_of
@@ -84,23 +84,13 @@ def _find_unproven(kernel: Kernel) -> None:
     before[0] = 0
     while work:
         at = work.pop()
-        known = before[at]
-        while at < len(code):
-            ins = code[at]
-            known |= writes[at]
-            for successor in _successors(ins, at):
-                merged = before[successor] & known
-                if merged != before[successor] or successor not in seen:
-                    before[successor] = merged
-                    seen.add(successor)
-                    if successor != at + 1:
-                        work.append(successor)
-                elif successor == at + 1:
-                    at = len(code)  # nothing new downstream
-            if at == len(code) or not _falls_through(ins):
-                break
-            at += 1
-            known = before[at]
+        known = before[at] | writes[at]
+        for successor in _successors(code[at], at):
+            merged = before[successor] & known
+            if successor < len(code) and (successor not in seen or merged != before[successor]):
+                before[successor] = merged
+                seen.add(successor)
+                work.append(successor)
     registers = list(bit)
     tracked: set[Register] = set()
     for at, ins in enumerate(code):
@@ -111,18 +101,9 @@ def _find_unproven(kernel: Kernel) -> None:
     kernel.tracked = tuple(tracked)
 
 
-def _falls_through(ins: Instruction) -> bool:
-    return ins.predicate is not None or ins.opcode[0] not in ("bra", "ret", "exit", "trap")
-
-
 def _successors(ins: Instruction, at: int) -> list[int]:
-    following = [at + 1] if _falls_through(ins) else []
-    return following + ([ins.target] if ins.target is not None else [])
-
-
-@instruction("bar", "barrier")
-def _warp_barrier(b: Binder):
-    return warp.warp_barrier(b)
+    falls_through = ins.predicate is not None or ins.opcode[0] not in ("bra", "ret", "exit", "trap")
+    return ([at + 1] if falls_through else []) + ([ins.target] if ins.target is not None else [])
 
 
 def barrier_operands(ins: Instruction) -> tuple[int, int | None]:

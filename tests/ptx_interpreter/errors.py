@@ -11,3 +11,7 @@ class Fault(Exception):
     def __init__(self, message: str, lane: int | None = None):
         super().__init__(message)
         self.message, self.lane = message, lane
+
+
+class PartialWarp(Fault):
+    """A convergent instruction met by some lanes of a warp: an error unless the others are still on their way."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from .binding import Binder
 from .decode import barrier_operands, is_control
-from .errors import Fault, PtxError
+from .errors import Fault, PartialWarp, PtxError
 from .machine import WARP, Machine
 from .memory import Memory
 from .syntax import Instruction, Kernel
@@ -170,7 +170,7 @@ class _Group:
     """Lanes with one program counter; `mask` is True if they are all lanes of the batch."""
 
     def __init__(self, pc: int, mask, machine: Machine):
-        self.pc = pc
+        self.pc, self.suspended = pc, None
         self.mask = True if mask is not True and mask.all() else mask
         self.blocks = machine.blocks
         if self.mask is not True:
@@ -193,19 +193,24 @@ class _Schedule:
 
     def run(self) -> None:
         while self.groups:
-            self.groups.sort(key=lambda group: group.pc, reverse=True)
+            # Suspended groups wait for other lanes of their warps, so they come last.
+            self.groups.sort(key=lambda group: (group.suspended is None, -group.pc))
             group = self.groups.pop()
-            while self.groups and self.groups[-1].pc == group.pc:
-                other = self.groups.pop()
-                mask = group.array(self.machine) | other.array(self.machine)
-                group = _Group(group.pc, mask, self.machine)
-            self._advance(group, self.groups[-1].pc if self.groups else len(self.code))
+            others = [other for other in self.groups if other.pc != group.pc]
+            if len(others) < len(self.groups):
+                masks = [other.array(self.machine) for other in self.groups if other.pc == group.pc]
+                group = _Group(group.pc, np.logical_or.reduce([group.array(self.machine), *masks]), self.machine)
+                self.groups = others
+            elif group.suspended is not None:
+                raise self._error(group.suspended, group.pc, group.mask)
+            stop = min((other.pc for other in others if other.pc > group.pc), default=len(self.code))
+            self._advance(group, stop)
             if not self.groups and self.waiting:
                 self._stuck()
 
     def _advance(self, group: _Group, stop: int) -> None:
         """Runs a group until it meets another one, waits, exits or splits."""
-        execute, next_control, hits = self.program.execute, self.program.next_control, self.hits
+        execute, next_control = self.program.execute, self.program.next_control
         alone = not self.groups
         mask, at = group.mask, group.pc
         while True:
@@ -214,29 +219,37 @@ class _Schedule:
                 while at < end:
                     execute[at](mask)
                     at += 1
+                group.pc = at
                 if at == len(self.code):
                     raise PtxError(f"kernel {self.program.kernel.name} runs past its last instruction")
-                control = at < stop
-                hits[start] += group.blocks
-                hits[at + control] -= group.blocks
-                self.left -= at + control - start
-                if self.left < 0:
-                    raise Fault(f"more than {self.limit} instructions: an endless loop?")
-                if control:
-                    group.pc = at
-                    following = self._control(group)
-            except Fault as fault:
-                raise self._error(fault, at, mask) from None
-            if not control:
-                group.pc = at
+                if at == stop:
+                    self._count(group, start, at)
+                    self.groups.append(group)
+                    return
+                following = self._control(group)
+                self._count(group, start, at + 1)
+            except PartialWarp as fault:
+                self._count(group, start, at)
+                group.pc, group.suspended = at, fault
                 self.groups.append(group)
                 return
-            if following is None or not alone or self.groups:
-                if following is not None:
-                    group.pc = following
-                    self.groups.append(group)
+            except Fault as fault:
+                raise self._error(fault, at, mask) from None
+            if following is None:
+                return
+            if not alone or self.groups:
+                group.pc = following
+                self.groups.append(group)
                 return
             at = following
+
+    def _count(self, group: _Group, start: int, end: int) -> None:
+        """Records that the group executed the instructions from `start` up to `end`."""
+        self.hits[start] += group.blocks
+        self.hits[end] -= group.blocks
+        self.left -= end - start
+        if self.left < 0:
+            raise Fault(f"more than {self.limit} instructions: an endless loop?")
 
     def _control(self, group: _Group) -> int | None:
         """Where the whole group goes on, or None if it has been filed elsewhere."""
@@ -244,27 +257,30 @@ class _Schedule:
         taken = self._taken(group, ins)
         if taken is None:
             return group.pc + 1
-        name = ins.opcode[0]
         if taken is group.mask:
-            active = group
-        else:
-            active = _Group(group.pc, taken, self.machine)
-            rest = _Group(group.pc + 1, group.array(self.machine) & ~taken, self.machine)
-            self.groups.append(rest)
-        if name == "bra":
-            if taken is not group.mask and "uni" in ins.opcode:
-                self._check_uniform(active, rest)
-            if active is group:
-                return ins.target
-            active.pc = ins.target
+            return self._transfer(ins, group)
+        machine = self.machine
+        active = _Group(group.pc, taken, machine)
+        rest = _Group(group.pc + 1, group.array(machine) & ~taken, machine)
+        if ins.opcode == ("bra", "uni"):
+            self._check_uniform(active, rest)
+        following = self._transfer(ins, active)  # may fail, and then nothing has been filed
+        self.groups.append(rest)
+        if following is not None:
+            active.pc = following
             self.groups.append(active)
-        elif name == "trap":
-            raise Fault("trap")
-        elif name in ("ret", "exit"):
-            self.exited |= active.array(self.machine)
-        else:
-            return self._arrive(ins, active)
         return None
+
+    def _transfer(self, ins: Instruction, group: _Group) -> int | None:
+        name = ins.opcode[0]
+        if name == "bra":
+            return ins.target
+        if name == "trap":
+            raise Fault("trap", int(np.argmax(group.array(self.machine))))
+        if name in ("ret", "exit"):
+            self.exited |= group.array(self.machine)
+            return None
+        return self._arrive(ins, group)
 
     def _taken(self, group: _Group, ins: Instruction):
         """The lanes that execute a control instruction: None, the group's mask itself, or a part of it."""
@@ -298,7 +314,7 @@ class _Schedule:
             if absent.any():
                 lane = int(np.flatnonzero(absent)[0])
                 why = "has exited" if self.exited[lane] else "is elsewhere"
-                raise Fault(f"{'.'.join(ins.opcode)} by a partial warp: lane {lane % WARP} {why}", lane)
+                raise PartialWarp(f"{'.'.join(ins.opcode)} by a partial warp: lane {lane % WARP} {why}", lane)
         if count is not None and count > machine.padded:
             raise Fault(f"the barrier waits for {count} threads of {machine.threads}")
         if group.mask is True and count in (None, machine.threads) and not self.waiting:

@@ -248,11 +248,10 @@ def _permute(b: Binder) -> Execute:
         result = np.zeros(low.size, np.uint32)
         for i in range(4):
             choice = (selector >> np.uint32(4 * i)) & np.uint32(15)
-            byte = ((both >> ((choice & np.uint32(7)).astype(np.uint64) * np.uint64(8))) & np.uint64(255)).astype(
-                np.uint32
-            )
-            replicated = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
-            result |= np.where(choice & np.uint32(8), replicated, byte) << np.uint32(8 * i)
+            place = (choice & np.uint32(7)).astype(np.uint64) * np.uint64(8)
+            byte = ((both >> place) & np.uint64(255)).astype(np.uint32)
+            sign = np.where(byte & np.uint32(128), np.uint32(255), np.uint32(0))
+            result |= np.where(choice & np.uint32(8), sign, byte) << np.uint32(8 * i)
         return result
 
     return assign(b.dest(0, "b32"), permuted, [])

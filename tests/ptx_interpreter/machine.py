@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .errors import Fault
+from .errors import Fault, PartialWarp
 from .memory import Memory
 from .shared_memory import SharedMemory
 from .syntax import Kernel, Register
@@ -130,7 +130,7 @@ class Machine:
             warp = int(np.flatnonzero(partial)[0])
             count = int(lanes[warp].sum())
             lane = warp * WARP + int(np.flatnonzero(lanes[warp])[0])
-            raise Fault(f"{what} by a partial warp: {count} of its lanes are active", lane)
+            raise PartialWarp(f"{what} by a partial warp: {count} of its lanes are active", lane)
         return np.flatnonzero(some)
 
     def check_member_mask(self, mask, members: np.ndarray, what: str) -> None:
@@ -145,9 +145,19 @@ class Machine:
         if wrong.any():
             lane = int(np.flatnonzero(wrong)[0])
             named, there = int(members[lane]), int(active[lane // WARP])
-            raise Fault(f"{what}: its mask names lanes {named:#010x}, the active lanes are {there:#010x}", lane)
+            raise PartialWarp(f"{what}: its mask names lanes {named:#010x}, the active lanes are {there:#010x}", lane)
 
 
 def lanes_of(mask):
     """What selects the active lanes of an array: everything, or their numbers."""
     return slice(None) if mask is True else np.flatnonzero(mask)
+
+
+def translated(lanes, function, *arguments):
+    """Calls a function of compacted lanes; the lane of its Fault becomes a lane of the batch."""
+    try:
+        return function(*arguments)
+    except Fault as fault:
+        if fault.lane is not None and not isinstance(lanes, slice):
+            fault.lane = int(lanes[fault.lane])
+        raise

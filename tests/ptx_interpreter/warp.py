@@ -8,18 +8,17 @@ Fragments of mma.m16n8kK, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix f
 - tf32 A: register 0 holds row g, column t; register 1 row g + 8; registers 2, 3 column t + 4;
 - tf32 B: register 0 holds row t of column g; register 1 row t + 4.
 
-Products are exact, sums are taken in f32 in an order that is not specified; the tensor cores' own order and rounding are
-not documented either. tf32 operands lose the low 13 bits, as in the hardware.
+Products are exact, sums are taken in f32 in an order that is not specified; order and rounding of the tensor cores are
+not documented either. tf32 operands lose their low 13 bits, as in the hardware.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .access import _translated
 from .binding import Binder, Execute, instruction
 from .errors import Fault
-from .machine import WARP
+from .machine import WARP, translated
 
 
 @instruction("shfl")
@@ -124,7 +123,8 @@ def _redux(b: Binder) -> Execute:
     return execute
 
 
-def warp_barrier(b: Binder) -> Execute:
+@instruction("bar", "barrier")
+def _warp_barrier(b: Binder) -> Execute:
     """bar.warp.sync: in lock-step there is nothing to wait for, but its mask is checked."""
     b.one_of(("warp",))
     b.one_of(("sync",))
@@ -148,7 +148,7 @@ def _ldmatrix(b: Binder) -> Execute:
         warps = machine.whole_warps(mask, "ldmatrix")
         # Lane 8 i + r of a warp gives the address of row r of matrix i.
         lanes = np.arange(machine.lanes).reshape(-1, WARP)[warps, : 8 * count].reshape(-1)
-        rows = _translated(lanes, machine.shared.read, address(lanes), lanes, 16)
+        rows = translated(lanes, machine.shared.read, address(lanes), lanes, 16)
         if transposed:
             words = rows.view(np.uint16).reshape(-1, count, 8, 8).transpose(0, 1, 3, 2)
             words = np.ascontiguousarray(words).view(np.uint32).reshape(-1, count, WARP)
