@@ -80,14 +80,19 @@ def fma_f32(a: np.ndarray, b: np.ndarray, c: np.ndarray, product: np.ndarray) ->
     result = product.astype(np.float32)
     if ties.any():
         where = np.flatnonzero(ties)
-        x = a[where].astype(np.float64) * b[where].astype(np.float64)
-        y, s = c[where].astype(np.float64), product[where]
-        back = s - x
-        error = (x - (s - back)) + (y - back)  # two-sum: s + error is the exact sum
-        direction = np.where(error > 0, np.inf, -np.inf)
-        nudged = np.where(error != 0, np.nextafter(s, direction), s)
-        result[where] = nudged.astype(np.float32)
+        exact = a[where].astype(np.float64) * b[where].astype(np.float64)
+        result[where] = sum_odd(exact, c[where].astype(np.float64)).astype(np.float32)
     return result
+
+
+def sum_odd(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """x + y in f64, rounded to odd, so that a second rounding to fewer bits is as good as rounding once."""
+    total = x + y
+    back = total - x
+    error = (x - (total - back)) + (y - back)  # two-sum: total + error is the exact sum
+    even = (total.view(np.uint64) & np.uint64(1)) == 0
+    neighbour = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+    return np.where((error != 0) & np.isfinite(error) & even, neighbour, total)
 
 
 def fma_f64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
