@@ -1,0 +1,108 @@
+"""Instructions of a kernel and the loops among them, for SASS and AMDGCN alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+_TRIVIAL = 16  # a loop of fewer instructions waits for something, it does not make its surroundings an outer loop
+
+
+class Instruction(NamedTuple):
+    """`successors` are positions in the list of instructions, None for the next one alone."""
+
+    opcode: str
+    successors: tuple[int, ...] | None = None
+
+
+def main_loop(
+    instructions: Sequence[Instruction], weight: Callable[[list[str]], float]
+) -> list[str] | None:
+    """The opcodes of the innermost loop with the largest weight, in a tie the one of most instructions.
+
+    All paths through the body count, so conditional parts are included. None if there is no loop.
+    """
+    bodies = [body for body in _loops(instructions) if len(body) >= _TRIVIAL]
+    innermost = [body for body in bodies if not any(other < body for other in bodies)]
+    opcodes = [[instructions[i].opcode for i in sorted(body)] for body in innermost]
+    return max(opcodes, key=lambda body: (weight(body), len(body)), default=None)
+
+
+def _loops(instructions: Sequence[Instruction]) -> list[frozenset[int]]:
+    """The natural loops, as sets of positions; those with one header are one loop."""
+    starts, successors = _blocks(instructions)
+    dominators = _dominators(successors)
+    predecessors: dict[int, set[int]] = {block: set() for block in dominators}
+    for block in dominators:
+        for successor in successors[block]:
+            predecessors[successor].add(block)
+    ends = {start: end for start, end in zip(starts, [*starts[1:], len(instructions)], strict=True)}
+    bodies: dict[int, set[int]] = {}
+    for block in dominators:
+        for header in successors[block] & dominators[block]:
+            bodies.setdefault(header, {header}).update(_reaching(block, header, predecessors))
+    return [frozenset(i for block in body for i in range(block, ends[block])) for body in bodies.values()]
+
+
+def _blocks(instructions: Sequence[Instruction]) -> tuple[list[int], dict[int, set[int]]]:
+    """Basic blocks, named by their first position, and the blocks that follow each."""
+    count = len(instructions)
+    leaders = {0}
+    for position, instruction in enumerate(instructions):
+        if instruction.successors is not None:
+            leaders.update(instruction.successors)
+            leaders.add(position + 1)
+    starts = sorted(leader for leader in leaders if leader < count)
+    successors = {}
+    for start, end in zip(starts, [*starts[1:], count], strict=True):
+        following = instructions[end - 1].successors
+        following = (end,) if following is None else following
+        successors[start] = {target for target in following if target < count}
+    return starts, successors
+
+
+def _dominators(successors: dict[int, set[int]]) -> dict[int, set[int]]:
+    """For every block that can be reached from the first: the blocks on all paths to it, itself included."""
+    order = _reverse_postorder(successors)
+    predecessors: dict[int, list[int]] = {block: [] for block in order}
+    for block in order:
+        for successor in successors[block]:
+            predecessors[successor].append(block)
+    dominators = {block: set(order) for block in order}
+    dominators[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for block in order[1:]:
+            common = set.intersection(*(dominators[p] for p in predecessors[block])) | {block}
+            if common != dominators[block]:
+                dominators[block], changed = common, True
+    return dominators
+
+
+def _reverse_postorder(successors: dict[int, set[int]]) -> list[int]:
+    order: list[int] = []
+    seen = {0}
+    stack: list[tuple[int, Iterable[int]]] = [(0, iter(sorted(successors[0])))]
+    while stack:
+        block, following = stack[-1]
+        for successor in following:
+            if successor not in seen:
+                seen.add(successor)
+                stack.append((successor, iter(sorted(successors[successor]))))
+                break
+        else:
+            order.append(block)
+            stack.pop()
+    return order[::-1]
+
+
+def _reaching(block: int, header: int, predecessors: dict[int, set[int]]) -> set[int]:
+    """The blocks from which `block` can be reached without passing `header`."""
+    found, todo = set(), [block]
+    while todo:
+        current = todo.pop()
+        if current != header and current not in found:
+            found.add(current)
+            todo.extend(predecessors[current])
+    return found

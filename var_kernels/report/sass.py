@@ -1,0 +1,140 @@
+"""Reads the machine code of an NVIDIA GPU, as cuobjdump of the CUDA toolkit prints it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from .flow import Instruction
+
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
+_FUNCTION = re.compile(r"^\s*Function : (\S+)\s*$", re.M)
+_USAGE = re.compile(r"^ Function (\S+):\s*\n(.*)$", re.M)
+_ADDRESS = re.compile(r"0x([0-9a-f]+)")
+_BARRIER = re.compile(r"\bB\d+\b")
+_TENSOR = re.compile(r"HMMA|HGMMA|IMMA|IGMMA|DMMA|QMMA|QGMMA|OMMA|UTC\w*MMA")
+_NEVER_RETURNS = {"EXIT", "RET", "BRX", "JMX", "BRXU", "JMXU"}
+
+
+@dataclass(frozen=True)
+class Function:
+    """One kernel: what it uses and what it is made of. Shared memory is what is declared in it, in bytes."""
+
+    registers: int
+    stack: int  # bytes of local memory per thread
+    shared_memory: int
+    instructions: tuple[Instruction, ...]
+
+
+def read(cubin: bytes, cuobjdump: str) -> dict[str, Function]:
+    """The kernels of a binary by name. RuntimeError with cuobjdump's message if it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [cuobjdump, "-sass", "-res-usage", str(path)]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{cuobjdump}: exit status {result.returncode}: {result.stderr.strip()[:1000]}")
+    return parse(result.stdout)
+
+
+def parse(text: str) -> dict[str, Function]:
+    """What `read` makes of the output of `cuobjdump -sass -res-usage`."""
+    usages = {name: {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
+              for name, line in _USAGE.findall(text)}  # fmt: skip
+    # From compute capability 9.0 on the kilobyte that the driver reserves of each block is counted as the kernel's.
+    architecture = re.search(r"code for sm_(\d+)", text)
+    reserved = 1024 if architecture and int(architecture[1]) >= 90 else 0
+    pieces = _FUNCTION.split(text)
+    functions = {}
+    for name, body in zip(pieces[1::2], pieces[2::2], strict=True):
+        usage = usages[name]
+        shared = max(0, usage["SHARED"] - reserved)
+        functions[name] = Function(usage["REG"], usage["STACK"], shared, tuple(_instructions(body)))
+    return functions
+
+
+def _instructions(body: str) -> list[Instruction]:
+    lines = [(int(address, 16), *rest) for address, *rest in _INSTRUCTION.findall(body)]
+    positions = {address: position for position, (address, *_) in enumerate(lines)}
+    reconvergence: dict[str, int] = {}  # barrier register -> where the threads that wait at it go on
+    instructions = []
+    for position, (_, guard, opcode, operands) in enumerate(lines):
+        base = opcode.partition(".")[0]
+        successors = None
+        target = _ADDRESS.search(operands)
+        barrier = _BARRIER.search(operands)
+        if base == "BSSY" and target and barrier:
+            reconvergence[barrier[0]] = positions.get(int(target[1], 16), position + 1)
+        elif base == "BSYNC" and barrier and barrier[0] in reconvergence:
+            successors = {reconvergence[barrier[0]]}
+        elif base in ("BRA", "JMP") and target:
+            successors = {positions.get(int(target[1], 16), position + 1)}
+            if "," in operands:  # by a predicate among the operands
+                successors.add(position + 1)
+        elif base in _NEVER_RETURNS:
+            successors = set()
+        if successors is not None and guard:
+            successors.add(position + 1)
+        instructions.append(Instruction(opcode, None if successors is None else tuple(sorted(successors))))
+    return instructions
+
+
+def tensor_kind(opcode: str) -> str | None:
+    """The kind of a tensor-core instruction, such as HMMA or UTCHMMA, None for any other instruction."""
+    match = _TENSOR.fullmatch(opcode.partition(".")[0])
+    return match and match[0]
+
+
+def tensor_work(opcode: str) -> tuple[str, int] | None:
+    """The rate in `Card.tensor_rates` that applies, and the FLOP of one warp; None if the text does not say them."""
+    kind, _, rest = opcode.partition(".")
+    precision = "tf32" if "TF32" in rest else "16" if re.search(r"F16|BF16|F32$", rest) else None
+    if precision is None:
+        return None
+    if kind == "HMMA" and (shape := re.match(r"168(\d+)\.", rest)):
+        return f"HMMA {precision}", 16 * 8 * int(shape[1]) * 2
+    if kind == "HGMMA" and (shape := re.match(r"64x(\d+)x(\d+)\.", rest)):  # of four warps together
+        return f"HGMMA {precision}", 64 * int(shape[1]) * int(shape[2]) * 2 // 4
+    return None
+
+
+def is_wide(opcode: str) -> bool:
+    """Whether a memory access moves 128 bits per thread or more. A hint such as LTC128B is not a width."""
+    return not {"128", "256"}.isdisjoint(opcode.split("."))
+
+
+def counts(opcodes) -> Counter:
+    """Instructions by what the report shows of them."""
+    result: Counter = Counter()
+    for opcode in opcodes:
+        base = opcode.partition(".")[0]
+        result["instructions"] += base != "NOP"
+        if (kind := tensor_kind(opcode)) is not None:
+            result[f"tensor {kind}"] += 1
+        for name in _GROUPS.get(base, ()):
+            result[name] += 2 if base in _PACKED else 1
+        if base in _ACCESSES:
+            result[_ACCESSES[base]] += 1
+            result[_ACCESSES[base] + " wide"] += is_wide(opcode)
+        if base.startswith(("UTMA", "UBLK")):
+            result["bulk copies"] += 1
+    return result
+
+
+_ACCESSES = {"LDG": "loads", "STG": "stores", "LDGSTS": "async copies"}
+_PACKED = ("FADD2", "FMUL2", "FFMA2")  # two operations each, sm_100
+_GROUPS = {
+    "LDL": ("spills",),
+    "STL": ("spills",),
+    "SHFL": ("shuffles",),
+    "MUFU": ("exp",),
+    "BAR": ("barriers",),
+    "LDSM": ("matrix loads",),
+    **dict.fromkeys(("ATOM", "ATOMG", "RED", "REDG"), ("atomics",)),
+    **dict.fromkeys(("FADD", "FMUL", "FFMA", *_PACKED), ("fp32",)),
+}
