@@ -38,9 +38,9 @@ def _comparison(b: Binder, kind: str):
             inverse = {"equ": None, "ltu": np.greater_equal, "leu": np.greater, "gtu": np.less_equal, "geu": np.less}
             opposite = inverse[name]
             return (lambda x, y: ~((x < y) | (x > y))) if opposite is None else (lambda x, y: ~opposite(x, y))
-    elif name in _UNSIGNED and kind[0] in "ub":
+    elif name in _UNSIGNED and kind[0] == "u":
         return _ORDERED[_UNSIGNED[name]]
-    elif name in _ORDERED:
+    elif name in ("eq", "ne") or (name in _ORDERED and kind[0] != "b"):
         return _ORDERED[name]
     raise b.error(f"no comparison .{name} for .{kind}")
 
