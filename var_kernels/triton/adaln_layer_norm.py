@@ -80,13 +80,16 @@ def _store(rows, tiles, present, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.
 def _mean(tiles, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
     """The mean of each row, (ROWS, 1). Tiles are added up first: then warps exchange sums once, not once per tile."""
     PIECES: tl.constexpr = (C + CHUNK - 1) // CHUNK
-    total = tiles[0]
+    # Where a thread has one element, and that a product, the compiler would contract the product with the first addition
+    # between lanes: each lane adds its exact product to the rounded one of the other, and the lanes' sums differ. To add
+    # zero first, which costs nothing then, keeps them equal.
+    total = tiles[0] + 0.0
     for i in tl.static_range(1, PIECES):
         if i < C // CHUNK or CHUNK == TAIL:
             total += tiles[i]
     total = tl.sum(total, axis=1, keep_dims=True)
     if PIECES > 1 and C % CHUNK != 0 and CHUNK != TAIL:
-        total += tl.sum(tiles[PIECES - 1], axis=1, keep_dims=True)
+        total += tl.sum(tiles[PIECES - 1] + 0.0, axis=1, keep_dims=True)
     return total / C
 
 
@@ -116,13 +119,12 @@ def _range(rows, rows_per_program, programs):
 
 
 @triton.jit
-def _tile_of_rows(group, start, end, rows, length, BY_SAMPLE: tl.constexpr, ROWS: tl.constexpr):
-    """(ROWS, 1) each: the row of the output, its sample and token; and whether it is there, None if it must be."""
+def _tile_of_rows(group, start, rows, length, BY_SAMPLE: tl.constexpr, ROWS: tl.constexpr):
+    """(ROWS, 1) each: the row in its group, and of the output; its sample and token."""
     row = (start + tl.arange(0, ROWS))[:, None]
     sample = group if BY_SAMPLE else row // length
     token = row if BY_SAMPLE else row % length
-    present = None if ROWS == 1 else row < end
-    return group.to(tl.int64) * rows + row, sample, token, present
+    return row, group.to(tl.int64) * rows + row, sample, token
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ def adaln_forward(
 ):  # fmt: skip
     PIECES: tl.constexpr = (C + CHUNK - 1) // CHUNK
     group, begin, end = _range(rows, rows_per_program, programs)
-    first = tl.zeros((1, 1), tl.int32)
+    first = tl.zeros((ROWS, 1), tl.int32)  # as many rows as the tiles have, so that they share a layout
     if not SCALE_PER_TOKEN:
         scales = _load(_rows_at(scale, group, first, scale_b, scale_l), None, C, CHUNK, TAIL)
     if not SHIFT_PER_TOKEN:
@@ -147,7 +149,8 @@ def adaln_forward(
         gates = _load(_rows_at(gate, group, first, gate_b, gate_l), None, C, CHUNK, TAIL)
 
     for start in range(begin, end, ROWS):
-        row, sample, token, present = _tile_of_rows(group, start, end, rows, length, BY_SAMPLE, ROWS)
+        in_group, row, sample, token = _tile_of_rows(group, start, rows, length, BY_SAMPLE, ROWS)
+        present = None if ROWS == 1 else in_group < end
         values = _load(_rows_at(x, sample, token, x_b, x_l), present, C, CHUNK, TAIL)
         if branch is not None:
             branches = _load(_rows_at(branch, sample, token, branch_b, branch_l), present, C, CHUNK, TAIL)
@@ -162,12 +165,12 @@ def adaln_forward(
             _store(residual + row * C, values, present, C, CHUNK, TAIL)
 
         row_mean = _mean(values, C, CHUNK, TAIL)
-        squares = ()
+        centred, squares = (), ()
         for i in tl.static_range(PIECES):
-            centred = values[i] - row_mean
+            difference = values[i] - row_mean
             if i == C // CHUNK and C % CHUNK != TAIL:
-                centred = tl.where(_columns(i, C, CHUNK, TAIL) < C, centred, 0.0)
-            squares = squares + (centred * centred,)
+                difference = tl.where(_columns(i, C, CHUNK, TAIL) < C, difference, 0.0)
+            centred, squares = centred + (difference,), squares + (difference * difference,)
         row_rstd = tl.rsqrt(_mean(squares, C, CHUNK, TAIL) + eps)
 
         if SCALE_PER_TOKEN:
@@ -176,7 +179,7 @@ def adaln_forward(
             shifts = _load(_rows_at(shift, sample, token, shift_b, shift_l), present, C, CHUNK, TAIL)
         results = ()
         for i in tl.static_range(PIECES):
-            results = results + ((values[i] - row_mean) * row_rstd * (1.0 + scales[i]) + shifts[i],)
+            results = results + (centred[i] * row_rstd * (1.0 + scales[i]) + shifts[i],)
         _store(y + row * C, results, present, C, CHUNK, TAIL)
         tl.store(mean + row, row_mean, mask=present)
         tl.store(rstd + row, row_rstd, mask=present)
@@ -213,7 +216,7 @@ def adaln_backward(
     # dgate, dscale and dshift are gradients, (tokens, C), where PER_TOKEN, else partial sums, (programs of all, C).
     PIECES: tl.constexpr = (C + CHUNK - 1) // CHUNK
     group, begin, end = _range(rows, rows_per_program, programs)
-    first = tl.zeros((1, 1), tl.int32)
+    first = tl.zeros((ROWS, 1), tl.int32)  # as many rows as the tiles have, so that they share a layout
     if not SCALE_PER_TOKEN:
         scales = _load(_rows_at(scale, group, first, scale_b, scale_l), None, C, CHUNK, TAIL)
     if branch is not None and not GATE_PER_TOKEN:
@@ -223,12 +226,12 @@ def adaln_backward(
     dshifts = _zeros(ROWS, C, CHUNK, TAIL)
 
     for start in range(begin, end, ROWS):
-        row, sample, token, present = _tile_of_rows(group, start, end, rows, length, BY_SAMPLE, ROWS)
+        in_group, row, sample, token = _tile_of_rows(group, start, rows, length, BY_SAMPLE, ROWS)
+        present = None if ROWS == 1 else in_group < end
         values = _load(_rows_at(x, sample, token, x_b, x_l), present, C, CHUNK, TAIL)
         dys = _load(_rows_at(dy, sample, token, dy_b, dy_l), present, C, CHUNK, TAIL)
-        if ROWS == 1:
-            row_mean = tl.load(mean + row)
-            row_rstd = tl.load(rstd + row)
+        if present is None:
+            row_mean, row_rstd = tl.load(mean + row), tl.load(rstd + row)
         else:
             row_mean = tl.load(mean + row, mask=present, other=0.0)
             row_rstd = tl.load(rstd + row, mask=present, other=0.0)
@@ -240,21 +243,13 @@ def adaln_backward(
         if SCALE_PER_TOKEN:
             scales = _load(_rows_at(scale, sample, token, scale_b, scale_l), present, C, CHUNK, TAIL)
 
-        normalised, gradients, products = (), (), ()
+        # dy is added to the sums before those of the row are waited for, and needs no registers afterwards.
+        normalised, gradients, products, dscale_terms = (), (), (), ()
         for i in tl.static_range(PIECES):
             h = (values[i] - row_mean) * row_rstd
             g = dys[i] * (1.0 + scales[i])
             normalised, gradients, products = normalised + (h,), gradients + (g,), products + (g * h,)
-        mean_g = _mean(gradients, C, CHUNK, TAIL)
-        mean_gh = _mean(products, C, CHUNK, TAIL)
-
-        dxs, dscale_terms = (), ()
-        for i in tl.static_range(PIECES):
-            d = row_rstd * (gradients[i] - mean_g - normalised[i] * mean_gh)
-            if branch is not None:
-                d += upstream[i]
-            dxs, dscale_terms = dxs + (d,), dscale_terms + (dys[i] * normalised[i],)
-        _store(dx + row * C, dxs, present, C, CHUNK, TAIL)
+            dscale_terms = dscale_terms + (dys[i] * h,)
         if SCALE_PER_TOKEN:
             _store(dscale + row * C, dscale_terms, present, C, CHUNK, TAIL)
         else:
@@ -263,6 +258,14 @@ def adaln_backward(
             _store(dshift + row * C, dys, present, C, CHUNK, TAIL)
         else:
             dshifts = _add(dshifts, dys, C, CHUNK)
+        mean_g = _mean(gradients, C, CHUNK, TAIL) * row_rstd
+        mean_gh = _mean(products, C, CHUNK, TAIL) * row_rstd
+
+        dxs = ()
+        for i in tl.static_range(PIECES):
+            d = gradients[i] * row_rstd - mean_g - normalised[i] * mean_gh
+            dxs = dxs + (d if branch is None else d + upstream[i],)
+        _store(dx + row * C, dxs, present, C, CHUNK, TAIL)
         if branch is not None:
             dbranches, dgate_terms = (), ()
             for i in tl.static_range(PIECES):
@@ -281,19 +284,10 @@ def adaln_backward(
         _store_sums(dgate, dgates, C, CHUNK, TAIL)
 
 
-@triton.jit(do_not_specialize=["all_programs", "count0", "count1", "count2"])
-def sum_partials(
-    partials, out0, out1, out2, all_programs, count0, count1, count2,
-    C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Row s of output k becomes the sum of rows [s·count, (s+1)·count) of partials[k], (all_programs, C)."""
+@triton.jit
+def _sum_rows(partials, out, all_programs, count, C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    out, count = out0, count0
-    if tl.program_id(2) == 1:
-        out, count = out1, count1
-    elif tl.program_id(2) == 2:
-        out, count = out2, count2
     if sample * count < all_programs:
         rows = partials + (tl.program_id(2).to(tl.int64) * all_programs + sample * count) * C
         total = tl.zeros((ROWS, CHUNK), tl.float32)
@@ -303,11 +297,21 @@ def sum_partials(
         tl.store(out + sample * C + columns, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=columns < C)
 
 
-# ---- launchers -------------------------------------------------------------------------------------------------------
+@triton.jit(do_not_specialize=["all_programs", "count0", "count1", "count2"])
+def sum_partials(
+    partials, out0, out1, out2, all_programs, count0, count1, count2,
+    C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Row s of output k becomes the sum of rows [s·count, (s+1)·count) of partials[k], (all_programs, C)."""
+    if tl.program_id(2) == 0:
+        _sum_rows(partials, out0, all_programs, count0, C, ROWS, CHUNK)
+    elif tl.program_id(2) == 1:
+        _sum_rows(partials, out1, all_programs, count1, C, ROWS, CHUNK)
+    else:
+        _sum_rows(partials, out2, all_programs, count2, C, ROWS, CHUNK)
 
-# Warps that the registers of one multiprocessor hold: forward needs at most 80 of its 65536 registers for each thread,
-# backward 128. On AMD's, warps are twice as wide and the registers twice as many.
-_FORWARD_WARPS, _BACKWARD_WARPS = 24, 16
+
+# ---- launchers -------------------------------------------------------------------------------------------------------
 
 # fp32 values that a program keeps for each channel of its rows: x, scale, shift and in the gated form gate; in backward
 # h, g, scale and two sums, and in the gated form gate, dresidual, branch and another sum.
@@ -330,12 +334,14 @@ def _programs(groups: int, tiles: int, resident: int) -> int:
     return min(candidates, key=time)
 
 
-def _partition(x: torch.Tensor, by_sample: bool, config: configs.Config, target: Target, warps: int) -> dict[str, int]:
+def _partition(x: torch.Tensor, by_sample: bool, config: configs.Config, target: Target) -> dict[str, int]:
     """The kernels' arguments that say which rows a program works on."""
     batch, length, _ = x.shape
     groups, rows = (batch, length) if by_sample else (1, batch * length)
     tiles = triton.cdiv(rows, config.tiles["ROWS"])
-    resident = target.multiprocessors * max(1, warps // config.num_warps)
+    # A multiprocessor has 65536 registers, one of AMD twice as many for warps twice as wide.
+    resident_warps = 65536 // 32 // config.options.get("maxnreg", 128)
+    resident = target.multiprocessors * max(1, resident_warps // config.num_warps)
     tiles_per_program = triton.cdiv(tiles, _programs(groups, tiles, resident))
     return {
         "length": length,
@@ -391,7 +397,7 @@ def _forward(x, branch, gate, scale, shift, residual, y, eps):
     target = target_of(x.device)
     values = _FORWARD_VALUES if branch is None else _GATED_FORWARD_VALUES
     config = configs.choose("adaln_layer_norm.adaln_forward", target, values * x.shape[2], x.itemsize)
-    partition = _partition(x, _by_sample(x, gate, scale, shift), config, target, _FORWARD_WARPS)
+    partition = _partition(x, _by_sample(x, gate, scale, shift), config, target)
     arguments = {
         "x": x, "branch": branch, "gate": gate, "scale": scale, "shift": shift,
         "residual": residual, "y": y, "mean": mean, "rstd": rstd,
@@ -429,7 +435,7 @@ def _backward(dresidual, dy, x, branch, gate, scale, mean, rstd, dx, dbranch, gr
     channels = x.shape[2]
     values = _BACKWARD_VALUES if branch is None else _GATED_BACKWARD_VALUES
     config = configs.choose("adaln_layer_norm.adaln_backward", target, values * channels, x.itemsize)
-    partition = _partition(x, _by_sample(x, *views), config, target, _BACKWARD_WARPS)
+    partition = _partition(x, _by_sample(x, *views), config, target)
     programs = (x.shape[0] if partition["BY_SAMPLE"] else 1) * partition["programs"]
 
     per_token = {name: _per_token(view, x) for name, view in zip(gradients, views, strict=True)}

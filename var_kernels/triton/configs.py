@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,9 +55,9 @@ class Row:
 
 TABLE: dict[str, tuple[Row, ...]] = {}
 
-# nearest_code: size is the number of rows (prepare: channels). Exact fp32 products run on the fp32 units: a thread needs
-# many of them per value that it reads from shared memory, 8×8 for many rows. Few rows are a small tile instead, since
-# lanes without a row work for nothing.
+# nearest_code: size is the number of rows (prepare: channels). Exact fp32 products run on the fp32 units, and a thread
+# must make many of them per value that it reads from shared memory: 8×8 of them where there are many rows. Few rows are
+# a small tile instead, since lanes without a row work for nothing.
 TABLE |= {
     "nearest_code.prepare": (Row(Config({"BLOCK_V": 64, "BLOCK_C": 32}, num_warps=4)),),
     "nearest_code.search": (
@@ -71,24 +72,51 @@ TABLE |= {
     "nearest_code.reduce": (Row(Config({"BLOCK_N": 16, "BLOCK_S": 64}, num_warps=4)),),
 }
 
+# multi_scale_quantize: size is the number of rows (search, pool) or of pixels of all maps (the others). An image's map
+# is small, so a few images want small tiles to reach all multiprocessors.
+TABLE |= {
+    "multi_scale_quantize.search": (
+        Row(Config({"BLOCK_N": 16, "BLOCK_V": 64, "BLOCK_C": 32, "BLOCK_Q": 8}, num_warps=4, num_stages=3), size=32),
+        Row(Config({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_C": 32, "BLOCK_Q": 2}, num_warps=4, num_stages=3), size=2048),
+        Row(Config({"BLOCK_N": 128, "BLOCK_V": 64, "BLOCK_C": 32, "BLOCK_Q": 1}, num_warps=4, num_stages=2)),
+    ),
+    "multi_scale_quantize.pool": (Row(Config({"BLOCK_N": 16, "BLOCK_C": 32, "BLOCK_Q": 4}, num_warps=4)),),
+    "multi_scale_quantize.upsample": (Row(Config({"BLOCK_P": 32, "BLOCK_C": 32}, num_warps=4)),),
+    "multi_scale_quantize.update": (
+        Row(Config({"BLOCK_P": 16, "BLOCK_I": 32, "BLOCK_O": 32}, num_warps=2, num_stages=3), size=4096),
+        Row(Config({"BLOCK_P": 64, "BLOCK_I": 32, "BLOCK_O": 32}, num_warps=4, num_stages=3)),
+    ),
+    "multi_scale_quantize.add_scale": (
+        Row(Config({"BLOCK_P": 16, "BLOCK_I": 32, "BLOCK_O": 32}, num_warps=2, num_stages=3), size=4096),
+        Row(Config({"BLOCK_P": 64, "BLOCK_I": 32, "BLOCK_O": 32}, num_warps=4, num_stages=3)),
+    ),
+}
+
 # adaln_layer_norm: size is the fp32 values of a row that a program keeps in registers (sum_partials: channels). A row has
 # the least power of two of threads that leaves each of them 96 values, and CHUNK is a vector of 16 bytes for each of
 # these threads. A program of forward is one row, or one warp: then warps wait for none but those of their row. Programs
-# of backward are larger, so that fewer partial sums are written.
+# of backward are larger, so that fewer partial sums are written. The compiler is held to the number of registers that
+# suffices, since the number of programs counts on so many of them being resident. The last row is for widths beyond the
+# model family, up to 16384 channels: what does not fit registers lies in local memory.
 def _adaln_rows(program_threads: int) -> tuple[Row, ...]:
     return tuple(
         Row(
             Config(
                 {"ROWS": max(1, program_threads // threads), "CHUNK": threads * 16 // itemsize},
                 num_warps=max(program_threads, threads, warp_size) // warp_size,
+                options={"maxnreg": registers} if api == "cuda" else {},
             ),
-            size=96 * threads,
+            size=values * threads,
             itemsize=itemsize,
             api=api,
         )
         for api, warp_size in (("cuda", 32), ("hip", 64))
         for itemsize in (2, 4)
-        for threads in (8, 16, 32, 64, 128, 256, 512)
+        for threads, values, registers in (
+            *itertools.chain(*(((t, 56, 96), (t, 72, 128), (t, 96, 168)) for t in (8, 16, 32, 64, 128, 256))),
+            (512, 56, 96),
+            (512, 288, 128),
+        )
     )
 
 
