@@ -1,0 +1,257 @@
+"""Nearest codebook entry as a matrix product whose result never leaves the registers.
+
+score(row, code) = z·c - |c|²/2 is the negated half of |z - c|² without the |z|² that all codes share, and the largest
+wins; with cosine it is z·c with the normalised code c / max(|c|, 1e-12). A program holds a tile of rows, goes through
+tiles of the codebook and keeps, per row, the best score so far and its index, so that no N×V matrix exists. Products
+are exact fp32 (no TF32): the bound is 2·N·V·C flops on the fp32 units.
+
+Every code meets the same operations in the same order wherever it lies, so equal codes have equal scores. Inside a tile
+the lowest index with the highest score is taken, and a later tile must be better, not equal: ties go to the lowest
+index. A NaN loses every comparison and the search starts at -inf, so that neither is ever chosen.
+
+Few rows do not fill a GPU: then the codebook is split over programs, each of which leaves one candidate per row, and a
+second kernel picks among them.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import choose
+from .launch import launch
+from .targets import target_of
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+_NO_INDEX = tl.constexpr(2147483647)
+
+
+@triton.jit
+def load_codes(codes, v0, end, c, channels, BLOCK_V: tl.constexpr):
+    """Codes v0 … v0 + BLOCK_V as columns: (channels, codes), fp32, zero outside."""
+    v = tl.arange(0, BLOCK_V)
+    pointers = codes + tl.cast(v0, tl.int64) * channels + v[None, :] * channels + c[:, None]
+    return tl.load(pointers, mask=(v[None, :] < end - v0) & (c[:, None] < channels), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def keep_better(products, v0, end, code_terms, best, index, BLOCK_V: tl.constexpr):
+    """The running best of each row after the products z·c with codes v0 … v0 + BLOCK_V."""
+    v = v0 + tl.arange(0, BLOCK_V)
+    scores = products + tl.load(code_terms + v, mask=v < end, other=float("-inf"))[None, :]
+    top = tl.max(scores, axis=1)
+    lowest = tl.min(tl.where(scores == top[:, None], v[None, :], _NO_INDEX), axis=1)
+    better = top > best
+    return tl.where(better, top, best), tl.where(better, lowest, index)
+
+
+@triton.jit
+def scan_codes(
+    z, codes, code_terms, begin, end, channels,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Best score and index of each row of z (BLOCK_N, BLOCK_C) among the codes begin … end; all channels are in z."""
+    c = tl.arange(0, BLOCK_C)
+    best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    index = tl.zeros((BLOCK_N,), tl.int32)
+    for v0 in tl.range(begin, end, BLOCK_V):
+        tile = load_codes(codes, v0, end, c, channels, BLOCK_V)
+        products = tl.dot(z, tile, input_precision="ieee")
+        best, index = keep_better(products, v0, end, code_terms, best, index, BLOCK_V)
+    return best, index
+
+
+@triton.jit
+def store_choice(
+    best, index, rows, num_rows, split, scores, candidates, tokens, image_tokens, image_stride, token_offset,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """One candidate per row of this split, or, without splits, the tokens."""
+    inside = rows < num_rows
+    if SPLIT:
+        at = split.to(tl.int64) * num_rows + rows
+        tl.store(scores + at, best, mask=inside)
+        tl.store(candidates + at, index, mask=inside)
+    else:
+        at = (rows // image_tokens).to(tl.int64) * image_stride + token_offset + rows % image_tokens
+        tl.store(tokens + at, index.to(tl.int64), mask=inside)
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def prepare(
+    codes, normalised, code_terms, num_codes, channels,
+    COSINE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The term of each code in its scores, -|c|²/2; with COSINE zero, and the dense codes c / max(|c|, 1e-12).
+
+    These are divided here, not the scores: then codes of one direction that normalise to the same numbers tie.
+    """
+    v0 = tl.program_id(0) * BLOCK_V
+    v = v0 + tl.arange(0, BLOCK_V)
+    squares = tl.zeros((BLOCK_V,), tl.float32)
+    for c0 in tl.range(0, channels, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        tile = load_codes(codes, v0, num_codes, c, channels, BLOCK_V)
+        squares += tl.sum(tile * tile, axis=0)
+    if COSINE:
+        length = tl.maximum(tl.sqrt_rn(squares), 1e-12)
+        for c0 in tl.range(0, channels, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            tile = load_codes(codes, v0, num_codes, c, channels, BLOCK_V)
+            pointers = normalised + v.to(tl.int64)[None, :] * channels + c[:, None]
+            mask = (v[None, :] < num_codes) & (c[:, None] < channels)
+            tl.store(pointers, tl.div_rn(tile, length[None, :]), mask=mask)
+        squares = tl.zeros((BLOCK_V,), tl.float32)
+    tl.store(code_terms + v, squares * -0.5, mask=v < num_codes)
+
+
+@triton.jit(do_not_specialize=["num_rows", "image_tokens", "image_stride", "token_offset"])
+def search(
+    z, codes, code_terms, scores, candidates, tokens, num_rows, num_codes, channels, split_codes,
+    row_stride, z_channel_stride, image_tokens, image_stride, token_offset,
+    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows, at most BLOCK_C channels, against one split of the codebook: codes split · split_codes and on."""
+    split = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = split * split_codes
+    end = tl.minimum(begin + split_codes, num_codes)
+    c = tl.arange(0, BLOCK_C)
+    pointers = z + rows.to(tl.int64)[:, None] * row_stride + c[None, :] * z_channel_stride
+    tile = tl.load(pointers, mask=(rows[:, None] < num_rows) & (c[None, :] < channels), other=0.0).to(tl.float32)
+    best, index = scan_codes(
+        tile, codes, code_terms, begin, end, channels, BLOCK_N, BLOCK_V, BLOCK_C
+    )
+    store_choice(
+        best, index, rows, num_rows, split, scores, candidates, tokens, image_tokens, image_stride, token_offset, SPLIT
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows", "image_tokens", "image_stride", "token_offset"])
+def search_wide(
+    z, codes, code_terms, scores, candidates, tokens, num_rows, num_codes, channels, split_codes,
+    row_stride, z_channel_stride, image_tokens, image_stride, token_offset,
+    SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """`search` for any number of channels: the rows are read again, from cache, for each tile of the codebook."""
+    split = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = split * split_codes
+    end = tl.minimum(begin + split_codes, num_codes)
+    row_starts = z + rows.to(tl.int64)[:, None] * row_stride
+    best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    index = tl.zeros((BLOCK_N,), tl.int32)
+    for v0 in tl.range(begin, end, BLOCK_V):
+        products = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        for c0 in tl.range(0, channels, BLOCK_C):
+            c = c0 + tl.arange(0, BLOCK_C)
+            mask = (rows[:, None] < num_rows) & (c[None, :] < channels)
+            chunk = tl.load(row_starts + c[None, :] * z_channel_stride, mask=mask, other=0.0).to(tl.float32)
+            tile = load_codes(codes, v0, end, c, channels, BLOCK_V)
+            products = tl.dot(chunk, tile, products, input_precision="ieee")
+        best, index = keep_better(products, v0, end, code_terms, best, index, BLOCK_V)
+    store_choice(
+        best, index, rows, num_rows, split, scores, candidates, tokens, image_tokens, image_stride, token_offset, SPLIT
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows", "splits", "image_tokens", "image_stride", "token_offset"])
+def reduce(
+    scores, candidates, tokens, num_rows, splits, image_tokens, image_stride, token_offset,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The best candidate of each row, the lowest index among equals; 0 where no split found any."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.arange(0, BLOCK_S)
+    inside = (rows[:, None] < num_rows) & (split[None, :] < splits)
+    at = split[None, :].to(tl.int64) * num_rows + rows[:, None]
+    score = tl.load(scores + at, mask=inside, other=float("-inf"))
+    index = tl.load(candidates + at, mask=inside, other=0)
+    top = tl.max(score, axis=1)
+    lowest = tl.min(tl.where(score == top[:, None], index, _NO_INDEX), axis=1)
+    lowest = tl.where(top > float("-inf"), lowest, 0)
+    at = (rows // image_tokens).to(tl.int64) * image_stride + token_offset + rows % image_tokens
+    tl.store(tokens + at, lowest.to(tl.int64), mask=rows < num_rows)
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def count_splits(row_tiles: int, code_tiles: int, multiprocessors: int, limit: int) -> tuple[int, int]:
+    """Into how many splits of how many codebook tiles each the search is divided.
+
+    The fewest splits that make the busiest multiprocessor's work least. A second kernel and a program's own start cost
+    about as much as going through two tiles.
+    """
+    overhead = 2
+
+    def work(splits: int) -> int:
+        per_split = triton.cdiv(code_tiles, splits)
+        return triton.cdiv(row_tiles * splits, multiprocessors) * (per_split + overhead) + overhead * (splits > 1)
+
+    best = min(range(1, min(limit, code_tiles) + 1), key=work)
+    per_split = triton.cdiv(code_tiles, best)
+    return triton.cdiv(code_tiles, per_split), per_split
+
+
+class Codebook:
+    """A codebook (V, C) of any strides, in fp32, with what every search in it needs."""
+
+    def __init__(self, codes: torch.Tensor, cosine: bool):
+        # Widened once: a 16-bit tile would go through shared memory twice for every tile of rows.
+        self.codes = codes.float().contiguous()
+        self.size, self.channels = codes.shape
+        self.terms = self.codes.new_empty(self.size)
+        self.searched = torch.empty_like(self.codes) if cosine else self.codes
+        config = choose("nearest_code.prepare", target_of(codes.device), self.channels, 4)
+        arguments = {"codes": self.codes, "normalised": self.searched, "code_terms": self.terms, "COSINE": cosine}
+        arguments |= {"num_codes": self.size, "channels": self.channels}
+        launch(prepare, (triton.cdiv(self.size, config.tiles["BLOCK_V"]),), arguments, config)
+
+    def search(
+        self, kernel, name: str, num_rows: int, rows: dict, tokens: torch.Tensor, image: tuple[int, int, int]
+    ) -> None:
+        """Launch `kernel`, "<stem>.<function>" by name, over all rows and codes, and `reduce` if that takes splits.
+
+        `rows` are the kernel's own arguments. With (length, stride, offset) = `image`, row i is token i % length of
+        image i // length, whose tokens are consecutive from `offset` on, `stride` after those of the image before.
+        """
+        target = target_of(self.codes.device)
+        config = choose(name, target, num_rows, 4)
+        reduction = choose("nearest_code.reduce", target, num_rows, 4)
+        block_v = config.tiles["BLOCK_V"]
+        row_tiles = triton.cdiv(num_rows, config.tiles["BLOCK_N"])
+        splits, tiles = count_splits(
+            row_tiles, triton.cdiv(self.size, block_v), target.multiprocessors, reduction.tiles["BLOCK_S"]
+        )
+        scores = self.terms.new_empty(splits * num_rows if splits > 1 else 1)
+        candidates = scores.new_empty(scores.shape, dtype=torch.int32)
+        places = {"scores": scores, "candidates": candidates, "tokens": tokens, "num_rows": num_rows}
+        places |= dict(zip(("image_tokens", "image_stride", "token_offset"), image, strict=True))
+        codes = {"codes": self.searched, "code_terms": self.terms, "num_codes": self.size, "channels": self.channels}
+        codes |= {"split_codes": tiles * block_v, "SPLIT": splits > 1}
+        launch(kernel, (row_tiles, splits), codes | rows | places, config)
+        if splits > 1:
+            grid = (triton.cdiv(num_rows, reduction.tiles["BLOCK_N"]),)
+            launch(reduce, grid, places | {"splits": splits}, reduction)
+
+    def find(self, z: torch.Tensor, tokens: torch.Tensor, image: tuple[int, int, int]) -> None:
+        """`search` for the rows of z (N, C), of any strides."""
+        rows = {"z": z, "row_stride": z.stride(0), "z_channel_stride": z.stride(1)}
+        wide = self.channels > choose("nearest_code.search", target_of(z.device), z.shape[0], 4).tiles["BLOCK_C"]
+        kernel, name = (search_wide, "nearest_code.search_wide") if wide else (search, "nearest_code.search")
+        self.search(kernel, name, z.shape[0], rows, tokens, image)
+
+
+def nearest_code(z: torch.Tensor, codebook: torch.Tensor, cosine: bool) -> torch.Tensor:
+    """The raw operator `_nearest_code`: z (N, C) and codebook (V, C) of one dtype -> int64 (N,)."""
+    tokens = z.new_empty(z.shape[:1], dtype=torch.int64)
+    if z.numel():
+        Codebook(codebook, cosine).find(z, tokens, (z.shape[0], 0, 0))
+    return tokens
