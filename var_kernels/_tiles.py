@@ -1,4 +1,4 @@
-"""Which tiles of a block-causal score matrix exist: tables for GPU kernels, computed on the host from the lengths alone.
+"""Which tiles of a block-causal score matrix exist: tables for GPU kernels, computed on the host from the lengths.
 
 The visible part of the matrix is a staircase. A kernel cuts one of its sides into tiles of at most so many rows (or
 keys) and walks over whole blocks of the other. Where the cuts are decides how much of the staircase's outside is

@@ -19,6 +19,9 @@ the second; dk and dv over tiles of keys, through all heads that share them.
 Three questions are kept apart. Which tiles exist: the tables of `_tiles`, read at run time, so that no schedule is
 compiled into a kernel. Which elements of a tile are visible: `_visible`, asked only in the last blocks of a tile. The
 softmax: `_softmax_step`. Blocks that are visible as a whole come in a loop of their own, without predicates.
+
+NaN and infinite elements reach the rows that see them. Where small scales share a tile they may also reach rows of an
+earlier one of these, since 0 * NaN is NaN, as in PyTorch's attention with a mask.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # Sizes and strides differ between schedules and batches: compiled for all of them alike. What the strides have in
 # common is the constexpr STRIDE_UNIT: they arrive divided by it, which tells the compiler how wide an access may be.
 _RUNTIME = [
-    *(f"{tensor}_{dim}" for tensor in ("q", "k", "v", "out", "dout", "dq", "dk", "dv") for dim in ("batch", "head", "row")),
+    *(f"{x}_{dim}" for x in ("q", "k", "v", "out", "dout", "dq", "dk", "dv") for dim in ("batch", "head", "row")),
     "heads", "group", "q_offset", "queries", "tiles", "pairs", "section",
 ]  # fmt: skip
 
@@ -77,7 +80,7 @@ def _head(tensor, batch, head, batch_stride, head_stride, STRIDE_UNIT: tl.conste
 
 @triton.jit
 def _offsets(row_stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_UNIT: tl.constexpr):
-    rows = tl.arange(0, ROWS)[:, None].to(tl.int64)
+    rows = tl.arange(0, ROWS)[:, None]
     return rows * row_stride * STRIDE_UNIT + tl.arange(0, BLOCK_D)[None, :]
 
 
@@ -120,22 +123,22 @@ def _visible(ends, keys):
 
 
 @triton.jit
-def _softmax_step(scores, scale_log2, m, l):
-    """p of a block and the updated m and l; the factor by which the sums so far are to be multiplied."""
-    new_m = tl.maximum(m, tl.max(scores, 1) * scale_log2)
+def _softmax_step(scores, scale_log2, peak, total):
+    """p of a block and the updated maximum and sum of the rows; the factor by which the sums so far are to be multiplied."""
+    new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
     # Against a maximum of -inf (nothing but -inf yet) or inf every difference would be NaN, where exp2(-inf) = 0 and
     # exp2(inf) = inf are meant: 0 gives these, and with them PyTorch's results, out = 0/0 and lse = -inf or inf.
-    shift = tl.where(tl.abs(new_m) == float("inf"), 0.0, new_m)
+    shift = tl.where(tl.abs(new_peak) == float("inf"), 0.0, new_peak)
     p = tl.exp2(scores * scale_log2 - shift[:, None])
-    factor = tl.exp2(m - shift)
-    return p, new_m, l * factor + tl.sum(p, 1), factor
+    factor = tl.exp2(peak - shift)
+    return p, new_peak, total * factor + tl.sum(p, 1), factor
 
 
 # ---- forward
 
 
 @triton.jit
-def _attend(acc, m, l, q, k_head, v_head, ends, first, last, k_row, v_row, scale_log2, WHOLE: tl.constexpr,
+def _attend(acc, peak, total, q, k_head, v_head, ends, first, last, k_row, v_row, scale_log2, WHOLE: tl.constexpr,
             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr, STRIDE_UNIT: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
     """A tile's rows over the keys from `first` to `last`, whole blocks that all rows see if WHOLE."""
@@ -144,10 +147,10 @@ def _attend(acc, m, l, q, k_head, v_head, ends, first, last, k_row, v_row, scale
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if not WHOLE:
             scores = tl.where(_visible(ends[:, None], start + tl.arange(0, BLOCK_N)[None, :]), scores, float("-inf"))
-        p, m, l, factor = _softmax_step(scores, scale_log2, m, l)
+        p, peak, total, factor = _softmax_step(scores, scale_log2, peak, total)
         v = _load(v_head, start, last - start, v_row, WHOLE, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT)
         acc = tl.dot(p.to(v.dtype), v, acc * factor[:, None], input_precision=PRECISION)
-    return acc, m, l
+    return acc, peak, total
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -167,19 +170,19 @@ def forward(q, k, v, out, lse, table, token_ends, scale_log2,
     rows = tl.arange(0, BLOCK_M)
     ends = tl.load(token_ends + q_offset + first + rows, mask=rows < count, other=0)
 
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     whole = common // BLOCK_N * BLOCK_N
-    acc, m, l = _attend(acc, m, l, q_tile, k_base, v_base, ends, 0, whole, k_row, v_row, scale_log2, True,
+    acc, peak, total = _attend(acc, peak, total, q_tile, k_base, v_base, ends, 0, whole, k_row, v_row, scale_log2, True,
                         BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
-    acc, m, l = _attend(acc, m, l, q_tile, k_base, v_base, ends, whole, limit, k_row, v_row, scale_log2, False,
+    acc, peak, total = _attend(acc, peak, total, q_tile, k_base, v_base, ends, whole, limit, k_row, v_row, scale_log2, False,
                         BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
 
     out_base = _head(out, batch, head, out_batch, out_head, STRIDE_UNIT)
-    _store(out_base, first, count, out_row, acc * (1.0 / l)[:, None], BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)
-    shift = tl.where(tl.abs(m) == float("inf"), 0.0, m)
-    tl.store(lse + pair.to(tl.int64) * queries + first + rows, (shift + tl.log2(l)) * LN_2, mask=rows < count)
+    _store(out_base, first, count, out_row, acc * (1.0 / total)[:, None], BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)
+    shift = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
+    tl.store(lse + pair.to(tl.int64) * queries + first + rows, (shift + tl.log2(total)) * LN_2, mask=rows < count)
 
 
 # ---- backward: dq, row by row, and delta
@@ -193,10 +196,12 @@ def _add_dq(acc, q, dout, lse_log2, delta, k_head, v_head, ends, first, last, k_
         k = _load(k_head, start, last - start, k_row, WHOLE, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT)
         v = _load(v_head, start, last - start, v_row, WHOLE, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
-        ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        exponent = scores * scale_log2 - lse_log2[:, None]
         if not WHOLE:
-            ds = tl.where(_visible(ends[:, None], start + tl.arange(0, BLOCK_N)[None, :]), ds, 0.0)
+            visible = _visible(ends[:, None], start + tl.arange(0, BLOCK_N)[None, :])
+            exponent = tl.where(visible, exponent, float("-inf"))
+        p = tl.exp2(exponent)
+        ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
     return acc
 
@@ -245,31 +250,6 @@ def backward_queries(q, k, v, out, dout, lse, dlse, dq, delta, table, token_ends
 # ---- backward: dk and dv, key by key
 
 
-@triton.jit
-def _add_dk_dv(dk, dv, k, v, q_head, dout_head, lse, delta, row_ends, keys, first, last, q_row, dout_row, scale_log2,
-               WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr,
-               STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The rows from `first` to `last` of one head. Tiles are transposed, (keys, rows): p^T and ds^T are what is
-    multiplied by dout and q."""
-    for start in range(first, last, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        inside = rows < last
-        q = _load(q_head, start, last - start, q_row, WHOLE, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)
-        dout = _load(dout_head, start, last - start, dout_row, WHOLE, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)
-        row_lse = tl.load(lse + rows, mask=inside, other=0.0)
-        row_delta = tl.load(delta + rows, mask=inside, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = tl.exp2(scores * scale_log2 - (row_lse * LOG2_E)[None, :])
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - row_delta[None, :])
-        if not WHOLE:
-            visible = _visible(tl.load(row_ends + rows, mask=inside, other=0)[None, :], keys[:, None])
-            p = tl.where(visible, p, 0.0)
-            ds = tl.where(visible, ds, 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
-
-
 @triton.jit(do_not_specialize=_RUNTIME)
 def backward_keys(q, k, v, dout, lse, delta, dk, dv, table, token_ends, softmax_scale,
                   q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -277,7 +257,10 @@ def backward_keys(q, k, v, dout, lse, delta, dk, dv, table, token_ends, softmax_
                   heads, group, q_offset, queries, tiles, pairs, section,
                   DIM: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """dk and dv of one tile of keys; `pairs` are pairs of batch and key head, `heads` the number of key heads."""
+    """dk and dv of one tile of keys; `pairs` are pairs of batch and key head, `heads` the number of key heads.
+
+    Blocks are transposed, (keys, rows): p^T and ds^T are what is multiplied by dout and q.
+    """
     tile, pair = _program(tiles, pairs, section)
     first, count, common, limit = _table_row(table, tile)
     batch, kv_head = pair // heads, pair % heads
@@ -290,18 +273,33 @@ def backward_keys(q, k, v, dout, lse, delta, dk, dv, table, token_ends, softmax_
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     scale_log2 = softmax_scale * LOG2_E
-    whole = queries - (queries - common) // BLOCK_M * BLOCK_M  # whole blocks end with the last row
-    for member in range(0, group):
-        head = kv_head * group + member
-        q_base = _head(q, batch, head, q_batch, q_head, STRIDE_UNIT)
-        dout_base = _head(dout, batch, head, dout_batch, dout_head, STRIDE_UNIT)
-        statistics = (pair.to(tl.int64) * group + member) * queries
-        dk_tile, dv_tile = _add_dk_dv(dk_tile, dv_tile, k_tile, v_tile, q_base, dout_base, lse + statistics,
-                                      delta + statistics, token_ends + q_offset, keys, limit, whole, q_row, dout_row, scale_log2,
-                                      False, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
-        dk_tile, dv_tile = _add_dk_dv(dk_tile, dv_tile, k_tile, v_tile, q_base, dout_base, lse + statistics,
-                                      delta + statistics, token_ends + q_offset, keys, whole, queries, q_row, dout_row,
-                                      scale_log2, True, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
+    q_base = _head(q, batch, kv_head * group, q_batch, q_head, STRIDE_UNIT)
+    dout_base = _head(dout, batch, kv_head * group, dout_batch, dout_head, STRIDE_UNIT)
+    statistics = pair.to(tl.int64) * group * queries
+    # One loop over the rows of all heads of the group, with the question of visibility as a branch: a loop in a loop,
+    # or one loop for each answer, keeps more addresses in registers than dk and dv leave.
+    blocks = tl.cdiv(queries - limit, BLOCK_M)
+    for block in range(0, group * blocks):
+        member = block // blocks
+        start = limit + (block - member * blocks) * BLOCK_M
+        rows = start + tl.arange(0, BLOCK_M)
+        inside = rows < queries
+        q_tile = _load(q_base + member * q_head.to(tl.int64) * STRIDE_UNIT, start, queries - start, q_row, False,
+                       BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)  # fmt: skip
+        dout_tile = _load(dout_base + member * dout_head.to(tl.int64) * STRIDE_UNIT, start, queries - start, dout_row,
+                          False, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)  # fmt: skip
+        # Rows that do not exist get p = exp(-inf) = 0.
+        row_lse = tl.load(lse + statistics + member * queries + rows, mask=inside, other=float("inf"))
+        row_delta = tl.load(delta + statistics + member * queries + rows, mask=inside, other=0.0)
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        exponent = scores * scale_log2 - (row_lse * LOG2_E)[None, :]
+        if start < common:
+            ends = tl.load(token_ends + q_offset + rows, mask=inside, other=0)
+            exponent = tl.where(_visible(ends[None, :], keys[:, None]), exponent, float("-inf"))
+        p = tl.exp2(exponent)
+        dv_tile = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_tile, input_precision=PRECISION)
+        ds = p * (tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION) - row_delta[None, :])
+        dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
 
     dk_base = _head(dk, batch, kv_head, dk_batch, dk_head, STRIDE_UNIT)
     dv_base = _head(dv, batch, kv_head, dv_batch, dv_head, STRIDE_UNIT)
@@ -311,7 +309,15 @@ def backward_keys(q, k, v, dout, lse, delta, dk, dv, table, token_ends, softmax_
 
 # ---- launch
 
-_SECTION_BYTES = 16 << 20  # keys and values of a section: less than half of the L2 cache of an A100, H100 or B200
+# Keys and values of a section, or queries and dout: less than half of the L2 cache of an A100, H100 or B200.
+_SECTION_BYTES = 16 << 20
+
+# Offsets inside a tile, of at most 256 rows, are 32-bit numbers: 64 bits cost up to 40 registers of a thread.
+_FAR = (1 << 31) // 256
+
+
+def _any_far(*tensors: torch.Tensor) -> bool:
+    return any([x.stride(2) >= _FAR and x.shape[2] > 1 for x in tensors])
 
 
 def _strides(**tensors: torch.Tensor) -> dict[str, int]:
@@ -325,17 +331,6 @@ def _strides(**tensors: torch.Tensor) -> dict[str, int]:
     widest = 16 // next(iter(tensors.values())).element_size()
     unit = reduce(math.gcd, strides.values(), widest)
     return {**{name: stride // unit for name, stride in strides.items()}, "STRIDE_UNIT": unit}
-
-
-def _constants(q: torch.Tensor, target) -> dict[str, object]:
-    dim = q.shape[3]
-    tf32 = target.api == "cuda" and q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {"DIM": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "PRECISION": "tf32" if tf32 else "ieee"}
-
-
-def _grid(tiles: torch.Tensor, pairs: int, bytes_per_pair: int) -> tuple[tuple[int], dict[str, int]]:
-    section = min(pairs, max(1, _SECTION_BYTES // bytes_per_pair))
-    return (tiles.shape[0] * pairs,), {"tiles": tiles.shape[0], "pairs": pairs, "section": section}
 
 
 def _check(q, k, v, scale_lens, q_offset, **like_q) -> None:
@@ -354,32 +349,48 @@ def _check(q, k, v, scale_lens, q_offset, **like_q) -> None:
     check_same("q", q, k=k, v=v, **like_q)
 
 
+def _start(kernel, q, k, scale_lens, q_offset, tensors: dict[str, torch.Tensor], others: dict[str, object]) -> None:
+    """Start `kernel` over the tiles of its side; `tensors` (B, H, L, D), and `others` that only this kernel takes."""
+    (batch, heads, queries, dim), (kv_heads, keys) = q.shape, k.shape[1:3]
+    target = target_of(q.device)
+    block_d = max(16, triton.next_power_of_2(dim))
+    config = configs.choose(f"block_causal_attention.{kernel.fn.__name__}", target, block_d, q.element_size())
+    rows, columns = config.tiles["BLOCK_M"], config.tiles["BLOCK_N"]
+    group = heads // kv_heads
+    if kernel is backward_keys:
+        table = device_table(key_tiles, scale_lens, q_offset, queries, columns, rows, q.device)
+        heads, streamed = kv_heads, queries * group
+    else:
+        table = device_table(query_tiles, scale_lens, q_offset, queries, rows, columns, q.device)
+        streamed = keys // group
+    tiles, pairs = table.tiles.shape[0], batch * heads
+    section = min(pairs, max(1, _SECTION_BYTES // (2 * max(streamed, 1) * dim * q.element_size())))
+    tf32 = target.api == "cuda" and q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    arguments = {
+        **tensors, **others, **_strides(**tensors), "table": table.tiles, "token_ends": table.ends,
+        "heads": heads, "group": group, "q_offset": q_offset, "queries": queries,
+        "tiles": tiles, "pairs": pairs, "section": section,
+        "DIM": dim, "BLOCK_D": block_d, "PRECISION": "tf32" if tf32 else "ieee",
+    }  # fmt: skip
+    launch(kernel, (tiles * pairs,), arguments, config)
+
+
 def block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset):
     _check(q, k, v, scale_lens, q_offset)
-    batch, heads, queries, _ = q.shape
     out = torch.empty_like(q)
-    lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
+    if _any_far(q, k, v, out):
+        dense = (x.contiguous() for x in (q, k, v))
+        result, lse = block_causal_attention(*dense, scale_lens, softmax_scale, q_offset)
+        return out.copy_(result), lse
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
     if softmax_scale < 0:  # the maximum of the scaled scores would be their minimum
         q, softmax_scale = -q, -softmax_scale
-    target = target_of(q.device)
-    constants = _constants(q, target)
-    config = configs.choose("block_causal_attention.forward", target, constants["BLOCK_D"], q.element_size())
-    table = device_table(
-        query_tiles, scale_lens, q_offset, queries, config.tiles["BLOCK_M"], config.tiles["BLOCK_N"], q.device
-    )
-    group = heads // k.shape[1]
-    grid, sizes = _grid(table.tiles, batch * heads, 2 * k[0, 0].nbytes // group)
-    arguments = {
-        "q": q, "k": k, "v": v, "out": out, "lse": lse, "table": table.tiles, "token_ends": table.ends,
-        # Not zero: the -inf of an invisible score times zero would be NaN.
-        "scale_log2": max(softmax_scale * LOG2_E.value, 1e-30),
-        **_strides(q=q, k=k, v=v, out=out),
-        "heads": heads, "group": group, "q_offset": q_offset, "queries": queries,
-        **sizes, **constants,
-    }  # fmt: skip
-    launch(forward, grid, arguments, config)
+    # Not zero: the -inf of an invisible score times zero would be NaN.
+    scale_log2 = max(softmax_scale * LOG2_E.value, 1e-30)
+    tensors = {"q": q, "k": k, "v": v, "out": out}
+    _start(forward, q, k, scale_lens, q_offset, tensors, {"lse": lse, "scale_log2": scale_log2})
     return out, lse
 
 
@@ -388,53 +399,18 @@ def block_causal_attention_backward(dout, q, k, v, out, lse, dlse, scale_lens, s
     for name, x in (("lse", lse), *([] if dlse is None else [("dlse", dlse)])):
         check_shape(name, x, q.shape[:3])
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if q.shape[0] == 0 or q.shape[2] == 0:
+    if _any_far(dout, q, k, v, out, dq, dk, dv):
+        dense = (x.contiguous() for x in (dout, q, k, v, out))
+        results = block_causal_attention_backward(*dense, lse, dlse, scale_lens, softmax_scale, q_offset)
+        return tuple(to.copy_(result) for to, result in zip((dq, dk, dv), results, strict=True))
+    if lse.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    problem = (scale_lens, softmax_scale, q_offset)
-    _launch_backward_queries(dout, q, k, v, out, lse, dlse, *problem, dq, delta)
-    _launch_backward_keys(dout, q, k, v, lse, delta, *problem, dk, dv)
+    statistics = {"lse": lse, "delta": delta, "softmax_scale": softmax_scale}
+    tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq}
+    gradient = {"dlse": lse if dlse is None else dlse.contiguous(), "HAS_DLSE": dlse is not None}
+    _start(backward_queries, q, k, scale_lens, q_offset, tensors, {**statistics, **gradient})
+    tensors = {"q": q, "k": k, "v": v, "dout": dout, "dk": dk, "dv": dv}
+    _start(backward_keys, q, k, scale_lens, q_offset, tensors, statistics)
     return dq, dk, dv
-
-
-def _launch_backward_queries(dout, q, k, v, out, lse, dlse, scale_lens, softmax_scale, q_offset, dq, delta) -> None:
-    batch, heads, queries, _ = q.shape
-    target = target_of(q.device)
-    constants = _constants(q, target)
-    config = configs.choose("block_causal_attention.backward_queries", target, constants["BLOCK_D"], q.element_size())
-    table = device_table(
-        query_tiles, scale_lens, q_offset, queries, config.tiles["BLOCK_M"], config.tiles["BLOCK_N"], q.device
-    )
-    group = heads // k.shape[1]
-    grid, sizes = _grid(table.tiles, batch * heads, 2 * k[0, 0].nbytes // group)
-    arguments = {
-        "q": q, "k": k, "v": v, "out": out, "dout": dout, "lse": lse,
-        "dlse": lse if dlse is None else dlse.contiguous(), "HAS_DLSE": dlse is not None,
-        "dq": dq, "delta": delta, "table": table.tiles, "token_ends": table.ends, "softmax_scale": softmax_scale,
-        **_strides(q=q, k=k, v=v, out=out, dout=dout, dq=dq),
-        "heads": heads, "group": group, "q_offset": q_offset, "queries": queries,
-        **sizes, **constants,
-    }  # fmt: skip
-    launch(backward_queries, grid, arguments, config)
-
-
-def _launch_backward_keys(dout, q, k, v, lse, delta, scale_lens, softmax_scale, q_offset, dk, dv) -> None:
-    batch, heads, queries, _ = q.shape
-    kv_heads = k.shape[1]
-    target = target_of(q.device)
-    constants = _constants(q, target)
-    config = configs.choose("block_causal_attention.backward_keys", target, constants["BLOCK_D"], q.element_size())
-    table = device_table(
-        key_tiles, scale_lens, q_offset, queries, config.tiles["BLOCK_N"], config.tiles["BLOCK_M"], q.device
-    )
-    group = heads // kv_heads
-    grid, sizes = _grid(table.tiles, batch * kv_heads, 2 * q[0, 0].nbytes * group)
-    arguments = {
-        "q": q, "k": k, "v": v, "dout": dout, "lse": lse, "delta": delta, "dk": dk, "dv": dv,
-        "table": table.tiles, "token_ends": table.ends, "softmax_scale": softmax_scale,
-        **_strides(q=q, k=k, v=v, dout=dout, dk=dk, dv=dv),
-        "heads": kv_heads, "group": group, "q_offset": q_offset, "queries": queries,
-        **sizes, **constants,
-    }  # fmt: skip
-    launch(backward_keys, grid, arguments, config)
