@@ -92,18 +92,38 @@ TABLE |= {
     ),
 }
 
+# Its backward: all scales of all images at once, so that programs are many. size is the number of pixels of all maps
+# (phi_gradients: of one scale; downsample: tokens of the largest scale times maps; reduce_phi: partial sums).
+TABLE |= {
+    "multi_scale_quantize_backward.write_schedule": (Row(Config({}, num_warps=1)),),
+    "multi_scale_quantize_backward.upsample": (Row(Config({"BLOCK_P": 32, "BLOCK_C": 32}, num_warps=4)),),
+    "multi_scale_quantize_backward.convolve": (
+        Row(Config({"BLOCK_P": 16, "BLOCK_I": 32, "BLOCK_O": 32}, num_warps=2, num_stages=3), size=4096),
+        Row(Config({"BLOCK_P": 64, "BLOCK_I": 32, "BLOCK_O": 32}, num_warps=2, num_stages=3)),
+    ),
+    "multi_scale_quantize_backward.suffix_sums": (Row(Config({"BLOCK_P": 32, "BLOCK_C": 32}, num_warps=4)),),
+    "multi_scale_quantize_backward.phi_gradients": (
+        Row(Config({"BLOCK_P": 32, "BLOCK_I": 32, "BLOCK_O": 32}, num_warps=1, num_stages=3)),
+    ),
+    "multi_scale_quantize_backward.reduce_phi": (Row(Config({"BLOCK": 256}, num_warps=2)),),
+    "multi_scale_quantize_backward.downsample": (
+        Row(Config({"BLOCK_T": 32, "BLOCK_P": 32, "BLOCK_C": 32}, num_warps=2, num_stages=2)),
+    ),
+    "multi_scale_quantize_backward.sum_tokens": (Row(Config({"BLOCK_T": 16, "BLOCK_C": 32}, num_warps=1)),),
+}
+
 # adaln_layer_norm: size is the fp32 values of a row that a program keeps in registers (sum_partials: channels). A row has
 # the least power of two of threads that leaves each of them 96 values, and CHUNK is a vector of 16 bytes for each of
 # these threads. A program of forward is one row, or one warp: then warps wait for none but those of their row. Programs
 # of backward are larger, so that fewer partial sums are written. The compiler is held to the number of registers that
 # suffices, since the number of programs counts on so many of them being resident. The last row is for widths beyond the
 # model family, up to 16384 channels: what does not fit registers lies in local memory.
-def _adaln_rows(program_threads: int) -> tuple[Row, ...]:
+def _adaln_rows(program_warps: int) -> tuple[Row, ...]:
     return tuple(
         Row(
             Config(
-                {"ROWS": max(1, program_threads // threads), "CHUNK": threads * 16 // itemsize},
-                num_warps=max(program_threads, threads, warp_size) // warp_size,
+                {"ROWS": max(1, program_warps * warp_size // threads), "CHUNK": threads * 16 // itemsize},
+                num_warps=max(program_warps, threads // warp_size),
                 options={"maxnreg": registers} if api == "cuda" else {},
             ),
             size=values * threads,
@@ -121,8 +141,8 @@ def _adaln_rows(program_threads: int) -> tuple[Row, ...]:
 
 
 TABLE |= {
-    "adaln_layer_norm.adaln_forward": _adaln_rows(program_threads=32),
-    "adaln_layer_norm.adaln_backward": _adaln_rows(program_threads=128),
+    "adaln_layer_norm.adaln_forward": _adaln_rows(program_warps=1),
+    "adaln_layer_norm.adaln_backward": _adaln_rows(program_warps=4),
     "adaln_layer_norm.sum_partials": (Row(Config({"ROWS": 32, "CHUNK": 64}, num_warps=4)),),
 }
 

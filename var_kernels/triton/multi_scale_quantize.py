@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .configs import choose
 from .launch import launch
+from .multi_scale_quantize_backward import quantize_backward
 from .multi_scale_quantize_map import convolved, largest_window, pooled, upsampled
 from .nearest_code import Codebook, scan_codes, store_choice
 from .targets import target_of
@@ -264,6 +265,18 @@ def multi_scale_quantize(
         forward.update(k, size, phi_index[k], tokens, offset)
         offset += size[0] * size[1]
     return tokens, forward.out, forward.partials.sum(-1)
+
+
+def multi_scale_quantize_backward(
+    f: torch.Tensor, codebook: torch.Tensor, phi_weight: torch.Tensor, phi_bias: torch.Tensor, tokens: torch.Tensor,
+    derrors: torch.Tensor, heights: list[int], widths: list[int], phi_index: list[int], phi_ratio: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The raw operator `_multi_scale_quantize_backward`: df, dcodebook, dphi_weight, dphi_bias."""
+    parameters = (codebook, phi_weight, phi_bias)
+    if f.shape[0] == 0:
+        return f.new_empty(f.shape), *(parameter.new_zeros(parameter.shape) for parameter in parameters)
+    sizes, full = list(zip(heights, widths, strict=True)), (f.shape[2], f.shape[3])
+    return quantize_backward(maps_of(f), *parameters, tokens, derrors, full, sizes, phi_index, phi_ratio)
 
 
 def next_scale_input(
