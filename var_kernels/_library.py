@@ -5,6 +5,7 @@ library, and in `torch.ops.var_kernels_triton`, implemented by Triton kernels, w
 """
 
 import importlib
+from collections.abc import Callable
 
 import torch
 from torch._C import _functorch
@@ -13,6 +14,12 @@ from torch.autograd import forward_ad
 NATIVE = torch.library.Library("var_kernels", "DEF")
 TRITON = torch.library.Library("var_kernels_triton", "DEF")
 
+# The namespace that serves each backend.
+NAMESPACES = {"cpu": NATIVE.ns, "triton": TRITON.ns}
+
+_schemas: list[str] = []
+_fakes: dict[str, Callable] = {}
+
 
 def define(schema: str, page: str) -> None:
     """Define one raw operator, `_name(...) -> ...`, of the op's page (its `__name__`), which adds the fake kernel.
@@ -20,6 +27,7 @@ def define(schema: str, page: str) -> None:
     Its Triton implementation is the function `name` of the page's module in `triton/`, imported at the first call.
     """
     stem = page.rpartition(".")[2]
+    _schemas.append(schema)
     for library in (NATIVE, TRITON):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
@@ -36,16 +44,27 @@ def register_fake(name: str):
     """Decorator: the shape function of the raw operator `name`."""
 
     def register(function):
-        for namespace, library in (("var_kernels", NATIVE), ("var_kernels_triton", TRITON)):
-            torch.library.register_fake(f"{namespace}::{name}", function, lib=library)
+        _fakes[name] = function
+        for library in (NATIVE, TRITON):
+            torch.library.register_fake(f"{library.ns}::{name}", function, lib=library)
         return function
 
     return register
 
 
+def define_again(namespace: str) -> torch.library.Library:
+    """The same operators in one more namespace, for whoever implements them; they last as long as what is returned."""
+    library = torch.library.Library(namespace, "DEF")
+    for schema in _schemas:
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for name, function in _fakes.items():
+        torch.library.register_fake(f"{namespace}::{name}", function, lib=library)
+    return library
+
+
 def raw_ops(backend: str):
     """The raw operators of a backend that `resolve` chose."""
-    return torch.ops.var_kernels_triton if backend == "triton" else torch.ops.var_kernels
+    return getattr(torch.ops, NAMESPACES[backend])
 
 
 def needs_grad(*tensors: torch.Tensor) -> bool:

@@ -169,7 +169,7 @@ void run_backward(const Tensor& x, const AdaLNBackward& arguments) {
 
 // The partial sums, in ascending order of sample and token, become the gradient.
 void finish(const Tensor& x, const Reduction& reduction) {
-  if (reduction.target.partial == nullptr) return;
+  if (reduction.target.per_token != nullptr || reduction.out.numel() == 0) return;
   constexpr int64_t kBlock = 1024;
   const int64_t channels = x.size(2), blocks = (channels + kBlock - 1) / kBlock, rows = reduction.out.size(0);
   const int64_t count = rows == 0 ? 0 : x.size(0) * partials_per_sample(x) / rows;

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "../empty.h"
+
 namespace var_kernels {
 
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
@@ -63,22 +65,9 @@ void parallel_tasks(int64_t tasks, int64_t work, const F& f) {
 // allocations of this size would fault in their pages on every call. Contents are unspecified; one user at a time.
 float* thread_scratch(int64_t floats);
 
-// A dense CPU tensor with unspecified contents. Straight from the C shim: torch::stable::new_empty looks its operator up
-// by name on every call, which cost four of the seven microseconds of an op on one token.
+// A dense CPU tensor with unspecified contents.
 inline torch::stable::Tensor empty_cpu(std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType dtype) {
-  constexpr size_t kMaxDims = 5;
-  STD_TORCH_CHECK(sizes.size() <= kMaxDims, "empty_cpu: at most ", kMaxDims, " dimensions");
-  int64_t strides[kMaxDims] = {}, elements = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = elements;
-    elements *= std::max<int64_t>(sizes.begin()[d], 1);  // as torch lays out empty tensors
-  }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.begin(), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0,
-      &handle));
-  return torch::stable::Tensor(handle);
+  return empty_dense(sizes, dtype, aoti_torch_device_type_cpu(), 0);
 }
 
 }  // namespace var_kernels

@@ -1,0 +1,158 @@
+"""CUDA kernels executed on the CPU: the unchanged .cu files, one fiber per CUDA thread.
+
+    emulation = load("race", kernel_sources())
+    with emulation.run(seed=1, late_copies=True):
+        torch.ops.var_kernels_emulated_race._adaln_layer_norm(x, scale, shift, 1e-6)
+
+What the emulation finds raises :class:`EmulationError` at the end of the block. It says nothing about speed, the
+assembly inside `csrc/cuda/device.cuh`, or the memory model beyond barriers: memory is sequentially consistent here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.machinery
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from var_kernels import _build, _library
+
+from . import build
+
+__all__ = ["Emulation", "EmulationError", "Report", "Run", "kernel_sources", "load"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One finding.
+
+    `kind` is one of race, cross_block_race, undefined, in_flight, async_copy, out_of_bounds, misaligned, divergence,
+    barrier, deadlock, launch; `other_thread` the second party of a race inside a block, else -1; `where` "file:line"
+    of the access and `kernel` the function's name, both empty where they could not be found.
+    """
+
+    kind: str
+    message: str
+    block: tuple[int, int, int]
+    thread: int
+    other_thread: int
+    count: int
+    kernel: str
+    where: str
+
+    def __str__(self) -> str:
+        who = f"block {self.block}, thread {self.thread}" + (
+            f" and thread {self.other_thread}" if self.other_thread >= 0 else ""
+        )
+        times = f" ({self.count} times)" if self.count > 1 else ""
+        return f"{self.kind}: {self.message}{times} [{who}; {self.where or 'unknown line'}; {self.kernel}]"
+
+
+class EmulationError(AssertionError):
+    """The emulation found what no GPU would have said; `reports` has the details."""
+
+    def __init__(self, reports: Sequence[Report]) -> None:
+        super().__init__("\n".join(map(str, reports)))
+        self.reports = tuple(reports)
+
+
+@dataclass
+class Run:
+    """What happened inside a `with emulation.run()` block; complete at its end."""
+
+    counters: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """One loaded variant. `ops` are its raw operators, on CPU tensors."""
+
+    variant: str
+    path: Path
+    module: object
+
+    @property
+    def namespace(self) -> str:
+        return build.namespace(self.variant)
+
+    @property
+    def ops(self):
+        return getattr(torch.ops, self.namespace)
+
+    @contextlib.contextmanager
+    def run(self, *, seed: int = 0, late_copies: bool = True, **buffers: torch.Tensor) -> Iterator[Run]:
+        """Kernels inside this block run in the order that `seed` says: 0 in order, 1 in reverse, else at random.
+
+        `late_copies`: cp.async lands when it is waited for, else when it is issued. `buffers`: memory that kernels use
+        without the door of an op, by name. Raises EmulationError for what was found.
+        """
+        self.module.begin(seed, late_copies)
+        for name, tensor in buffers.items():
+            self.module.add_buffer(tensor.data_ptr(), tensor.untyped_storage().nbytes(), name)
+        run, problem = Run(), None
+        try:
+            yield run
+        except RuntimeError as error:  # the door's, because a launch failed; the reports say why
+            problem = error
+        run.counters.update(self.module.counters())
+        if found := self.module.reports():
+            raise EmulationError(self._resolve(found)) from problem
+        if problem is not None:
+            raise problem
+
+    def _resolve(self, found: Sequence[dict]) -> list[Report]:
+        addresses = [entry[key] for entry in found for key in ("kernel", "code")]
+        places = _places(self.path, addresses)
+        reports = []
+        for entry, kernel, code in zip(found, places[::2], places[1::2], strict=True):
+            known = {key: value for key, value in entry.items() if key not in ("kernel", "code")}
+            reports.append(Report(**known, kernel=kernel[0], where=code[1]))
+        return reports
+
+
+def _places(path: Path, addresses: Sequence[int]) -> list[tuple[str, str]]:
+    """(function, "file:line") of each address in the library."""
+    if not shutil.which("addr2line"):
+        return [("", "")] * len(addresses)
+    # A return address is one behind the call it returns from.
+    hexadecimal = [hex(address - 1 if i % 2 and address else address) for i, address in enumerate(addresses)]
+    command = ["addr2line", "-f", "-C", "-e", str(path), *hexadecimal]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    names = [re.sub(r"^void |\(anonymous namespace\)::|\(.*", "", line) for line in lines[::2]]
+    files = [re.sub(r" \(discriminator.*|^\?\?.*", "", line).rpartition("/")[2] for line in lines[1::2]]
+    return list(zip(names, files, strict=True))
+
+
+def kernel_sources() -> list[Path]:
+    """Every CUDA file of the package."""
+    return sorted((_build.CSRC / "cuda").glob("*.cu"))
+
+
+@functools.cache
+def _defined(namespace: str) -> torch.library.Library:
+    return _library.define_again(namespace)
+
+
+_loaded: dict[Path, Emulation] = {}
+
+
+def load(variant: str, sources: Sequence[Path]) -> Emulation:
+    """Builds, or finds in the cache, the module of these .cu files, and loads it. `variant`: see :mod:`.build`."""
+    path = build.build(variant, sources)
+    if path not in _loaded:
+        _defined(build.namespace(variant))
+        # Extension modules are remembered by name: each library needs its own.
+        name = f"{path.parent.name}.{build.MODULE}"
+        loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+        module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path, loader=loader))
+        loader.exec_module(module)
+        _loaded[path] = Emulation(variant, path, module)
+    return _loaded[path]

@@ -1,0 +1,147 @@
+"""Compiles .cu files with g++ into Python modules that execute them on the CPU, in three variants.
+
+* ``fast``: as quick as possible;
+* ``race``: every access to memory is announced and checked (races, bounds, undefined values);
+* ``sanitized``: AddressSanitizer and UndefinedBehaviorSanitizer, for a process that preloads them.
+
+Objects and modules are kept in the cache directory under the hash of what they are made of, so that only what changed
+is compiled again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import filelock
+
+from var_kernels import _build
+
+HERE = Path(__file__).resolve().parent
+RUNTIME = ("emu_scheduler.cpp", "emu_warp.cpp", "emu_memory.cpp", "emu_host.cpp")
+MODULE = "cuda_emulation_runtime"
+
+# -g1: reports name source lines. The race build must keep each access as it is written.
+_COMMON = "-std=c++20 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
+_SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer"
+# Flags of kernels, flags of the runtime.
+VARIANTS = {
+    "fast": ("-O2", "-O2"),
+    "race": (
+        "-O1 -fsanitize=thread --param tsan-instrument-func-entry-exit=0 -fno-tree-vectorize -fno-tree-slp-vectorize "
+        "-fno-store-merging",
+        "-O2",
+    ),
+    "sanitized": (f"-O1 {_SANITIZERS}", f"-O1 {_SANITIZERS}"),
+}
+# The doors call these through the runtime, see emu_host.cpp.
+_WRAPPED = (
+    "aoti_torch_empty_strided", "torch_get_mutable_data_ptr", "torch_get_const_data_ptr",
+    "aoti_torch_delete_tensor_object", "aoti_torch_create_device_guard", "aoti_torch_delete_device_guard",
+)  # fmt: skip
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why CUDA kernels cannot be emulated here; None if they can."""
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        return "the emulation switches between threads with x86-64 instructions, on Linux"
+    try:
+        compiler = _build.find_compiler()
+    except _build.BuildUnavailable as problem:
+        return str(problem)
+    if compiler.family != "g++":
+        return f"the emulation is compiled by g++, the compiler is {compiler.family}"
+    if _cuda_headers() is None:
+        return "the CUDA headers are not installed (nvcc's toolkit, or the package nvidia-cuda-runtime)"
+    return None
+
+
+def _cuda_headers() -> Path | None:
+    nvcc = _build.find_nvcc()
+    places = [nvcc.toolkit / "include"] if nvcc else []
+    site = Path(sysconfig.get_path("purelib"))
+    places += sorted(site.glob("nvidia/*/include"))
+    wanted = ("cuda_runtime_api.h", "cuda_bf16.h", "cuda_fp16.h")
+    return next((place for place in places if all((place / name).is_file() for name in wanted)), None)
+
+
+def namespace(variant: str) -> str:
+    """The namespace of `torch.ops` that a variant's kernels are registered in."""
+    return f"var_kernels_emulated_{variant}"
+
+
+def build(variant: str, sources: Sequence[Path]) -> Path:
+    """The module of `variant` made of the .cu files `sources`; compiled if it is not in the cache.
+
+    Raises RuntimeError with the compiler's output where that fails.
+    """
+    kernel_flags, runtime_flags = VARIANTS[variant]
+    includes = f"-I{_build.CSRC} -I{HERE} {_torch_includes()} -isystem {_cuda_headers()}"
+    emulate = f"-DVAR_EMULATE -DVAR_OPS_NAMESPACE={namespace(variant)} -DVAR_OPS_KEY=CPU"
+    emulate += f" -include {HERE / 'cuda_emu.h'} -x c++"
+    python = f"-isystem {sysconfig.get_path('include')} -isystem {_pybind11_include()}"
+    check = f"-DEMU_CHECK_MEMORY={int(variant == 'race')}"
+    tasks = [(source, f"{_COMMON} {kernel_flags} {includes} {emulate}") for source in sources]
+    tasks += [(HERE / name, f"{_COMMON} {runtime_flags} {check} {includes}") for name in RUNTIME]
+    tasks += [(HERE / "emu_bindings.cpp", f"{_COMMON} -O1 {check} {includes} {python}")]
+    directory = _build.cache_root() / "cuda_emulation"
+    directory.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(str(directory / "lock")):
+        with ThreadPoolExecutor(max(1, min(2, os.cpu_count() or 1))) as pool:
+            objects = list(pool.map(lambda task: _compile(*task, directory), tasks))
+        return _link(variant, objects, directory)
+
+
+def _torch_includes() -> str:
+    torch = _build.require_torch(_build.find_torch())
+    paths = (torch.path / "include", torch.path / "include/torch/csrc/api/include")
+    return f"-DTORCH_TARGET_VERSION={_build.TORCH_TARGET_VERSION} " + " ".join(f"-isystem {path}" for path in paths)
+
+
+def _pybind11_include() -> str:
+    import pybind11  # not at the top: where it is missing, the tests that need it say so
+
+    return pybind11.get_include()
+
+
+def _compile(source: Path, flags: str, directory: Path) -> Path:
+    command = f"{_build.find_compiler().command} {flags}"
+    digest = hashlib.sha256(command.encode())
+    for path in (*_build._with_includes(source, []), *sorted(HERE.glob("*.h"))):
+        digest.update(path.read_bytes())
+    output = directory / f"{source.stem}-{digest.hexdigest()[:20]}.o"
+    if not output.is_file():
+        _run(f"{command} -c {source} -o", output)
+    return output
+
+
+def _link(variant: str, objects: Sequence[Path], directory: Path) -> Path:
+    torch = _build.require_torch(_build.find_torch())
+    wrapped = ",".join(f"--wrap={name}" for name in _WRAPPED)
+    sanitizers = _SANITIZERS if variant == "sanitized" else ""
+    flags = f"-Wl,{wrapped} -L{torch.path / 'lib'} -ltorch_cpu -lc10 -Wl,-Bsymbolic {sanitizers}"
+    names = " ".join(map(str, objects))
+    key = hashlib.sha256(f"{names} {flags}".encode()).hexdigest()[:20]
+    output = directory / f"{variant}-{key}" / f"{MODULE}.so"
+    if not output.is_file():
+        output.parent.mkdir(exist_ok=True)
+        _run(f"{_build.find_compiler().command} -shared {names} {flags} -o", output)
+    return output
+
+
+def _run(command: str, output: Path) -> None:
+    temporary = output.with_name(f".{os.getpid()}-{output.name}")
+    answer = subprocess.run([*shlex.split(command), str(temporary)], capture_output=True, text=True)
+    if answer.returncode:
+        raise RuntimeError(f"{command} failed:\n{answer.stderr[-6000:]}")
+    os.replace(temporary, output)

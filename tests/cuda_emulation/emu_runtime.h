@@ -1,0 +1,127 @@
+// What the parts of the runtime share: fibers and warps (emu_scheduler.cpp), warp-wide operations and asynchronous
+// copies (emu_warp.cpp), memory checks (emu_memory.cpp), torch and the CUDA runtime as a door sees them (emu_host.cpp).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cuda_emu.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define EMU_ASAN 1
+#else
+#define EMU_ASAN 0
+#endif
+
+namespace emu {
+
+// ---- settings, counters, reports ---------------------------------------------------------------------------------
+
+struct Settings {
+  uint64_t seed = 0;         // 0: threads and blocks in order; 1: in reverse; else a random order drawn from it
+  bool late_copies = true;   // cp.async lands when it is waited for, the latest legal moment; else when it is issued
+  bool check_memory = false; // follow every access that the instrumented kernels announce
+};
+
+struct Counters {
+  uint64_t launches, blocks, switches, collectives, mma, ldmatrix, bank_conflicts, async_copies, accesses;
+};
+
+struct Report {
+  std::string kind, message;
+  uintptr_t kernel = 0, code = 0;  // addresses inside this module; 0 if unknown
+  uint32_t block[3] = {};
+  int thread = -1, other_thread = -1;
+  uint64_t count = 1;  // how often the same was seen
+};
+
+extern Settings settings;
+extern Counters counters;
+extern std::vector<Report> reports;
+
+// Notes a finding and goes on. The same kind at the same place is counted, not repeated.
+void note(const char* kind, std::string message, uintptr_t code = 0, int other_thread = -1);
+// Notes it and ends the launch; does not return when called from a fiber.
+void fail(const char* kind, std::string message, uintptr_t code = 0);
+
+// ---- fibers and warps ---------------------------------------------------------------------------------------------
+
+struct AsyncCopy {
+  void* dst;
+  const void* src;
+  bool valid;
+  uintptr_t code;
+};
+
+struct Fiber {
+  void* stack_pointer;
+  char* stack;  // kStackBytes above a guard page
+  EmuIndex index;
+  int thread;
+  bool done;
+  const char* waits_at;
+  void* fake_stack;  // AddressSanitizer's
+  std::vector<AsyncCopy> copies;
+  std::vector<int> groups;  // copies of each committed group, the oldest first
+  int uncommitted;
+};
+
+constexpr size_t kStackBytes = EMU_ASAN ? 256 << 10 : 64 << 10;
+
+// Lanes that meet at a warp-wide operation. Each leaves a pointer to its operands; the last one works for all.
+struct Meeting {
+  uint32_t mask, arrived;
+  int kind;
+  void* operands[32];
+};
+
+struct Warp {
+  Meeting meetings[4];
+  uint16_t epoch;  // counts __syncwarp since the last __syncthreads
+};
+
+struct Launch {
+  const void* kernel;
+  const void* arguments;
+  size_t arguments_bytes;
+  unsigned char* shared;
+  size_t shared_bytes;
+  int threads;
+  uint32_t epoch, block_epoch, first_epoch;  // now; when this block began; when the launch began
+};
+
+extern Fiber* current;  // null on the host's stack
+extern std::vector<Fiber> fibers;
+extern std::vector<Warp> warps;
+extern Launch active;
+
+// The calling fiber waits until somebody makes it ready.
+void wait_here(const char* what);
+void make_ready(int thread);
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+enum class Access { read, write, atomic };
+
+// Checks an access of the current fiber, and records it. Only with settings.check_memory.
+void access(const void* p, size_t bytes, Access kind, uintptr_t code);
+void mark_in_flight(const void* p, size_t bytes, bool in_flight);
+
+// Global memory that kernels may touch. `undefined`: nothing has been written to it yet.
+void add_buffer(uintptr_t id, const void* p, size_t bytes, std::string name, bool undefined);
+void remove_buffer(uintptr_t id);
+void remove_all_buffers();
+
+// Shared memory of the launch that begins, and the module's own segments, found once.
+void enter_launch_memory();
+void leave_launch_memory();
+
+// Whether the kernel may have so much dynamic shared memory: more than 48 KiB only after cudaFuncSetAttribute.
+bool shared_memory_allowed(const void* kernel, size_t bytes);
+
+#define EMU_CALLER uintptr_t(__builtin_return_address(0))
+
+}  // namespace emu

@@ -1,0 +1,38 @@
+"""Runs Python code in a process that preloads AddressSanitizer, for the variant ``sanitized``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+from var_kernels import _build
+
+_TESTS = Path(__file__).resolve().parents[1]
+# Python and torch do not free everything at exit; fibers bring stacks of their own; and a stop at the first finding
+# must not print another process's idea of colours.
+_OPTIONS = "detect_leaks=0:detect_stack_use_after_return=0:color=never"
+
+
+def run_sanitized(code: str, *, timeout: float = 300) -> subprocess.CompletedProcess:
+    """What `code` printed, and its exit status; the tests' folder is on its path. A finding ends it with status 1."""
+    compiler = shlex.split(_build.find_compiler().command)
+    libraries = [
+        subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": _OPTIONS,
+        "UBSAN_OPTIONS": "print_stacktrace=1:color=never",
+        "PYTHONPATH": os.pathsep.join([str(_TESTS), str(_TESTS.parent)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment, capture_output=True, text=True, errors="replace", timeout=timeout,
+    )  # fmt: skip
