@@ -4,6 +4,7 @@ supported, and a data-flow analysis finds the reads of registers that need a che
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass
 
 from . import access, conversion, floating, integer, selection, warp  # noqa: F401 - they register their instructions
@@ -70,14 +71,13 @@ def _find_unproven(kernel: Kernel) -> None:
     code = kernel.instructions
     bit: dict[Register, int] = {}
     for ins in code:
-        for register in ins.reads | ins.writes:
-            bit.setdefault(register, len(bit))
+        for register in (*ins.reads, *ins.writes):
+            bit.setdefault(register, 1 << len(bit))
 
     def mask(registers) -> int:
-        return sum(1 << bit[register] for register in registers)
+        return functools.reduce(operator.or_, (bit[register] for register in registers), 0)
 
     writes = [0 if ins.predicate else mask(ins.writes) for ins in code]
-    reads = [mask(ins.reads) for ins in code]
     everything = (1 << len(bit)) - 1
     before = [everything] * (len(code) + 1)
     work, seen = [0], {0}
@@ -91,12 +91,10 @@ def _find_unproven(kernel: Kernel) -> None:
                 before[successor] = merged
                 seen.add(successor)
                 work.append(successor)
-    registers = list(bit)
     tracked: set[Register] = set()
     for at, ins in enumerate(code):
-        missing = reads[at] & ~before[at] if at in seen else 0
-        if missing:
-            ins.unproven = tuple(registers[i] for i in range(len(registers)) if missing >> i & 1)
+        if at in seen:
+            ins.unproven = tuple(register for register in ins.reads if not before[at] & bit[register])
             tracked.update(ins.unproven)
     kernel.tracked = tuple(tracked)
 

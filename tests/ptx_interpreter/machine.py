@@ -102,9 +102,10 @@ class Machine:
             self.target_memory = memory.joined(self.memory)
 
     def register(self, register: Register) -> np.ndarray:
-        if register not in self.registers:
-            self.registers[register] = np.zeros(self.lanes, WORDS[register.width])
-        return self.registers[register]
+        array = self.registers.get(register)
+        if array is None:
+            array = self.registers[register] = np.zeros(self.lanes, WORDS[register.width])
+        return array
 
     def scratch(self, dtype, slot: int = 0) -> np.ndarray:
         """An array over all lanes for use within one instruction."""

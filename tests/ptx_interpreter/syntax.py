@@ -18,11 +18,12 @@ _VARIABLE = re.compile(
     r"(?P<array>\s*\[\s*(?P<count>\d*)\s*\])?(?:\s*=\s*(?P<value>.*))?$",
     re.S,
 )
+_OPERAND = re.compile(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Register:
-    """`width` in bits; 1 for predicates."""
+    """One object for each declared register. `width` in bits; 1 for predicates."""
 
     name: str
     width: int
@@ -326,11 +327,5 @@ def _symbols(operands):
 
 def _split_operands(text: str) -> list[str]:
     """Splits at the commas outside braces and brackets."""
-    items, depth, start = [], 0, 0
-    for i, character in enumerate(text):
-        depth += (character in "{[") - (character in "}]")
-        if character == "," and depth == 0:
-            items.append(text[start:i].strip())
-            start = i + 1
-    items.append(text[start:].strip())
+    items = [item.strip() for item in _OPERAND.findall(text)]
     return [item for item in items if item]
