@@ -70,6 +70,16 @@ def _load(rows, present, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexp
 
 
 @triton.jit
+def _load_factors(rows, present, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    """1 + scale of the rows that start at the pointers `rows`."""
+    scales = _load(rows, present, C, CHUNK, TAIL)
+    factors = ()
+    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
+        factors = factors + (1.0 + scales[i],)
+    return factors
+
+
+@triton.jit
 def _store(rows, tiles, present, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
     for i in tl.static_range((C + CHUNK - 1) // CHUNK):
         pointers = rows + _columns(i, C, CHUNK, TAIL)
@@ -77,20 +87,40 @@ def _store(rows, tiles, present, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.
 
 
 @triton.jit
+def _row_sum(total, rest, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    """Tiles are added up first: then warps exchange sums once, and once more for a tail of another width."""
+    total = tl.sum(total, axis=1, keep_dims=True)
+    if C > CHUNK and C % CHUNK != 0 and CHUNK != TAIL:
+        total += tl.sum(rest, axis=1, keep_dims=True)
+    return total
+
+
+@triton.jit
 def _mean(tiles, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """The mean of each row, (ROWS, 1). Tiles are added up first: then warps exchange sums once, not once per tile."""
+    """The mean of each row, (ROWS, 1), of tiles that are no products."""
     PIECES: tl.constexpr = (C + CHUNK - 1) // CHUNK
-    # Where a thread has one element, and that a product, the compiler would contract the product with the first addition
-    # between lanes: each lane adds its exact product to the rounded one of the other, and the lanes' sums differ. To add
-    # zero first, which costs nothing then, keeps them equal.
-    total = tiles[0] + 0.0
+    total = tiles[0]
     for i in tl.static_range(1, PIECES):
         if i < C // CHUNK or CHUNK == TAIL:
             total += tiles[i]
-    total = tl.sum(total, axis=1, keep_dims=True)
-    if PIECES > 1 and C % CHUNK != 0 and CHUNK != TAIL:
-        total += tl.sum(tiles[PIECES - 1] + 0.0, axis=1, keep_dims=True)
-    return total / C
+    return _row_sum(total, tiles[PIECES - 1], C, CHUNK, TAIL) / C
+
+
+@triton.jit
+def _mean_of_products(a, b, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    """The mean of each row of a·b, (ROWS, 1)."""
+    # Each fma is said, because of threads with only one element: the compiler would contract its product with the first
+    # addition between lanes. Each lane would add its exact product to the rounded one of the other, and lanes of a row
+    # would go on with different sums.
+    PIECES: tl.constexpr = (C + CHUNK - 1) // CHUNK
+    total = tl.fma(a[0], b[0], tl.zeros_like(a[0]))
+    rest = total
+    for i in tl.static_range(1, PIECES):
+        if i < C // CHUNK or CHUNK == TAIL:
+            total = tl.fma(a[i], b[i], total)
+        else:
+            rest = tl.fma(a[i], b[i], tl.zeros_like(a[i]))
+    return _row_sum(total, rest, C, CHUNK, TAIL) / C
 
 
 @triton.jit
@@ -142,7 +172,7 @@ def adaln_forward(
     group, begin, end = _range(rows, rows_per_program, programs)
     first = tl.zeros((ROWS, 1), tl.int32)  # as many rows as the tiles have, so that they share a layout
     if not SCALE_PER_TOKEN:
-        scales = _load(_rows_at(scale, group, first, scale_b, scale_l), None, C, CHUNK, TAIL)
+        factors = _load_factors(_rows_at(scale, group, first, scale_b, scale_l), None, C, CHUNK, TAIL)
     if not SHIFT_PER_TOKEN:
         shifts = _load(_rows_at(shift, group, first, shift_b, shift_l), None, C, CHUNK, TAIL)
     if branch is not None and not GATE_PER_TOKEN:
@@ -165,21 +195,21 @@ def adaln_forward(
             _store(residual + row * C, values, present, C, CHUNK, TAIL)
 
         row_mean = _mean(values, C, CHUNK, TAIL)
-        centred, squares = (), ()
+        centred = ()
         for i in tl.static_range(PIECES):
             difference = values[i] - row_mean
             if i == C // CHUNK and C % CHUNK != TAIL:
                 difference = tl.where(_columns(i, C, CHUNK, TAIL) < C, difference, 0.0)
-            centred, squares = centred + (difference,), squares + (difference * difference,)
-        row_rstd = tl.rsqrt(_mean(squares, C, CHUNK, TAIL) + eps)
+            centred = centred + (difference,)
+        row_rstd = tl.rsqrt(_mean_of_products(centred, centred, C, CHUNK, TAIL) + eps)
 
         if SCALE_PER_TOKEN:
-            scales = _load(_rows_at(scale, sample, token, scale_b, scale_l), present, C, CHUNK, TAIL)
+            factors = _load_factors(_rows_at(scale, sample, token, scale_b, scale_l), present, C, CHUNK, TAIL)
         if SHIFT_PER_TOKEN:
             shifts = _load(_rows_at(shift, sample, token, shift_b, shift_l), present, C, CHUNK, TAIL)
         results = ()
         for i in tl.static_range(PIECES):
-            results = results + (centred[i] * row_rstd * (1.0 + scales[i]) + shifts[i],)
+            results = results + (centred[i] * row_rstd * factors[i] + shifts[i],)
         _store(y + row * C, results, present, C, CHUNK, TAIL)
         tl.store(mean + row, row_mean, mask=present)
         tl.store(rstd + row, row_rstd, mask=present)
@@ -218,7 +248,7 @@ def adaln_backward(
     group, begin, end = _range(rows, rows_per_program, programs)
     first = tl.zeros((ROWS, 1), tl.int32)  # as many rows as the tiles have, so that they share a layout
     if not SCALE_PER_TOKEN:
-        scales = _load(_rows_at(scale, group, first, scale_b, scale_l), None, C, CHUNK, TAIL)
+        factors = _load_factors(_rows_at(scale, group, first, scale_b, scale_l), None, C, CHUNK, TAIL)
     if branch is not None and not GATE_PER_TOKEN:
         gates = _load(_rows_at(gate, group, first, gate_b, gate_l), None, C, CHUNK, TAIL)
     dgates = _zeros(ROWS, C, CHUNK, TAIL)
@@ -241,14 +271,13 @@ def adaln_backward(
             if GATE_PER_TOKEN:
                 gates = _load(_rows_at(gate, sample, token, gate_b, gate_l), present, C, CHUNK, TAIL)
         if SCALE_PER_TOKEN:
-            scales = _load(_rows_at(scale, sample, token, scale_b, scale_l), present, C, CHUNK, TAIL)
+            factors = _load_factors(_rows_at(scale, sample, token, scale_b, scale_l), present, C, CHUNK, TAIL)
 
         # dy is added to the sums before those of the row are waited for, and needs no registers afterwards.
-        normalised, gradients, products, dscale_terms = (), (), (), ()
+        normalised, gradients, dscale_terms = (), (), ()
         for i in tl.static_range(PIECES):
             h = (values[i] - row_mean) * row_rstd
-            g = dys[i] * (1.0 + scales[i])
-            normalised, gradients, products = normalised + (h,), gradients + (g,), products + (g * h,)
+            normalised, gradients = normalised + (h,), gradients + (dys[i] * factors[i],)
             dscale_terms = dscale_terms + (dys[i] * h,)
         if SCALE_PER_TOKEN:
             _store(dscale + row * C, dscale_terms, present, C, CHUNK, TAIL)
@@ -258,12 +287,12 @@ def adaln_backward(
             _store(dshift + row * C, dys, present, C, CHUNK, TAIL)
         else:
             dshifts = _add(dshifts, dys, C, CHUNK)
-        mean_g = _mean(gradients, C, CHUNK, TAIL) * row_rstd
-        mean_gh = _mean(products, C, CHUNK, TAIL) * row_rstd
+        mean_g = _mean_of_products(dys, factors, C, CHUNK, TAIL)
+        mean_gh = _mean_of_products(gradients, normalised, C, CHUNK, TAIL)
 
         dxs = ()
         for i in tl.static_range(PIECES):
-            d = gradients[i] * row_rstd - mean_g - normalised[i] * mean_gh
+            d = row_rstd * (gradients[i] - mean_g - normalised[i] * mean_gh)
             dxs = dxs + (d if branch is None else d + upstream[i],)
         _store(dx + row * C, dxs, present, C, CHUNK, TAIL)
         if branch is not None:

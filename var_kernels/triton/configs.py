@@ -107,7 +107,7 @@ TABLE |= {
     ),
     "multi_scale_quantize_backward.reduce_phi": (Row(Config({"BLOCK": 256}, num_warps=2)),),
     "multi_scale_quantize_backward.downsample": (
-        Row(Config({"BLOCK_T": 32, "BLOCK_P": 32, "BLOCK_C": 32}, num_warps=2, num_stages=2)),
+        Row(Config({"BLOCK_T": 32, "BLOCK_P": 32, "BLOCK_C": 32}, num_warps=4, num_stages=2)),
     ),
     "multi_scale_quantize_backward.sum_tokens": (Row(Config({"BLOCK_T": 16, "BLOCK_C": 32}, num_warps=1)),),
 }
@@ -146,16 +146,45 @@ TABLE |= {
     "adaln_layer_norm.sum_partials": (Row(Config({"ROWS": 32, "CHUNK": 64}, num_warps=4)),),
 }
 
-# block_causal_attention: size is the head dimension, rounded up to a power of two.
+# block_causal_attention: size is the head dimension, rounded up to a power of two. A warp of the tensor cores takes 16
+# rows of the tile, so 64 rows are 4 warps; blocks of the other side are as wide as registers allow. B200 multiplies 128
+# rows at once. dk and dv of 128 columns leave few registers: blocks of 32 rows, and on H100, where the compiler keeps
+# more in flight, no pipeline; of 256 columns, all warps share 16 or 32 keys. fp32 runs on the fp32 units, whose operands
+# come from registers: small tiles.
 TABLE |= {
     "block_causal_attention.forward": (
-        Row(Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2)),
+        Row(Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3), size=64, itemsize=2, shared_memory=227 << 10, arch=100),
+        Row(Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2), size=128, itemsize=2, shared_memory=227 << 10, arch=100),
+        Row(Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=128, itemsize=2, shared_memory=227 << 10),
+        Row(Config({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8, num_stages=2), size=256, itemsize=2, shared_memory=227 << 10),
+        Row(Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=64, itemsize=2),
+        Row(Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2), size=128, itemsize=2),
+        Row(Config({"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=4, num_stages=2), size=256, itemsize=2),
+        Row(Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=2), size=64),
+        Row(Config({"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=4, num_stages=2), size=256),
     ),
     "block_causal_attention.backward_queries": (
-        Row(Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2)),
+        Row(Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=64, itemsize=2, shared_memory=227 << 10),
+        Row(Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2), size=128, itemsize=2),
+        Row(Config({"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=4, num_stages=2), size=256, itemsize=2),
+        Row(Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2), size=64),
+        Row(Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=2), size=128, api="cuda"),
+        Row(Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=4, num_stages=1), size=128),
+        Row(Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8, num_stages=2), size=256, api="cuda"),
+        Row(Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1), size=256),
     ),
     "block_causal_attention.backward_keys": (
-        Row(Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2)),
+        Row(Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=64, itemsize=2, shared_memory=227 << 10),
+        Row(Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=128, itemsize=2, shared_memory=227 << 10, arch=100),
+        Row(Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=1), size=128, itemsize=2, shared_memory=227 << 10),
+        Row(Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=1), size=256, itemsize=2, shared_memory=163 << 10),
+        Row(Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=64, itemsize=2),
+        Row(Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=128, itemsize=2, api="cuda"),
+        Row(Config({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=128, itemsize=2),
+        Row(Config({"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=4, num_stages=1), size=256, itemsize=2),
+        Row(Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1), size=64),
+        Row(Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=4, num_stages=1), size=128),
+        Row(Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1), size=256),
     ),
 }
 
