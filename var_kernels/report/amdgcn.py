@@ -91,6 +91,7 @@ def counts(opcodes) -> Counter:
         result["instructions"] += 1
         if opcode.startswith("v_mfma"):
             result["tensor MFMA"] += 1
+            result["rounded fp32"] += "xf32" in opcode
         elif opcode.startswith("v_"):
             result["vector"] += 1
         if re.match(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_", opcode):

@@ -53,6 +53,8 @@ def _broken_rules(row: Row) -> Iterable[str]:
         yield f"shared memory: expected at most the card's {target.shared_memory} bytes, got {row.shared_memory}"
     if row.has_16bit_products and not row.tensor:
         yield "tensor cores: expected instructions for the products of 16-bit matrices, got none"
+    if row.counts.get("rounded fp32", 0):
+        yield f"tensor cores: expected IEEE products of fp32, got {row.counts['rounded fp32']} instructions in tf32"
     if row.counts.get("atomics", 0):
         yield f"atomics: expected none, for the order of sums must not vary, got {row.counts['atomics']}"
 

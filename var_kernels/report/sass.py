@@ -116,6 +116,7 @@ def counts(opcodes) -> Counter:
         result["instructions"] += base != "NOP"
         if (kind := tensor_kind(opcode)) is not None:
             result[f"tensor {kind}"] += 1
+            result["rounded fp32"] += "TF32" in opcode
         for name in _GROUPS.get(base, ()):
             result[name] += 2 if base in _PACKED else 1
         if base in _ACCESSES:
