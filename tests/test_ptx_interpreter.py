@@ -169,6 +169,17 @@ def test_bit_logic():
     assert found[1].tolist() == [64 - int(x).bit_length() for x in wide]
 
 
+@pytest.mark.parametrize("kind", ["u32", "s32", "u64", "s64"])
+def test_highest_bit(kind):
+    values = integer_edges(INTEGERS[kind])
+    body = f"bfind.{kind} %o0, %i0; bfind.shiftamt.{kind} %o1, %i0;"
+    position, shift = compute(body, values, out=[np.uint32] * 2)
+    bits = 8 * values.itemsize
+    lengths = [(int(x) if x >= 0 else ~int(x)).bit_length() for x in values]
+    assert position.tolist() == [n - 1 if n else 2**32 - 1 for n in lengths]
+    assert shift.tolist() == [bits - n if n else 2**32 - 1 for n in lengths]
+
+
 def test_permute_bytes():
     a, b, selector = grid(
         np.array([0x83028100, 0x00FF7F80], np.uint32),
@@ -265,6 +276,26 @@ def test_half_arithmetic_rounds_once(kind):
         for triple, value in zip(triples, values.tolist(), strict=True):
             right = exact(operation, *triple)
             assert right is None or value == rounded(right, kind), triple
+
+
+def towards(value: Fraction, rounding: str) -> float:
+    """`value` in f32 with a directed rounding."""
+    nearest = np.float32(rounded(value, "f32"))
+    down = rounding == "rm" or (rounding == "rz" and value > 0)
+    beyond = nearest > value if down else nearest < value
+    with np.errstate(over="ignore"):
+        return float(np.nextafter(nearest, np.float32(-np.inf if down else np.inf)) if beyond else nearest)
+
+
+@pytest.mark.parametrize("rounding", ["rz", "rm", "rp"])
+def test_directed_roundings(rounding):
+    a, b, c = fma_cases(np.float32)
+    body = f"add.{rounding}.f32 %o0, %i0, %i1; sub.{rounding}.f32 %o1, %i0, %i1; mul.{rounding}.f32 %o2, %i0, %i1;"
+    results = compute(body + f"fma.{rounding}.f32 %o3, %i0, %i1, %i2;", a, b, c, out=[np.float32] * 4)
+    for found, operation in zip(results, [*FLOAT_BINARY.values(), lambda p, q, r: p * q + r], strict=True):
+        for x, y, z, value in zip(a.tolist(), b.tolist(), c.tolist(), found.tolist(), strict=True):
+            right = exact(operation, x, y, z) if operation.__code__.co_argcount == 3 else exact(operation, x, y)
+            assert right is None or value == towards(right, rounding), (x, y, z)
 
 
 def decode(bits: np.ndarray, kind: str) -> np.ndarray:

@@ -30,7 +30,7 @@ def fails(message: str, body: str, array=None, *, shared_bytes=4096, memory=None
     [
         "frobnicate.b32 %r0, %r1;",
         "dp4a.u32.u32 %r0, %r1, %r2, %r3;",
-        "add.rz.f32 %r0, %r1, %r2;",
+        "add.rz.f64 %d0, %d1, %d2;",
         "add.v2.f32 %r0, %r1, %r2;",
         "add.u8 %h0, %h1, %h2;",
         "add.u32 %r0, %r1;",

@@ -1,5 +1,7 @@
 """The PTX interpreter: state spaces, asynchronous copies, warps, control flow, barriers, parsing."""
 
+import struct
+
 import numpy as np
 import pytest
 from ptx_interpreter import Memory, parse, run
@@ -68,6 +70,17 @@ def test_parameters_of_every_type():
     parameters = ".param .u64 .ptr .global .align 1 p, .param .s8 q, .param .f32 r, .param .f64 s, .param .u16 t"
     launch(body, [out.ctypes.data, -3, 0.5, 0.1, 65535], parameters=parameters, memory=memory)
     assert out.tolist() == [-3, 0.5, 0.1, 65535]
+
+
+def test_structures_passed_by_value():
+    out = np.zeros(2, np.float32)
+    memory = Memory()
+    memory.add("out", out)
+    body = """ld.param.v2.b32 {%r0, %r1}, [s]; ld.param.u64 %d0, [s+8]; cvt.rn.f32.s32 %r1, %r1;
+        st.global.v2.b32 [%d0], {%r0, %r1}; ret;"""
+    value = struct.pack("fiQ", 0.5, -3, out.ctypes.data)
+    launch(body, [value], parameters=".param .align 8 .b8 s[16]", memory=memory)
+    assert out.tolist() == [0.5, -3]
 
 
 def test_static_dynamic_and_module_variables():

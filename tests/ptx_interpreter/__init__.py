@@ -7,8 +7,12 @@
 
 It executes what compilers write for sm_80 (Triton's kernels, and CUDA C++ with inline assembly): bf16 and predication
 as they are, real vector widths and addresses. An instruction or modifier that is not modelled is an error, and so is
-every access that a GPU would not define: out of bounds, misaligned, uninitialised, in flight, racing between warps.
-Nothing here is evidence of speed, of the hardware's approximate functions, or of memory-model subtleties.
+every access that a GPU would not define: out of bounds, misaligned, uninitialised (registers, shared and local memory,
+buffers added with `defined=False`), overtaking a cp.async, racing with another warp in shared memory.
+
+What it cannot show: speed; the last bits of approximate functions and of the order of sums in mma (`numerics`, `warp`);
+races within a warp, which runs in lock-step; races in global memory, since blocks and atomics run in a fixed order;
+missing fences.
 """
 
 from .decode import Module, parse

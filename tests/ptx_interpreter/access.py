@@ -131,12 +131,20 @@ def _ld(b: Binder) -> Execute:
 
 def _ld_param(b: Binder, kind: str) -> Execute:
     operand = b.operand(1)
-    if not isinstance(operand, Address) or operand.base not in b.machine.parameters or operand.offset:
+    if not isinstance(operand, Address) or operand.base not in b.machine.parameters:
         raise b.error("unsupported access to a parameter")
-    value = b.machine.parameters[operand.base]
-    dest = b.wide_result(b.vector(0, 1)[0], kind)
-    word = value.view(DTYPES[kind])[:1]
-    return lambda mask: np.copyto(dest, word, where=mask)
+    stored, count, width = b.machine.parameters[operand.base], _vector_length(b), bits_of(kind) // 8
+    end = operand.offset + count * width
+    if operand.offset < 0 or operand.offset % width or end > stored.size:
+        raise b.error(f"access to bytes {operand.offset} to {end} of a parameter of {stored.size} bytes")
+    words = stored[operand.offset : end].view(DTYPES[kind])
+    dests = [(b.wide_result(item, kind), i) for i, item in enumerate(b.vector(0, count)) if item != "_"]
+
+    def execute(mask):
+        for dest, i in dests:
+            np.copyto(dest, words[i : i + 1], where=mask)
+
+    return execute
 
 
 @instruction("st")

@@ -18,7 +18,7 @@ from .decode import barrier_operands, is_control
 from .errors import Fault, PartialWarp, PtxError
 from .machine import WARP, Machine
 from .memory import Memory
-from .syntax import Instruction, Kernel
+from .syntax import SCALAR_BYTES, Instruction, Kernel, parameter_bytes
 
 BATCH_LANES = 8192  # a register of a batch and its neighbours stay in the second-level cache
 _FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
@@ -45,9 +45,10 @@ def run(
 ) -> Stats:
     """Executes `kernel` for the whole grid.
 
-    `arguments`: ints (pointers as addresses) and floats, in the order of `kernel.parameters`. `shared_bytes`: dynamic
-    shared memory in bytes. `limit`: instructions a batch of blocks may execute (an endless loop ends there). Raises
-    PtxError, which names kernel, instruction, block and thread, for every broken rule.
+    `arguments`: ints (pointers as addresses), floats, and bytes for structures passed by value, in the order of
+    `kernel.parameters`. `shared_bytes`: dynamic shared memory in bytes. `limit`: instructions that a batch of blocks
+    may execute (an endless loop ends there). Raises PtxError, which names kernel, instruction, block and thread, for
+    every broken rule.
     """
     parameters = _encode_arguments(kernel, list(arguments))
     grid, threads = _triple("grid", grid), _triple("threads", threads)
@@ -94,17 +95,19 @@ def _check_launch(kernel: Kernel, threads: tuple[int, int, int]) -> None:
         raise PtxError(f"kernel {kernel.name} allows {limit} threads, launched with {count}")
 
 
-def _encode_arguments(kernel: Kernel, arguments: list) -> list[int]:
+def _encode_arguments(kernel: Kernel, arguments: list) -> list[bytes]:
     if len(arguments) != len(kernel.parameters):
         names = ", ".join(f"{name}: {kind}" for name, kind in kernel.parameters)
         raise PtxError(f"kernel {kernel.name} takes {len(kernel.parameters)} arguments ({names}), got {len(arguments)}")
     words = []
     for (name, kind), value in zip(kernel.parameters, arguments, strict=True):
+        size = parameter_bytes(kind)
         if kind in _FLOATS and isinstance(value, numbers.Real):
-            word = np.array([value], _FLOATS[kind])
-            words.append(int(word.view(f"u{word.itemsize}")[0]))
-        elif kind not in _FLOATS and isinstance(value, numbers.Integral):
-            words.append(int(value) & ((1 << int(kind[1:])) - 1))
+            words.append(_FLOATS[kind](value).tobytes())
+        elif kind in SCALAR_BYTES and kind not in _FLOATS and isinstance(value, numbers.Integral):
+            words.append((int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little"))
+        elif kind not in SCALAR_BYTES and isinstance(value, bytes) and len(value) == size:
+            words.append(value)
         else:
             raise PtxError(f"parameter {name} of kernel {kernel.name} is .{kind}, got {value!r}")
     return words

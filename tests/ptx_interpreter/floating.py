@@ -11,10 +11,20 @@ _HALVES = ("f16", "bf16", "f16x2", "bf16x2")
 
 
 def _kind(b: Binder) -> tuple[str, bool]:
-    """Type and `.ftz`; every rounding but `.rn`, the default, is refused."""
+    """Type and `.ftz`; a rounding other than `.rn`, the default, is left for `_directed`, or refused."""
     kind = b.type(*FLOATS)
     b.flag("rn")
     return kind, b.flag("ftz")
+
+
+def _directed(b: Binder, kind: str, exact, nearest):
+    """`nearest`, or where a rounding is named, the exact f64 result (rounded to odd) of f32 values, rounded so."""
+    rounding = b.one_of(("rz", "rm", "rp"), "none")
+    if rounding == "none":
+        return nearest
+    if kind != "f32":
+        raise b.error(f"unsupported rounding .{rounding} with .{kind}")
+    return lambda *values: numerics.directed(exact(*(x.astype(np.float64) for x in values)), rounding)
 
 
 def _apply(b: Binder, kind: str, ftz: bool, function, sources: int) -> Execute:
@@ -51,6 +61,8 @@ def _saturated(function):
 def _arithmetic(b: Binder) -> Execute:
     kind, ftz = _kind(b)
     function = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[b.name]
+    exact = {"add": numerics.sum_odd, "sub": lambda x, y: numerics.sum_odd(x, -y), "mul": np.multiply}[b.name]
+    function = _directed(b, kind, exact, function)
     if b.flag("sat"):
         function = _saturated(function)
     return _apply(b, kind, ftz, function, 2)
@@ -73,6 +85,7 @@ def _fma(b: Binder) -> Execute:
         def function(x, y, z):
             return numerics.sum_odd(x * y, z)
 
+    function = _directed(b, kind, lambda x, y, z: numerics.sum_odd(x * y, z), function)
     if relu:
         plain = function
 
@@ -110,6 +123,8 @@ def _sign(b: Binder) -> Execute:
     kind, ftz = _kind(b)
     if ftz and kind == "f32":
         return _apply(b, kind, ftz, np.negative if b.name == "neg" else np.abs, 1)
+    if ftz:
+        raise b.error(f"unsupported: .ftz with .{kind}")
     # On the sign bits, so that NaN and subnormal values keep theirs.
     bits = {"f32": "u32", "f64": "u64", "f16x2": "u32", "bf16x2": "u32"}.get(kind, "u16")
     dest, source = b.dest(0, bits), b.source(1, bits)
@@ -151,6 +166,7 @@ def _function(b: Binder) -> Execute:
     if kind == "f64" and approximate:
         raise b.error("unsupported: .approx with .f64")
     function = _FUNCTIONS[b.name]
+    # .ftz of half types (ex2.approx.ftz.bf16) is dropped: it concerns results below 2**-126.
     return _apply(b, kind, ftz and kind == "f32", _in_double(function) if kind == "f32" else function, 1)
 
 

@@ -257,6 +257,22 @@ def _permute(b: Binder) -> Execute:
     return assign(b.dest(0, "b32"), permuted, [])
 
 
+@instruction("bfind")
+def _bfind(b: Binder) -> Execute:
+    """The highest bit that differs from the sign, all ones if there is none; .shiftamt: its distance to the top."""
+    kind = b.type("u32", "s32", "u64", "s64")
+    bits, from_top = bits_of(kind), b.flag("shiftamt")
+
+    def find(x):
+        word = (x ^ (x >> x.dtype.type(bits - 1)) if x.dtype.kind == "i" else x).view(f"u{bits // 8}")
+        digits = np.unpackbits(word.view(np.uint8).reshape(-1, bits // 8), axis=1, bitorder="little")[:, ::-1]
+        distance = digits.argmax(1)
+        position = distance if from_top else bits - 1 - distance
+        return np.where(word == 0, 0xFFFFFFFF, position).astype(np.uint32)
+
+    return assign(b.dest(0, "u32"), find, [b.source(1, kind)])
+
+
 @instruction("popc", "clz", "brev")
 def _bits(b: Binder) -> Execute:
     kind = b.type("b32", "b64")

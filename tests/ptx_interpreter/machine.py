@@ -11,7 +11,7 @@ import numpy as np
 from .errors import Fault, PartialWarp
 from .memory import Memory
 from .shared_memory import SharedMemory
-from .syntax import Kernel, Register
+from .syntax import Kernel, Register, parameter_bytes
 
 WARP = 32
 # Generic addresses of shared and local memory: far from every address that a host gives to an array.
@@ -35,7 +35,7 @@ class Machine:
         self.carry = np.zeros(self.lanes, np.uint64)
         self.memory = Memory()
         self.constants: dict[str, int] = {}
-        self.parameters = {name: np.zeros(1, np.uint64) for name, _ in kernel.parameters}
+        self.parameters = {name: np.zeros(parameter_bytes(kind), np.uint8) for name, kind in kernel.parameters}
         self.special = self._special_registers(threads)
         self.dynamic_shared = -(-kernel.static_shared_bytes // 128) * 128 if shared_bytes else 0
         size = self.dynamic_shared + shared_bytes if shared_bytes else kernel.static_shared_bytes
@@ -83,10 +83,10 @@ class Machine:
                     variable.name, array, writable=variable.space == "global"
                 )
 
-    def start(self, memory: Memory, parameters: list[int], grid: tuple[int, int, int], first_block: int) -> None:
+    def start(self, memory: Memory, parameters: list[bytes], grid: tuple[int, int, int], first_block: int) -> None:
         """Prepares the blocks `first_block ...` of the grid."""
         for array, value in zip(self.parameters.values(), parameters, strict=True):
-            array[0] = value
+            array[:] = np.frombuffer(value, np.uint8)
         for axis, size in zip("xyz", grid, strict=True):
             self.special[f"%nctaid.{axis}"].fill(size)
         number = first_block + self.block

@@ -1,8 +1,8 @@
 """The floating-point arithmetic of PTX on numpy arrays.
 
-Exact: f32 and f64 operations (round to nearest even), fused multiply-add in f32 (one rounding; for results below the
-normal range the sum may be rounded twice), conversions, and single operations in f16 and bf16, which are computed in
-double precision and rounded once.
+Exact: f32 and f64 operations (to nearest even; add, sub, mul and fma of f32 also towards zero, down and up), fused
+multiply-add (one rounding; an f32 result below the normal range may be rounded twice), conversions, and single
+operations in f16 and bf16, which are computed in double precision and rounded once.
 
 Approximate instructions (ex2, lg2, rcp, rsqrt, sqrt, sin, cos, tanh with .approx, div.approx, div.full) give the
 correctly rounded value instead of the hardware's, whose error is up to a few units in the last place. The payload of
@@ -93,6 +93,14 @@ def sum_odd(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     even = (total.view(np.uint64) & np.uint64(1)) == 0
     neighbour = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
     return np.where((error != 0) & np.isfinite(error) & even, neighbour, total)
+
+
+def directed(value: np.ndarray, rounding: str) -> np.ndarray:
+    """f64 values, exact or rounded to odd, as f32: rz, rm or rp. An exact zero is +0 whatever the direction."""
+    nearest = value.astype(np.float32)
+    goal = {"rz": 0.0, "rm": -np.inf, "rp": np.inf}[rounding]
+    passed = np.abs(nearest) > np.abs(value) if rounding == "rz" else (nearest > value if goal < 0 else nearest < value)
+    return np.where(passed, np.nextafter(nearest, np.float32(goal)), nearest)
 
 
 def fma_f64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

@@ -72,7 +72,7 @@ class Variable:
 
 @dataclass
 class Kernel:
-    """One `.entry`. `parameters` lists (name, type), for example ("k_param_0", "u64")."""
+    """One `.entry`. `parameters` lists (name, type), for example ("k_param_0", "u64"); a structure is "b8[size]"."""
 
     name: str
     parameters: list[tuple[str, str]]
@@ -229,7 +229,7 @@ class _Body:
             raise PtxError(f"unsupported directive: {statement}")
 
     def _declare(self, statement: str) -> None:
-        match = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", statement)
+        match = re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", statement)
         kind = match[1] if match else ""
         if kind != "pred" and kind not in SCALAR_BYTES:
             raise PtxError(f"unsupported register type: {statement}")
@@ -309,10 +309,16 @@ class _Body:
 
 
 def _parameter(item: str) -> tuple[str, str]:
-    match = re.fullmatch(r"\s*\.param\s+\.(\w+)\b.*?([\w$]+)\s*(?:\[\d+\])?\s*", item, re.S)
-    if match is None or match[1] not in SCALAR_BYTES:
+    pattern = r"\s*\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\b.*?([\w$]+)\s*(\[\d+\])?\s*"
+    match = re.fullmatch(pattern, item, re.S)
+    if match is None or match[1] not in SCALAR_BYTES or (match[3] and match[1] != "b8"):
         raise PtxError(f"unsupported kernel parameter: {item.strip()}")
-    return match[2], match[1]
+    return match[2], match[1] + (match[3] or "")
+
+
+def parameter_bytes(kind: str) -> int:
+    """The size of a parameter of a scalar type, or of a structure passed by value: "b8[24]"."""
+    return int(kind[3:-1]) if kind.endswith("]") else SCALAR_BYTES[kind]
 
 
 def _symbols(operands):
