@@ -112,12 +112,12 @@ TABLE |= {
     "multi_scale_quantize_backward.sum_tokens": (Row(Config({"BLOCK_T": 16, "BLOCK_C": 32}, num_warps=1)),),
 }
 
-# adaln_layer_norm: size is the fp32 values of a row that a program keeps in registers (sum_partials: channels). A row has
-# the least power of two of threads that leaves each of them 96 values, and CHUNK is a vector of 16 bytes for each of
-# these threads. A program of forward is one row, or one warp: then warps wait for none but those of their row. Programs
-# of backward are larger, so that fewer partial sums are written. The compiler is held to the number of registers that
-# suffices, since the number of programs counts on so many of them being resident. The last row is for widths beyond the
-# model family, up to 16384 channels: what does not fit registers lies in local memory.
+# adaln_layer_norm: size is the fp32 values of a row that a program keeps in registers (sum_partials: channels). A row
+# has the least power of two of threads that leaves each of them 96 values, and CHUNK is 16 bytes for each of them. A
+# program of forward is one row, or one warp: then warps wait for none but those of their row. Programs of backward are
+# larger, so that fewer partial sums are written. The compiler is held to the number of registers that suffices, since
+# the number of programs counts on so many of them being resident. The last row is for widths beyond the model family,
+# up to 16384 channels: what does not fit registers lies in local memory.
 def _adaln_rows(program_warps: int) -> tuple[Row, ...]:
     return tuple(
         Row(
@@ -133,8 +133,7 @@ def _adaln_rows(program_warps: int) -> tuple[Row, ...]:
         for api, warp_size in (("cuda", 32), ("hip", 64))
         for itemsize in (2, 4)
         for threads, values, registers in (
-            *itertools.chain(*(((t, 56, 96), (t, 72, 128), (t, 96, 168)) for t in (8, 16, 32, 64, 128, 256))),
-            (512, 56, 96),
+            *itertools.chain(*(((t, 56, 112), (t, 72, 128), (t, 96, 168)) for t in (8, 16, 32, 64, 128, 256))),
             (512, 288, 128),
         )
     )
@@ -147,44 +146,47 @@ TABLE |= {
 }
 
 # block_causal_attention: size is the head dimension, rounded up to a power of two. A warp of the tensor cores takes 16
-# rows of the tile, so 64 rows are 4 warps; blocks of the other side are as wide as registers allow. B200 multiplies 128
-# rows at once. dk and dv of 128 columns leave few registers: blocks of 32 rows, and on H100, where the compiler keeps
-# more in flight, no pipeline; of 256 columns, all warps share 16 or 32 keys. fp32 runs on the fp32 units, whose operands
-# come from registers: small tiles.
+# rows of its tile, so 64 rows are 4 warps; the blocks of the other side are as wide as registers allow. B200 multiplies
+# 128 rows at once. dk and dv of 128 columns leave few registers, fewest on H100, where no pipeline is left; of 256, all
+# warps share 16 or 32 keys. fp32 runs on the fp32 units, whose operands come from registers: small tiles.
+def _attention(size: int, rows: int, keys: int, num_warps: int, num_stages: int, **limits) -> Row:
+    return Row(Config({"BLOCK_M": rows, "BLOCK_N": keys}, num_warps, num_stages), size, **limits)
+
+
 TABLE |= {
     "block_causal_attention.forward": (
-        Row(Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3), size=64, itemsize=2, shared_memory=227 << 10, arch=100),
-        Row(Config({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2), size=128, itemsize=2, shared_memory=227 << 10, arch=100),
-        Row(Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=128, itemsize=2, shared_memory=227 << 10),
-        Row(Config({"BLOCK_M": 128, "BLOCK_N": 32}, num_warps=8, num_stages=2), size=256, itemsize=2, shared_memory=227 << 10),
-        Row(Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=64, itemsize=2),
-        Row(Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2), size=128, itemsize=2),
-        Row(Config({"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=4, num_stages=2), size=256, itemsize=2),
-        Row(Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=2), size=64),
-        Row(Config({"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=4, num_stages=2), size=256),
+        _attention(64, 128, 64, 8, 3, itemsize=2, shared_memory=227 << 10, arch=100),
+        _attention(128, 128, 64, 8, 2, itemsize=2, shared_memory=227 << 10, arch=100),
+        _attention(128, 64, 64, 4, 2, itemsize=2, shared_memory=227 << 10),
+        _attention(256, 128, 32, 8, 2, itemsize=2, shared_memory=227 << 10),
+        _attention(64, 64, 64, 4, 2, itemsize=2),
+        _attention(128, 64, 32, 4, 2, itemsize=2),
+        _attention(256, 64, 16, 4, 2, itemsize=2),
+        _attention(64, 32, 32, 4, 2),
+        _attention(256, 32, 16, 4, 2),
     ),
     "block_causal_attention.backward_queries": (
-        Row(Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=64, itemsize=2, shared_memory=227 << 10),
-        Row(Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2), size=128, itemsize=2),
-        Row(Config({"BLOCK_M": 64, "BLOCK_N": 16}, num_warps=4, num_stages=2), size=256, itemsize=2),
-        Row(Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=2), size=64),
-        Row(Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=8, num_stages=2), size=128, api="cuda"),
-        Row(Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=4, num_stages=1), size=128),
-        Row(Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=8, num_stages=2), size=256, api="cuda"),
-        Row(Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1), size=256),
+        _attention(64, 64, 64, 4, 2, itemsize=2, shared_memory=227 << 10),
+        _attention(128, 64, 32, 4, 2, itemsize=2),
+        _attention(256, 64, 16, 4, 2, itemsize=2),
+        _attention(64, 64, 32, 8, 2),
+        _attention(128, 32, 32, 8, 2, api="cuda"),
+        _attention(128, 16, 32, 4, 1),
+        _attention(256, 16, 16, 8, 2, api="cuda"),
+        _attention(256, 16, 16, 4, 1),
     ),
     "block_causal_attention.backward_keys": (
-        Row(Config({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=64, itemsize=2, shared_memory=227 << 10),
-        Row(Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=128, itemsize=2, shared_memory=227 << 10, arch=100),
-        Row(Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=1), size=128, itemsize=2, shared_memory=227 << 10),
-        Row(Config({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=8, num_stages=1), size=256, itemsize=2, shared_memory=163 << 10),
-        Row(Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=64, itemsize=2),
-        Row(Config({"BLOCK_M": 32, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=128, itemsize=2, api="cuda"),
-        Row(Config({"BLOCK_M": 16, "BLOCK_N": 64}, num_warps=4, num_stages=2), size=128, itemsize=2),
-        Row(Config({"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=4, num_stages=1), size=256, itemsize=2),
-        Row(Config({"BLOCK_M": 32, "BLOCK_N": 32}, num_warps=4, num_stages=1), size=64),
-        Row(Config({"BLOCK_M": 16, "BLOCK_N": 32}, num_warps=4, num_stages=1), size=128),
-        Row(Config({"BLOCK_M": 16, "BLOCK_N": 16}, num_warps=4, num_stages=1), size=256),
+        _attention(64, 64, 64, 4, 2, itemsize=2, shared_memory=227 << 10),
+        _attention(128, 32, 64, 4, 2, itemsize=2, shared_memory=227 << 10, arch=100),
+        _attention(128, 32, 64, 4, 1, itemsize=2, shared_memory=227 << 10),
+        _attention(256, 64, 32, 8, 1, itemsize=2, shared_memory=163 << 10),
+        _attention(64, 32, 64, 4, 2, itemsize=2),
+        _attention(128, 32, 64, 4, 2, itemsize=2, api="cuda"),
+        _attention(128, 16, 64, 4, 2, itemsize=2),
+        _attention(256, 32, 16, 4, 1, itemsize=2),
+        _attention(64, 32, 32, 4, 1),
+        _attention(128, 16, 32, 4, 1),
+        _attention(256, 16, 16, 4, 1),
     ),
 }
 

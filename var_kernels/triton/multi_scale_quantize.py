@@ -212,7 +212,7 @@ class _Forward:
         self.full, self.pixels, self.scales = tuple(full), full[0] * full[1], scales
         self.f, self.codebook, self.ratio = maps_of(f), Codebook(codebook, cosine), ratio
         self.weight, self.bias = matrices(phi_weight), phi_bias.contiguous()
-        self.rest, self.f_hat, self.u = f.new_empty(3, self.images, self.pixels, self.channels).unbind()
+        self.rest, self.f_hat, self.u = (torch.empty_like(self.f) for _ in range(3))
         self.out = f.new_empty(f.shape)
         self.target = target_of(f.device)
         self.config = choose("multi_scale_quantize.update", self.target, self.images * self.pixels, 4)

@@ -41,11 +41,13 @@ def write_schedule(
     They come as arguments, since a copy from the host waits for the GPU and cannot be part of a CUDA graph.
     """
     lane = tl.arange(0, 16)
-    low = tl.where(lane == 0, s0, tl.where(lane == 1, s1, tl.where(lane == 2, s2, s3)))
-    middle = tl.where(lane == 4, s4, tl.where(lane == 5, s5, tl.where(lane == 6, s6, s7)))
-    high = tl.where(lane == 8, s8, tl.where(lane == 9, s9, tl.where(lane == 10, s10, s11)))
-    top = tl.where(lane == 12, s12, tl.where(lane == 13, s13, tl.where(lane == 14, s14, s15)))
-    packed = tl.where(lane < 4, low, tl.where(lane < 8, middle, tl.where(lane < 12, high, top)))
+    # Sums: of nested choices LLVM makes one load from the chosen parameter.
+    packed = tl.where(lane == 0, s0, 0) + tl.where(lane == 1, s1, 0) + tl.where(lane == 2, s2, 0)
+    packed += tl.where(lane == 3, s3, 0) + tl.where(lane == 4, s4, 0) + tl.where(lane == 5, s5, 0)
+    packed += tl.where(lane == 6, s6, 0) + tl.where(lane == 7, s7, 0) + tl.where(lane == 8, s8, 0)
+    packed += tl.where(lane == 9, s9, 0) + tl.where(lane == 10, s10, 0) + tl.where(lane == 11, s11, 0)
+    packed += tl.where(lane == 12, s12, 0) + tl.where(lane == 13, s13, 0) + tl.where(lane == 14, s14, 0)
+    packed += tl.where(lane == 15, s15, 0)
     height = (packed >> HEIGHT).to(tl.int32)
     width = ((packed >> WIDTH) & ((1 << WIDTH) - 1)).to(tl.int32)
     pointers, inside = table + (first + lane) * 4, first + lane < scales
