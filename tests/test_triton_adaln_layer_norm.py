@@ -1,6 +1,6 @@
 """adaln_layer_norm and gated_residual_adaln by Triton: what the kernels compute, executed on a CPU in two ways.
 
-Triton's interpreter runs the source (fp32, fp16); the PTX interpreter runs what the compiler wrote for sm_80 (bf16 too).
+Triton's interpreter runs the source (fp32, fp16); the PTX interpreter what the compiler wrote for sm_80 (bf16 as well).
 """
 
 import contextlib

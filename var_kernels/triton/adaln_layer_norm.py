@@ -9,15 +9,11 @@ Backward, with h = (x - mean)·rstd, g = dy·(1 + scale) and means over the row:
   dx = rstd·(g - mean(g) - h·mean(g·h)) [+ dresidual],   dscale = Σ dy·h,   dshift = Σ dy,
 and in the gated form dbranch = dx·gate, dgate = Σ dx·branch.
 
-The sums run over tokens, across the rows that programs work on. LayerNorm backwards in Triton are slow at the widths of
-this model family for one of two reasons: one program per multiprocessor, which leaves too few bytes in flight, or
-accumulators kept for few rows each, so that the partial sums are a stream of their own. Here a program keeps its sums
-in registers over a contiguous range of rows and writes them once, in fp32: P programs cost 8·P·C bytes there and back
-for each sum, and P is what fills the GPU, whatever N is. One short kernel adds the P rows in a fixed order.
-
-A row of C channels is a tuple of tiles: C // CHUNK of CHUNK channels, then one of the power of two TAIL ≥ C % CHUNK.
-A single tile of the next power of two would compute on 44 % padding at C = 1152 and 2304; only the tail may be padded.
-ROWS·CHUNK elements are one 16-byte vector for each thread, so a row belongs to num_warps / ROWS warps.
+The sums run over tokens, across the rows that programs work on. Such a backward is slow if each multiprocessor has only
+one program, which leaves too few bytes in flight, or if sums are kept for few rows each, so that the partial sums are a
+stream of their own. Here a program keeps its sums in registers over a contiguous range of rows and writes them once, in
+fp32: P programs cost 8·P·C bytes there and back for each sum, and P is what fills the GPU, whatever N is. One short
+kernel adds the P rows in a fixed order.
 """
 
 from __future__ import annotations
@@ -29,113 +25,19 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .adaln_layer_norm_rows import (
+    columns,
+    exists,
+    load,
+    load_factors,
+    mean_of_products,
+    mean_of_row,
+    rows_at,
+    store,
+    zeros,
+)
 from .launch import launch
 from .targets import Target, target_of
-
-# ---- a row as a tuple of tiles ---------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _columns(i: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """The channels of tile i, (1, CHUNK or TAIL)."""
-    WIDTH: tl.constexpr = CHUNK if i < C // CHUNK else TAIL
-    return i * CHUNK + tl.arange(0, WIDTH)[None, :]
-
-
-@triton.jit
-def _exists(present, i: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """Which elements of tile i are there; None for all. `present`, (ROWS, 1) or None, says it of the rows."""
-    if i < C // CHUNK or C % CHUNK == TAIL:
-        exists = present
-    elif present is None:
-        exists = _columns(i, C, CHUNK, TAIL) < C
-    else:
-        exists = present & (_columns(i, C, CHUNK, TAIL) < C)
-    return exists
-
-
-@triton.jit
-def _load(rows, present, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """The rows that start at the pointers `rows`, (ROWS, 1), as fp32; zeros where nothing exists."""
-    tiles = ()
-    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
-        pointers = rows + _columns(i, C, CHUNK, TAIL)
-        exists = _exists(present, i, C, CHUNK, TAIL)
-        if exists is None:
-            tile = tl.load(pointers)
-        else:
-            tile = tl.load(pointers, mask=exists, other=0.0)
-        tiles = tiles + (tile.to(tl.float32),)
-    return tiles
-
-
-@triton.jit
-def _load_factors(rows, present, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """1 + scale of the rows that start at the pointers `rows`."""
-    scales = _load(rows, present, C, CHUNK, TAIL)
-    factors = ()
-    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
-        factors = factors + (1.0 + scales[i],)
-    return factors
-
-
-@triton.jit
-def _store(rows, tiles, present, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
-        pointers = rows + _columns(i, C, CHUNK, TAIL)
-        tl.store(pointers, tiles[i].to(rows.dtype.element_ty), mask=_exists(present, i, C, CHUNK, TAIL))
-
-
-@triton.jit
-def _row_sum(total, rest, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """Tiles are added up first: then warps exchange sums once, and once more for a tail of another width."""
-    total = tl.sum(total, axis=1, keep_dims=True)
-    if C > CHUNK and C % CHUNK != 0 and CHUNK != TAIL:
-        total += tl.sum(rest, axis=1, keep_dims=True)
-    return total
-
-
-@triton.jit
-def _mean(tiles, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """The mean of each row, (ROWS, 1), of tiles that are no products."""
-    PIECES: tl.constexpr = (C + CHUNK - 1) // CHUNK
-    total = tiles[0]
-    for i in tl.static_range(1, PIECES):
-        if i < C // CHUNK or CHUNK == TAIL:
-            total += tiles[i]
-    return _row_sum(total, tiles[PIECES - 1], C, CHUNK, TAIL) / C
-
-
-@triton.jit
-def _mean_of_products(a, b, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """The mean of each row of a·b, (ROWS, 1)."""
-    # Each fma is said, because of threads with only one element: the compiler would contract its product with the first
-    # addition between lanes. Each lane would add its exact product to the rounded one of the other, and lanes of a row
-    # would go on with different sums.
-    PIECES: tl.constexpr = (C + CHUNK - 1) // CHUNK
-    total = tl.fma(a[0], b[0], tl.zeros_like(a[0]))
-    rest = total
-    for i in tl.static_range(1, PIECES):
-        if i < C // CHUNK or CHUNK == TAIL:
-            total = tl.fma(a[i], b[i], total)
-        else:
-            rest = tl.fma(a[i], b[i], tl.zeros_like(a[i]))
-    return _row_sum(total, rest, C, CHUNK, TAIL) / C
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    tiles = ()
-    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
-        tiles = tiles + (tl.zeros((ROWS, CHUNK if i < C // CHUNK else TAIL), tl.float32),)
-    return tiles
-
-
-@triton.jit
-def _rows_at(base, sample, token, stride_b, stride_l):
-    """Pointers to the rows of tokens, (ROWS, 1)."""
-    return base + (sample.to(tl.int64) * stride_b + token.to(tl.int64) * stride_l)
-
 
 # ---- which rows a program works on -----------------------------------------------------------------------------------
 
@@ -172,45 +74,45 @@ def adaln_forward(
     group, begin, end = _range(rows, rows_per_program, programs)
     first = tl.zeros((ROWS, 1), tl.int32)  # as many rows as the tiles have, so that they share a layout
     if not SCALE_PER_TOKEN:
-        factors = _load_factors(_rows_at(scale, group, first, scale_b, scale_l), None, C, CHUNK, TAIL)
+        factors = load_factors(rows_at(scale, group, first, scale_b, scale_l), None, C, CHUNK, TAIL)
     if not SHIFT_PER_TOKEN:
-        shifts = _load(_rows_at(shift, group, first, shift_b, shift_l), None, C, CHUNK, TAIL)
+        shifts = load(rows_at(shift, group, first, shift_b, shift_l), None, C, CHUNK, TAIL)
     if branch is not None and not GATE_PER_TOKEN:
-        gates = _load(_rows_at(gate, group, first, gate_b, gate_l), None, C, CHUNK, TAIL)
+        gates = load(rows_at(gate, group, first, gate_b, gate_l), None, C, CHUNK, TAIL)
 
     for start in range(begin, end, ROWS):
         in_group, row, sample, token = _tile_of_rows(group, start, rows, length, BY_SAMPLE, ROWS)
         present = None if ROWS == 1 else in_group < end
-        values = _load(_rows_at(x, sample, token, x_b, x_l), present, C, CHUNK, TAIL)
+        values = load(rows_at(x, sample, token, x_b, x_l), present, C, CHUNK, TAIL)
         if branch is not None:
-            branches = _load(_rows_at(branch, sample, token, branch_b, branch_l), present, C, CHUNK, TAIL)
+            branches = load(rows_at(branch, sample, token, branch_b, branch_l), present, C, CHUNK, TAIL)
             if GATE_PER_TOKEN:
-                gates = _load(_rows_at(gate, sample, token, gate_b, gate_l), present, C, CHUNK, TAIL)
+                gates = load(rows_at(gate, sample, token, gate_b, gate_l), present, C, CHUNK, TAIL)
             sums = ()
             for i in tl.static_range(PIECES):
                 # The norm is that of the rounded residual.
                 total = (values[i] + gates[i] * branches[i]).to(residual.dtype.element_ty)
                 sums = sums + (total.to(tl.float32),)
             values = sums
-            _store(residual + row * C, values, present, C, CHUNK, TAIL)
+            store(residual + row * C, values, present, C, CHUNK, TAIL)
 
-        row_mean = _mean(values, C, CHUNK, TAIL)
+        row_mean = mean_of_row(values, C, CHUNK, TAIL)
         centred = ()
         for i in tl.static_range(PIECES):
             difference = values[i] - row_mean
             if i == C // CHUNK and C % CHUNK != TAIL:
-                difference = tl.where(_columns(i, C, CHUNK, TAIL) < C, difference, 0.0)
+                difference = tl.where(columns(i, C, CHUNK, TAIL) < C, difference, 0.0)
             centred = centred + (difference,)
-        row_rstd = tl.rsqrt(_mean_of_products(centred, centred, C, CHUNK, TAIL) + eps)
+        row_rstd = tl.rsqrt(mean_of_products(centred, centred, C, CHUNK, TAIL) + eps)
 
         if SCALE_PER_TOKEN:
-            factors = _load_factors(_rows_at(scale, sample, token, scale_b, scale_l), present, C, CHUNK, TAIL)
+            factors = load_factors(rows_at(scale, sample, token, scale_b, scale_l), present, C, CHUNK, TAIL)
         if SHIFT_PER_TOKEN:
-            shifts = _load(_rows_at(shift, sample, token, shift_b, shift_l), present, C, CHUNK, TAIL)
+            shifts = load(rows_at(shift, sample, token, shift_b, shift_l), present, C, CHUNK, TAIL)
         results = ()
         for i in tl.static_range(PIECES):
             results = results + (centred[i] * row_rstd * factors[i] + shifts[i],)
-        _store(y + row * C, results, present, C, CHUNK, TAIL)
+        store(y + row * C, results, present, C, CHUNK, TAIL)
         tl.store(mean + row, row_mean, mask=present)
         tl.store(rstd + row, row_rstd, mask=present)
 
@@ -231,8 +133,8 @@ def _store_sums(base, sums, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.const
     """Adds up what the warps of a program have summed over their rows; one row of partial sums."""
     row = base + tl.program_id(0).to(tl.int64) * C
     for i in tl.static_range((C + CHUNK - 1) // CHUNK):
-        columns = _columns(i, C, CHUNK, TAIL)
-        tl.store(row + columns, tl.sum(sums[i], axis=0, keep_dims=True), mask=_exists(None, i, C, CHUNK, TAIL))
+        pointers = row + columns(i, C, CHUNK, TAIL)
+        tl.store(pointers, tl.sum(sums[i], axis=0, keep_dims=True), mask=exists(None, i, C, CHUNK, TAIL))
 
 
 @triton.jit(do_not_specialize=["length", "rows", "rows_per_program", "programs"])
@@ -248,30 +150,30 @@ def adaln_backward(
     group, begin, end = _range(rows, rows_per_program, programs)
     first = tl.zeros((ROWS, 1), tl.int32)  # as many rows as the tiles have, so that they share a layout
     if not SCALE_PER_TOKEN:
-        factors = _load_factors(_rows_at(scale, group, first, scale_b, scale_l), None, C, CHUNK, TAIL)
+        factors = load_factors(rows_at(scale, group, first, scale_b, scale_l), None, C, CHUNK, TAIL)
     if branch is not None and not GATE_PER_TOKEN:
-        gates = _load(_rows_at(gate, group, first, gate_b, gate_l), None, C, CHUNK, TAIL)
-    dgates = _zeros(ROWS, C, CHUNK, TAIL)
-    dscales = _zeros(ROWS, C, CHUNK, TAIL)
-    dshifts = _zeros(ROWS, C, CHUNK, TAIL)
+        gates = load(rows_at(gate, group, first, gate_b, gate_l), None, C, CHUNK, TAIL)
+    dgates = zeros(ROWS, C, CHUNK, TAIL)
+    dscales = zeros(ROWS, C, CHUNK, TAIL)
+    dshifts = zeros(ROWS, C, CHUNK, TAIL)
 
     for start in range(begin, end, ROWS):
         in_group, row, sample, token = _tile_of_rows(group, start, rows, length, BY_SAMPLE, ROWS)
         present = None if ROWS == 1 else in_group < end
-        values = _load(_rows_at(x, sample, token, x_b, x_l), present, C, CHUNK, TAIL)
-        dys = _load(_rows_at(dy, sample, token, dy_b, dy_l), present, C, CHUNK, TAIL)
+        values = load(rows_at(x, sample, token, x_b, x_l), present, C, CHUNK, TAIL)
+        dys = load(rows_at(dy, sample, token, dy_b, dy_l), present, C, CHUNK, TAIL)
         if present is None:
             row_mean, row_rstd = tl.load(mean + row), tl.load(rstd + row)
         else:
             row_mean = tl.load(mean + row, mask=present, other=0.0)
             row_rstd = tl.load(rstd + row, mask=present, other=0.0)
         if branch is not None:  # asked for before the sums below are waited for
-            upstream = _load(_rows_at(dresidual, sample, token, dresidual_b, dresidual_l), present, C, CHUNK, TAIL)
-            branches = _load(_rows_at(branch, sample, token, branch_b, branch_l), present, C, CHUNK, TAIL)
+            upstream = load(rows_at(dresidual, sample, token, dresidual_b, dresidual_l), present, C, CHUNK, TAIL)
+            branches = load(rows_at(branch, sample, token, branch_b, branch_l), present, C, CHUNK, TAIL)
             if GATE_PER_TOKEN:
-                gates = _load(_rows_at(gate, sample, token, gate_b, gate_l), present, C, CHUNK, TAIL)
+                gates = load(rows_at(gate, sample, token, gate_b, gate_l), present, C, CHUNK, TAIL)
         if SCALE_PER_TOKEN:
-            factors = _load_factors(_rows_at(scale, sample, token, scale_b, scale_l), present, C, CHUNK, TAIL)
+            factors = load_factors(rows_at(scale, sample, token, scale_b, scale_l), present, C, CHUNK, TAIL)
 
         # dy is added to the sums before those of the row are waited for, and needs no registers afterwards.
         normalised, gradients, dscale_terms = (), (), ()
@@ -280,28 +182,28 @@ def adaln_backward(
             normalised, gradients = normalised + (h,), gradients + (dys[i] * factors[i],)
             dscale_terms = dscale_terms + (dys[i] * h,)
         if SCALE_PER_TOKEN:
-            _store(dscale + row * C, dscale_terms, present, C, CHUNK, TAIL)
+            store(dscale + row * C, dscale_terms, present, C, CHUNK, TAIL)
         else:
             dscales = _add(dscales, dscale_terms, C, CHUNK)
         if SHIFT_PER_TOKEN:
-            _store(dshift + row * C, dys, present, C, CHUNK, TAIL)
+            store(dshift + row * C, dys, present, C, CHUNK, TAIL)
         else:
             dshifts = _add(dshifts, dys, C, CHUNK)
-        mean_g = _mean_of_products(dys, factors, C, CHUNK, TAIL)
-        mean_gh = _mean_of_products(gradients, normalised, C, CHUNK, TAIL)
+        mean_g = mean_of_products(dys, factors, C, CHUNK, TAIL)
+        mean_gh = mean_of_products(gradients, normalised, C, CHUNK, TAIL)
 
         dxs = ()
         for i in tl.static_range(PIECES):
             d = row_rstd * (gradients[i] - mean_g - normalised[i] * mean_gh)
             dxs = dxs + (d if branch is None else d + upstream[i],)
-        _store(dx + row * C, dxs, present, C, CHUNK, TAIL)
+        store(dx + row * C, dxs, present, C, CHUNK, TAIL)
         if branch is not None:
             dbranches, dgate_terms = (), ()
             for i in tl.static_range(PIECES):
                 dbranches, dgate_terms = dbranches + (dxs[i] * gates[i],), dgate_terms + (dxs[i] * branches[i],)
-            _store(dbranch + row * C, dbranches, present, C, CHUNK, TAIL)
+            store(dbranch + row * C, dbranches, present, C, CHUNK, TAIL)
             if GATE_PER_TOKEN:
-                _store(dgate + row * C, dgate_terms, present, C, CHUNK, TAIL)
+                store(dgate + row * C, dgate_terms, present, C, CHUNK, TAIL)
             else:
                 dgates = _add(dgates, dgate_terms, C, CHUNK)
 
@@ -316,14 +218,14 @@ def adaln_backward(
 @triton.jit
 def _sum_rows(partials, out, all_programs, count, C: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     if sample * count < all_programs:
         rows = partials + (tl.program_id(2).to(tl.int64) * all_programs + sample * count) * C
         total = tl.zeros((ROWS, CHUNK), tl.float32)
         for start in range(0, count, ROWS):
             row = (start + tl.arange(0, ROWS))[:, None]
-            total += tl.load(rows + row * C + columns[None, :], mask=(row < count) & (columns < C)[None, :], other=0.0)
-        tl.store(out + sample * C + columns, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=columns < C)
+            total += tl.load(rows + row * C + column[None, :], mask=(row < count) & (column < C)[None, :], other=0.0)
+        tl.store(out + sample * C + column, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=column < C)
 
 
 @triton.jit(do_not_specialize=["all_programs", "count0", "count1", "count2"])

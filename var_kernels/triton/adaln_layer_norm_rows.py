@@ -1,0 +1,112 @@
+"""Rows of adaln_layer_norm in registers: a row of C channels is a tuple of tiles.
+
+There are C // CHUNK tiles of CHUNK channels, then one of TAIL, the least power of two that holds the C % CHUNK others
+(0 if there are none). One tile of the next power of two would be simpler, but 44 % of its work would be padding at
+C = 1152 and 2304; of these tiles only the tail may be padded. A tile has ROWS rows and, where ROWS·CHUNK elements are
+one 16-byte vector for each thread of the program, a row belongs to num_warps / ROWS warps.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def columns(i: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    """The channels of tile i, (1, CHUNK or TAIL)."""
+    WIDTH: tl.constexpr = CHUNK if i < C // CHUNK else TAIL
+    return i * CHUNK + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def exists(present, i: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    """Which elements of tile i are there; None for all. `present`, (ROWS, 1) or None, says it of the rows."""
+    if i < C // CHUNK or C % CHUNK == TAIL:
+        mask = present
+    elif present is None:
+        mask = columns(i, C, CHUNK, TAIL) < C
+    else:
+        mask = present & (columns(i, C, CHUNK, TAIL) < C)
+    return mask
+
+
+@triton.jit
+def load(rows, present, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    """The rows that start at the pointers `rows`, (ROWS, 1), as fp32; zeros where nothing exists."""
+    tiles = ()
+    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
+        pointers = rows + columns(i, C, CHUNK, TAIL)
+        mask = exists(present, i, C, CHUNK, TAIL)
+        if mask is None:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=mask, other=0.0)
+        tiles = tiles + (tile.to(tl.float32),)
+    return tiles
+
+
+@triton.jit
+def load_factors(rows, present, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    """1 + scale of the rows that start at the pointers `rows`."""
+    scales = load(rows, present, C, CHUNK, TAIL)
+    factors = ()
+    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
+        factors = factors + (1.0 + scales[i],)
+    return factors
+
+
+@triton.jit
+def store(rows, tiles, present, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
+        pointers = rows + columns(i, C, CHUNK, TAIL)
+        tl.store(pointers, tiles[i].to(rows.dtype.element_ty), mask=exists(present, i, C, CHUNK, TAIL))
+
+
+@triton.jit
+def _row_sum(total, rest, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    """Tiles are added up first: then warps exchange sums once, and once more for a tail of another width."""
+    total = tl.sum(total, axis=1, keep_dims=True)
+    if C > CHUNK and C % CHUNK != 0 and CHUNK != TAIL:
+        total += tl.sum(rest, axis=1, keep_dims=True)
+    return total
+
+
+@triton.jit
+def mean_of_row(tiles, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    """The mean of each row, (ROWS, 1), of tiles that are no products."""
+    PIECES: tl.constexpr = (C + CHUNK - 1) // CHUNK
+    total = tiles[0]
+    for i in tl.static_range(1, PIECES):
+        if i < C // CHUNK or CHUNK == TAIL:
+            total += tiles[i]
+    return _row_sum(total, tiles[PIECES - 1], C, CHUNK, TAIL) / C
+
+
+@triton.jit
+def mean_of_products(a, b, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    """The mean of each row of a·b, (ROWS, 1)."""
+    # Each fma is said, because of threads with only one element: the compiler would contract its product with the first
+    # addition between lanes. Each lane would add its exact product to the rounded one of the other, and lanes of a row
+    # would go on with different sums.
+    PIECES: tl.constexpr = (C + CHUNK - 1) // CHUNK
+    total = tl.fma(a[0], b[0], tl.zeros_like(a[0]))
+    rest = total
+    for i in tl.static_range(1, PIECES):
+        if i < C // CHUNK or CHUNK == TAIL:
+            total = tl.fma(a[i], b[i], total)
+        else:
+            rest = tl.fma(a[i], b[i], tl.zeros_like(a[i]))
+    return _row_sum(total, rest, C, CHUNK, TAIL) / C
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    tiles = ()
+    for i in tl.static_range((C + CHUNK - 1) // CHUNK):
+        tiles = tiles + (tl.zeros((ROWS, CHUNK if i < C // CHUNK else TAIL), tl.float32),)
+    return tiles
+
+
+@triton.jit
+def rows_at(base, sample, token, stride_b, stride_l):
+    """Pointers to the rows of tokens, (ROWS, 1)."""
+    return base + (sample.to(tl.int64) * stride_b + token.to(tl.int64) * stride_l)
