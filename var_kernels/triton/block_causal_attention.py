@@ -40,6 +40,7 @@ from .launch import launch
 from .targets import target_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E_REST = tl.constexpr(1.925963033500681e-08)  # log2(e) less its value in float32
 LN_2 = tl.constexpr(0.6931471805599453)
 
 # Sizes and strides differ between schedules and batches: compiled for all of them alike. What the strides have in
@@ -124,7 +125,7 @@ def _visible(ends, keys):
 
 @triton.jit
 def _softmax_step(scores, scale_log2, peak, total):
-    """p of a block and the updated maximum and sum of the rows; the factor by which the sums so far are to be multiplied."""
+    """p of a block, the new maximum and sum of each row, and the factor by which what was summed before is rescaled."""
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
     # Against a maximum of -inf (nothing but -inf yet) or inf every difference would be NaN, where exp2(-inf) = 0 and
     # exp2(inf) = inf are meant: 0 gives these, and with them PyTorch's results, out = 0/0 and lse = -inf or inf.
@@ -132,6 +133,18 @@ def _softmax_step(scores, scale_log2, peak, total):
     p = tl.exp2(scores * scale_log2 - shift[:, None])
     factor = tl.exp2(peak - shift)
     return p, new_peak, total * factor + tl.sum(p, 1), factor
+
+
+@triton.jit
+def _exponent(scores, scale_log2, lse, input_type: tl.constexpr):
+    """log2(p) = scale_log2 * scores - log2(e) * lse. In fp32 the last product is a sum of two numbers: rounded to one
+    it would change p by 5e-6 where logits are 100. An infinite lse has no second part."""
+    high = lse * LOG2_E
+    exponent = scores * scale_log2 - high
+    if input_type == tl.float32:
+        low = tl.fma(lse, LOG2_E, -high) + lse * LOG2_E_REST
+        exponent -= tl.where(tl.abs(high) == float("inf"), 0.0, low)
+    return exponent
 
 
 # ---- forward
@@ -174,29 +187,30 @@ def forward(q, k, v, out, lse, table, token_ends, scale_log2,
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     whole = common // BLOCK_N * BLOCK_N
-    acc, peak, total = _attend(acc, peak, total, q_tile, k_base, v_base, ends, 0, whole, k_row, v_row, scale_log2, True,
-                        BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
-    acc, peak, total = _attend(acc, peak, total, q_tile, k_base, v_base, ends, whole, limit, k_row, v_row, scale_log2, False,
-                        BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
+    acc, peak, total = _attend(acc, peak, total, q_tile, k_base, v_base, ends, 0, whole, k_row, v_row, scale_log2,
+                               True, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
+    acc, peak, total = _attend(acc, peak, total, q_tile, k_base, v_base, ends, whole, limit, k_row, v_row, scale_log2,
+                               False, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
 
     out_base = _head(out, batch, head, out_batch, out_head, STRIDE_UNIT)
     _store(out_base, first, count, out_row, acc * (1.0 / total)[:, None], BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)
     shift = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
-    tl.store(lse + pair.to(tl.int64) * queries + first + rows, (shift + tl.log2(total)) * LN_2, mask=rows < count)
+    row_lse = shift * LN_2 + tl.log2(total) * LN_2
+    tl.store(lse + pair.to(tl.int64) * queries + first + rows, row_lse, mask=rows < count)
 
 
 # ---- backward: dq, row by row, and delta
 
 
 @triton.jit
-def _add_dq(acc, q, dout, lse_log2, delta, k_head, v_head, ends, first, last, k_row, v_row, scale_log2,
+def _add_dq(acc, q, dout, lse, delta, k_head, v_head, ends, first, last, k_row, v_row, scale_log2,
             WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr,
             STRIDE_UNIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     for start in range(first, last, BLOCK_N):
         k = _load(k_head, start, last - start, k_row, WHOLE, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT)
         v = _load(v_head, start, last - start, v_row, WHOLE, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        exponent = scores * scale_log2 - lse_log2[:, None]
+        exponent = _exponent(scores, scale_log2, lse[:, None], k.dtype)
         if not WHOLE:
             visible = _visible(ends[:, None], start + tl.arange(0, BLOCK_N)[None, :])
             exponent = tl.where(visible, exponent, float("-inf"))
@@ -207,7 +221,7 @@ def _add_dq(acc, q, dout, lse_log2, delta, k_head, v_head, ends, first, last, k_
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def backward_queries(q, k, v, out, dout, lse, dlse, dq, delta, table, token_ends, softmax_scale,
+def backward_queries(q, k, v, out, dout, lse, dlse, dq, delta, table, token_ends, softmax_scale, scale_log2,
                      q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                      out_batch, out_head, out_row, dout_batch, dout_head, dout_row, dq_batch, dq_head, dq_row,
                      heads, group, q_offset, queries, tiles, pairs, section,
@@ -234,14 +248,13 @@ def backward_queries(q, k, v, out, dout, lse, dlse, dq, delta, table, token_ends
     if HAS_DLSE:
         row_delta -= tl.load(dlse + statistics, mask=inside, other=0.0)
     tl.store(delta + statistics, row_delta, mask=inside)
-    lse_log2 = tl.load(lse + statistics, mask=inside, other=0.0) * LOG2_E
+    row_lse = tl.load(lse + statistics, mask=inside, other=0.0)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    scale_log2 = softmax_scale * LOG2_E
     whole = common // BLOCK_N * BLOCK_N
-    acc = _add_dq(acc, q_tile, dout_tile, lse_log2, row_delta, k_base, v_base, ends, 0, whole, k_row, v_row,
+    acc = _add_dq(acc, q_tile, dout_tile, row_lse, row_delta, k_base, v_base, ends, 0, whole, k_row, v_row,
                   scale_log2, True, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
-    acc = _add_dq(acc, q_tile, dout_tile, lse_log2, row_delta, k_base, v_base, ends, whole, limit, k_row, v_row,
+    acc = _add_dq(acc, q_tile, dout_tile, row_lse, row_delta, k_base, v_base, ends, whole, limit, k_row, v_row,
                   scale_log2, False, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT, PRECISION)  # fmt: skip
     dq_base = _head(dq, batch, head, dq_batch, dq_head, STRIDE_UNIT)
     _store(dq_base, first, count, dq_row, acc * softmax_scale, BLOCK_M, BLOCK_D, DIM, STRIDE_UNIT)
@@ -251,7 +264,7 @@ def backward_queries(q, k, v, out, dout, lse, dlse, dq, delta, table, token_ends
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def backward_keys(q, k, v, dout, lse, delta, dk, dv, table, token_ends, softmax_scale,
+def backward_keys(q, k, v, dout, lse, delta, dk, dv, table, token_ends, softmax_scale, scale_log2,
                   q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
                   dout_batch, dout_head, dout_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
                   heads, group, q_offset, queries, tiles, pairs, section,
@@ -272,7 +285,6 @@ def backward_keys(q, k, v, dout, lse, delta, dk, dv, table, token_ends, softmax_
 
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    scale_log2 = softmax_scale * LOG2_E
     q_base = _head(q, batch, kv_head * group, q_batch, q_head, STRIDE_UNIT)
     dout_base = _head(dout, batch, kv_head * group, dout_batch, dout_head, STRIDE_UNIT)
     statistics = pair.to(tl.int64) * group * queries
@@ -292,7 +304,7 @@ def backward_keys(q, k, v, dout, lse, delta, dk, dv, table, token_ends, softmax_
         row_lse = tl.load(lse + statistics + member * queries + rows, mask=inside, other=float("inf"))
         row_delta = tl.load(delta + statistics + member * queries + rows, mask=inside, other=0.0)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        exponent = scores * scale_log2 - (row_lse * LOG2_E)[None, :]
+        exponent = _exponent(scores, scale_log2, row_lse[None, :], k_tile.dtype)
         if start < common:
             ends = tl.load(token_ends + q_offset + rows, mask=inside, other=0)
             exponent = tl.where(_visible(ends[None, :], keys[:, None]), exponent, float("-inf"))
@@ -345,7 +357,8 @@ def _check(q, k, v, scale_lens, q_offset, **like_q) -> None:
     for name, x in like_q.items():
         check_shape(name, x, q.shape)
     for name, x in {"q": q, "k": k, "v": v, **like_q}.items():
-        check(x.stride(3) == 1 or x.shape[3] == 1, name, "a dense last dimension", f"strides {x.stride()}")
+        dense = x.stride(3) == 1 or x.shape[3] == 1 or x.numel() == 0
+        check(dense, name, "a dense last dimension", f"strides {x.stride()}")
     check_same("q", q, k=k, v=v, **like_q)
 
 
@@ -407,7 +420,8 @@ def block_causal_attention_backward(dout, q, k, v, out, lse, dlse, scale_lens, s
         return dq, dk.zero_(), dv.zero_()
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    statistics = {"lse": lse, "delta": delta, "softmax_scale": softmax_scale}
+    scales = {"softmax_scale": softmax_scale, "scale_log2": softmax_scale * LOG2_E.value}
+    statistics = {"lse": lse, "delta": delta, **scales}
     tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq}
     gradient = {"dlse": lse if dlse is None else dlse.contiguous(), "HAS_DLSE": dlse is not None}
     _start(backward_queries, q, k, scale_lens, q_offset, tensors, {**statistics, **gradient})
