@@ -93,11 +93,14 @@ def prepare(
     """
     v0 = tl.program_id(0) * BLOCK_V
     v = v0 + tl.arange(0, BLOCK_V)
-    squares = tl.zeros((BLOCK_V,), tl.float32)
+    # Squares are added across lanes after the loop only: a product right before that addition would be fused into it,
+    # and each lane's own square then enters unrounded, so that lanes would differ in the sum that they share.
+    squares_of_tile = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
     for c0 in tl.range(0, channels, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         tile = load_codes(codes, v0, num_codes, c, channels, BLOCK_V)
-        squares += tl.sum(tile * tile, axis=0)
+        squares_of_tile += tile * tile
+    squares = tl.sum(squares_of_tile, axis=0)
     if COSINE:
         length = tl.maximum(tl.sqrt_rn(squares), 1e-12)
         for c0 in tl.range(0, channels, BLOCK_C):
