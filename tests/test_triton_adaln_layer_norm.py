@@ -263,7 +263,7 @@ def test_compiles_once_for_all_batches_and_lengths():
     with assume(target), executor(compile_only):
         step(2, 4)
         counts = [compilations(kernel, target) for kernel in compiled]
-        for batch, length in ((2, 9), (2, 16), (3, 680), (16, 256), (3, 3)):
+        for batch, length in ((2, 9), (2, 16), (3, 680), (16, 256), (3, 3), (1, 5)):
             step(batch, length)
     assert counts == [compilations(kernel, target) for kernel in compiled[: len(counts)]]
 
