@@ -7,7 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../checks.h"
+#include "../adaln_layer_norm_checks.h"
 #include "dispatch.h"
 
 namespace var_kernels {
@@ -28,47 +28,6 @@ constexpr int64_t kStreamBytes = 24 << 20;
 // Tokens per row of partial sums in backward. It fixes the order of summation, so it must not depend on the number of
 // threads; 48 keeps the partials' traffic at 1/16 of one input and leaves 15 tasks per sample at L = 680.
 constexpr int64_t kTokensPerPartial = 48;
-
-int dtype_index(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return 0;
-    case ScalarType::BFloat16: return 1;
-    case ScalarType::Half: return 2;
-    default: break;
-  }
-  VAR_CHECK(false, "x", "float32, bfloat16 or float16", torch::headeronly::toString(x.scalar_type()));
-}
-
-void check_x(const Tensor& x) { VAR_CHECK(x.dim() == 3, "x", "3 dimensions", x.dim()); }
-
-void check_like(const char* name, const Tensor& tensor, const Tensor& x) {
-  VAR_CHECK(tensor.scalar_type() == x.scalar_type(), name, torch::headeronly::toString(x.scalar_type()),
-            torch::headeronly::toString(tensor.scalar_type()));
-  VAR_CHECK(tensor.dim() == 3, name, "3 dimensions", tensor.dim());
-  VAR_CHECK(tensor.size(2) == x.size(2), name, x.size(2), tensor.size(2), " channels");
-}
-
-// (B, L, C) like x, as rows that need no more than a dense last dimension.
-Tensor token_rows(const char* name, const Tensor& tensor, const Tensor& x) {
-  check_like(name, tensor, x);
-  VAR_CHECK(tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1), name, "the shape of x", "(", tensor.size(0),
-            ", ", tensor.size(1), ", ", tensor.size(2), ")");
-  return tensor.size(2) <= 1 || tensor.stride(2) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-// (B, 1, C), (1, 1, C) or (B, L, C).
-Tensor modulation_rows(const char* name, const Tensor& tensor, const Tensor& x) {
-  check_like(name, tensor, x);
-  const int64_t samples = tensor.size(0), tokens = tensor.size(1);
-  VAR_CHECK((samples == x.size(0) && (tokens == 1 || tokens == x.size(1))) || (samples == 1 && tokens == 1), name,
-            "shape (B, 1, C), (1, 1, C) or (B, L, C)", "(", samples, ", ", tokens, ", ", tensor.size(2), ")");
-  return tensor.size(2) <= 1 || tensor.stride(2) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-Rows rows(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.size(0) == 1 ? 0 : tensor.stride(0),
-          tensor.size(1) == 1 ? 0 : tensor.stride(1)};
-}
 
 // Whether to stream the outputs of an op over `tensors` (B, L, C) tensors; their rows have to start on a cache line.
 bool streams(const Tensor& x, int64_t tensors, std::initializer_list<const Tensor*> outputs) {
@@ -119,7 +78,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_adaln(const Tensor& x_
   const Tensor x = token_rows("x", x_in, x_in), branch = token_rows("branch", branch_in, x);
   const Tensor gate = modulation_rows("gate", gate_in, x);
   const Tensor scale = modulation_rows("scale", scale_in, x), shift = modulation_rows("shift", shift_in, x);
-  Tensor residual = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type()), y = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  Tensor residual = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  Tensor y = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
   Tensor mean = empty_cpu({x.size(0), x.size(1)}, ScalarType::Float);
   Tensor rstd = empty_cpu({x.size(0), x.size(1)}, ScalarType::Float);
   forward(x, {.x = rows(x), .branch = rows(branch), .gate = rows(gate), .scale = rows(scale), .shift = rows(shift),
@@ -183,14 +143,6 @@ void finish(const Tensor& x, const Reduction& reduction) {
   });
 }
 
-Tensor statistic(const char* name, const Tensor& tensor, const Tensor& x) {
-  VAR_CHECK(tensor.scalar_type() == ScalarType::Float, name, "Float",
-            torch::headeronly::toString(tensor.scalar_type()));
-  VAR_CHECK(tensor.dim() == 2 && tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1), name, "shape (B, L)",
-            tensor.dim(), " dimensions, ", tensor.numel(), " elements");
-  return torch::stable::contiguous(tensor);
-}
-
 std::tuple<Tensor, Tensor, Tensor> adaln_layer_norm_backward(const Tensor& dy_in, const Tensor& x_in,
                                                              const Tensor& scale_in, const Tensor& mean_in,
                                                              const Tensor& rstd_in, bool shift_per_sample,
@@ -226,7 +178,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_backward
   const Tensor zeros = absent ? torch::stable::new_zeros(x, {1, 1, x.size(2)}) : x;
   const Tensor dresidual = dresidual_in ? token_rows("dresidual", *dresidual_in, x) : zeros;
   const Tensor dy = dy_in ? token_rows("dy", *dy_in, x) : zeros;
-  Tensor dx = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type()), dbranch = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  Tensor dx = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  Tensor dbranch = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
   Reduction dgate(x, gate), dscale(x, scale);
   Reduction dshift(x, shift_per_sample ? x.size(0) : 1, shift_per_token ? x.size(1) : 1);
   if (x.size(2) > 0) {

@@ -2,13 +2,9 @@
 #pragma once
 #include <cstdint>
 
-namespace var_kernels {
+#include "../rows.h"
 
-// Rows of `channels` dense elements, addressed by sample and token. A stride is in elements; 0 broadcasts.
-struct Rows {
-  const void* data;
-  int64_t per_sample, per_token;
-};
+namespace var_kernels {
 
 struct AdaLNForward {
   Rows x;             // (B, L, C)

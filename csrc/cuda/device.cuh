@@ -84,7 +84,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
 }  // namespace ptx
 #endif
 
-// ---- elements and packs of 16 bytes --------------------------------------------------------------------------------
+// ---- elements and packs of 16 bytes -------------------------------------------------------------------------------
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(bf16 v) { return __bfloat162float(v); }

@@ -20,14 +20,15 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-from var_kernels import _build, _library
+from var_kernels import _build, _library, backends
 
 from . import build
 
-__all__ = ["Emulation", "EmulationError", "Report", "Run", "kernel_sources", "load"]
+__all__ = ["Emulation", "EmulationError", "Report", "Run", "as_backend", "kernel_sources", "load"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,19 @@ def _places(path: Path, addresses: Sequence[int]) -> list[tuple[str, str]]:
     names = [re.sub(r"^void |\(anonymous namespace\)::|\(.*", "", line) for line in lines[::2]]
     files = [re.sub(r" \(discriminator.*|^\?\?.*", "", line).rpartition("/")[2] for line in lines[1::2]]
     return list(zip(names, files, strict=True))
+
+
+@contextlib.contextmanager
+def as_backend(emulation: Emulation) -> Iterator[None]:
+    """Inside this context ``backend="cuda"`` of the public functions is the emulation, on CPU tensors."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    with (
+        mock.patch.object(backends, "BACKENDS", tuple(dict.fromkeys((*backends.BACKENDS, "cuda")))),
+        mock.patch.dict(backends._DEVICES, cuda=("cpu",)),
+        mock.patch.dict(backends._DTYPES, cuda=dtypes),
+        mock.patch.dict(_library.NAMESPACES, cuda=emulation.namespace),
+    ):
+        yield
 
 
 def kernel_sources() -> list[Path]:

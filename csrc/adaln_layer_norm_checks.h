@@ -1,0 +1,69 @@
+// What every door of adaln_layer_norm and gated_residual_adaln demands of its arguments.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "checks.h"
+#include "rows.h"
+
+namespace var_kernels {
+
+// fp32, bf16, fp16.
+inline int dtype_index(const torch::stable::Tensor& x) {
+  switch (x.scalar_type()) {
+    case torch::headeronly::ScalarType::Float: return 0;
+    case torch::headeronly::ScalarType::BFloat16: return 1;
+    case torch::headeronly::ScalarType::Half: return 2;
+    default: break;
+  }
+  VAR_CHECK(false, "x", "float32, bfloat16 or float16", torch::headeronly::toString(x.scalar_type()));
+}
+
+inline void check_x(const torch::stable::Tensor& x) { VAR_CHECK(x.dim() == 3, "x", "3 dimensions", x.dim()); }
+
+inline void check_like(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& x) {
+  VAR_CHECK(tensor.scalar_type() == x.scalar_type(), name, torch::headeronly::toString(x.scalar_type()),
+            torch::headeronly::toString(tensor.scalar_type()));
+  VAR_CHECK(tensor.dim() == 3, name, "3 dimensions", tensor.dim());
+  VAR_CHECK(tensor.size(2) == x.size(2), name, x.size(2), tensor.size(2), " channels");
+}
+
+inline torch::stable::Tensor with_dense_rows(const torch::stable::Tensor& tensor) {
+  return tensor.size(2) <= 1 || tensor.stride(2) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// (B, L, C) like x, as rows that need no more than a dense last dimension.
+inline torch::stable::Tensor token_rows(const char* name, const torch::stable::Tensor& tensor,
+                                        const torch::stable::Tensor& x) {
+  check_like(name, tensor, x);
+  VAR_CHECK(tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1), name, "the shape of x", "(", tensor.size(0),
+            ", ", tensor.size(1), ", ", tensor.size(2), ")");
+  return with_dense_rows(tensor);
+}
+
+// (B, 1, C), (1, 1, C) or (B, L, C).
+inline torch::stable::Tensor modulation_rows(const char* name, const torch::stable::Tensor& tensor,
+                                             const torch::stable::Tensor& x) {
+  check_like(name, tensor, x);
+  const int64_t samples = tensor.size(0), tokens = tensor.size(1);
+  VAR_CHECK((samples == x.size(0) && (tokens == 1 || tokens == x.size(1))) || (samples == 1 && tokens == 1), name,
+            "shape (B, 1, C), (1, 1, C) or (B, L, C)", "(", samples, ", ", tokens, ", ", tensor.size(2), ")");
+  return with_dense_rows(tensor);
+}
+
+// mean or rstd, (B, L) fp32.
+inline torch::stable::Tensor statistic(const char* name, const torch::stable::Tensor& tensor,
+                                       const torch::stable::Tensor& x) {
+  VAR_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Float, name, "Float",
+            torch::headeronly::toString(tensor.scalar_type()));
+  VAR_CHECK(tensor.dim() == 2 && tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1), name, "shape (B, L)",
+            tensor.dim(), " dimensions, ", tensor.numel(), " elements");
+  return torch::stable::contiguous(tensor);
+}
+
+inline Rows rows(const torch::stable::Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.size(0) == 1 ? 0 : tensor.stride(0),
+          tensor.size(1) == 1 ? 0 : tensor.stride(1)};
+}
+
+}  // namespace var_kernels

@@ -1,0 +1,439 @@
+// Modulated LayerNorm, y = (x - mean)·rstd·(1 + scale) + shift, with the gated residual sum in front of it if wanted.
+//
+// The limit is memory. With N = B·L·C elements, forward has to move 2 N (x in, y out) and 4 N in the gated form,
+// backward 3 N (dy, x in, dx out) and 6 N. That is what these kernels move: a row is read once, 16 bytes at a time, and
+// stays in registers between the passes over it, so the plain two-pass variance (mean first, then the squares of the
+// centred values) costs no traffic, and is safe where E[x²] - E[x]² cancels.
+//
+// Backward, with h = (x - mean)·rstd, g = dy·(1 + scale) and means over the row:
+//   dx = rstd·(g - mean(g) - h·mean(g·h)) [+ dresidual],   dscale = Σ dy·h,   dshift = Σ dy,
+// and in the gated form dbranch = dx·gate, dgate = Σ dx·branch.
+//
+// A worker is the threads that share a row: one warp, or a block of up to 16. It works on consecutive tokens of one
+// sample, so modulation of the sample is read once and, in backward, summed in registers. Each worker then writes one
+// row of fp32 partial sums, and a second kernel adds these in a fixed order. How many workers there are depends on the
+// shape alone, not on the GPU: gradients are the same bits everywhere.
+//
+// Rows whose 16-byte accesses would be misaligned (C no multiple of 4 or 8, odd strides) or that are too long for the
+// registers (8192 channels in forward, 4096 in backward) go to plain kernels that read a row again for each pass.
+#pragma once
+#include "../rows.h"
+#include "device.cuh"
+
+namespace var_kernels {
+namespace {
+
+constexpr int kMaxThreads = 512;  // of a worker; it leaves each thread 128 registers on every architecture
+constexpr int kMaxWarps = kMaxThreads / 32;
+constexpr int kPlainThreads = 256;
+
+// ---- what a worker does -------------------------------------------------------------------------------------------
+
+struct Partition {
+  int samples, length;
+  int workers;  // per sample
+};
+
+struct Work {
+  int worker, sample, begin, end;  // tokens [begin, end) of the sample
+};
+
+__device__ __forceinline__ Work my_work(const Partition& partition) {
+  const int worker = int(blockIdx.x * blockDim.y + threadIdx.y);
+  const int sample = worker / partition.workers, part = worker % partition.workers;
+  if (sample >= partition.samples) return {worker, 0, 0, 0};
+  return {worker, sample, int(int64_t(partition.length) * part / partition.workers),
+          int(int64_t(partition.length) * (part + 1) / partition.workers)};
+}
+
+template <class T>
+__device__ __forceinline__ const T* row_of(const Rows& rows, int sample, int token) {
+  return static_cast<const T*>(rows.data) + sample * rows.per_sample + token * rows.per_token;
+}
+
+// Sums over the worker's threads, the same in each. Two buffers take turns: a thread can be one sum ahead of the
+// slowest thread of its worker, not two, so one barrier for each sum is enough.
+template <int N>
+__device__ __forceinline__ void sum_over_row(float (&v)[N], float (*exchange)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = warp_sum(v[i]);
+  if (blockDim.x == 32) return;
+  if (threadIdx.x % 32 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) exchange[threadIdx.x / 32][i] = v[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i) v[i] = 0.0f;
+  for (int warp = 0; warp < blockDim.x / 32; ++warp) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] += exchange[warp][i];
+  }
+}
+
+// ---- a row in registers: kPacks packs of 16 bytes for each thread -------------------------------------------------
+
+__device__ __forceinline__ int column(int pack, int width) {
+  return (int(threadIdx.x) + pack * int(blockDim.x)) * width;
+}
+
+// Zeros where there is no column, and where there is no row at all.
+template <class T, int kPacks>
+__device__ __forceinline__ void load_row(uint4 (&packs)[kPacks], const Rows& rows, int sample, int token,
+                                         int channels) {
+  const T* row = row_of<T>(rows, sample, token);
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int c = column(i, kPackWidth<T>);
+    packs[i] = c < channels && rows.data != nullptr ? ptx::load16(row + c) : make_uint4(0, 0, 0, 0);
+  }
+}
+
+// Pack i of a dense row.
+template <class T>
+__device__ __forceinline__ void store_pack(void* out, int row, int i, const float (&v)[kPackWidth<T>], int channels) {
+  const int c = column(i, kPackWidth<T>);
+  if (c < channels) ptx::store16(static_cast<T*>(out) + int64_t(row) * channels + c, pack<T>(v));
+}
+
+// ---- forward ------------------------------------------------------------------------------------------------------
+
+struct Forward {
+  Rows x, branch, gate, scale, shift;  // (B, L, C) or broadcast; branch and gate in the gated form only
+  void *residual, *y;                  // (B, L, C) dense
+  float *mean, *rstd;                  // (B, L) dense
+  Partition partition;
+  int channels;
+  float eps;
+};
+
+__device__ __forceinline__ void store_statistics(const Forward& a, int row, float mean, float rstd) {
+  if (threadIdx.x != 0) return;
+  a.mean[row] = mean;
+  a.rstd[row] = rstd;
+}
+
+// residual = x + gate·branch, rounded to T as it is stored: the norm is that of the rounded sum.
+template <class T, int kPacks>
+__device__ __forceinline__ void add_branch(uint4 (&x)[kPacks], const uint4 (&branch)[kPacks],
+                                           const uint4 (&gate)[kPacks], void* residual, int row, int channels) {
+  constexpr int kWidth = kPackWidth<T>;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    float v[kWidth], b[kWidth], g[kWidth];
+    unpack<T>(x[i], v);
+    unpack<T>(branch[i], b);
+    unpack<T>(gate[i], g);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) v[j] += g[j] * b[j];
+    x[i] = pack<T>(v);
+    const int c = column(i, kWidth);
+    if (c < channels) ptx::store16(static_cast<T*>(residual) + int64_t(row) * channels + c, x[i]);
+  }
+}
+
+template <class T, bool kGated, int kPacks>
+__global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(const __grid_constant__ Forward a) {
+  constexpr int kWidth = kPackWidth<T>;
+  __shared__ float exchange[2][kMaxWarps][1];
+  const Work work = my_work(a.partition);
+  uint4 scale[kPacks], shift[kPacks], gate[kPacks];
+  for (int token = work.begin; token < work.end; ++token) {
+    const int row = work.sample * a.partition.length + token;
+    const bool first = token == work.begin;
+    uint4 x[kPacks];
+    load_row<T>(x, a.x, work.sample, token, a.channels);
+    if constexpr (kGated) {
+      uint4 branch[kPacks];
+      load_row<T>(branch, a.branch, work.sample, token, a.channels);
+      if (first || a.gate.per_token != 0) load_row<T>(gate, a.gate, work.sample, token, a.channels);
+      add_branch<T>(x, branch, gate, a.residual, row, a.channels);
+    }
+    if (first || a.scale.per_token != 0) load_row<T>(scale, a.scale, work.sample, token, a.channels);
+    if (first || a.shift.per_token != 0) load_row<T>(shift, a.shift, work.sample, token, a.channels);
+
+    float sum[1] = {0.0f};
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float v[kWidth];
+      unpack<T>(x[i], v);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sum[0] += v[j];
+    }
+    sum_over_row(sum, exchange[0]);
+    const float mean = sum[0] / float(a.channels);
+    sum[0] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float v[kWidth];
+      unpack<T>(x[i], v);
+      const bool exists = column(i, kWidth) < a.channels;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sum[0] += exists ? (v[j] - mean) * (v[j] - mean) : 0.0f;
+    }
+    sum_over_row(sum, exchange[1]);
+    const float rstd = 1.0f / sqrtf(sum[0] / float(a.channels) + a.eps);
+    store_statistics(a, row, mean, rstd);
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float v[kWidth], s[kWidth], t[kWidth];
+      unpack<T>(x[i], v);
+      unpack<T>(scale[i], s);
+      unpack<T>(shift[i], t);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) v[j] = (v[j] - mean) * rstd * (1.0f + s[j]) + t[j];
+      store_pack<T>(a.y, row, i, v, a.channels);
+    }
+  }
+}
+
+// Any strides, any C: each pass reads the row again, which the caches then hold.
+template <class T, bool kGated>
+__global__ void __launch_bounds__(kPlainThreads) plain_forward_kernel(const __grid_constant__ Forward a) {
+  __shared__ float exchange[2][kMaxWarps][1];
+  const Work work = my_work(a.partition);
+  const int channels = a.channels, step = int(blockDim.x);
+  for (int token = work.begin; token < work.end; ++token) {
+    const int row = work.sample * a.partition.length + token;
+    const T* x = row_of<T>(a.x, work.sample, token);
+    const T* scale = row_of<T>(a.scale, work.sample, token);
+    const T* shift = row_of<T>(a.shift, work.sample, token);
+    T* y = static_cast<T*>(a.y) + int64_t(row) * channels;
+    float sum[1] = {0.0f};
+    if constexpr (kGated) {
+      const T* branch = row_of<T>(a.branch, work.sample, token);
+      const T* gate = row_of<T>(a.gate, work.sample, token);
+      T* residual = static_cast<T*>(a.residual) + int64_t(row) * channels;
+      for (int c = int(threadIdx.x); c < channels; c += step)
+        residual[c] = from_float<T>(to_float(x[c]) + to_float(gate[c]) * to_float(branch[c]));
+      x = residual;  // each thread reads only what it has written itself
+    }
+    for (int c = int(threadIdx.x); c < channels; c += step) sum[0] += to_float(x[c]);
+    sum_over_row(sum, exchange[0]);
+    const float mean = sum[0] / float(channels);
+    sum[0] = 0.0f;
+    for (int c = int(threadIdx.x); c < channels; c += step) {
+      const float centred = to_float(x[c]) - mean;
+      sum[0] += centred * centred;
+    }
+    sum_over_row(sum, exchange[1]);
+    const float rstd = 1.0f / sqrtf(sum[0] / float(channels) + a.eps);
+    store_statistics(a, row, mean, rstd);
+    for (int c = int(threadIdx.x); c < channels; c += step)
+      y[c] = from_float<T>((to_float(x[c]) - mean) * rstd * (1.0f + to_float(scale[c])) + to_float(shift[c]));
+  }
+}
+
+// ---- backward -----------------------------------------------------------------------------------------------------
+
+// Where one of the modulation gradients goes: per token straight into the output, else into rows of partial sums.
+struct ModulationGrad {
+  void* per_token;  // (B, L, C) dense, or null
+  float* partial;   // (workers of all samples, C) dense, or null
+};
+
+struct Backward {
+  Rows dresidual, dy;  // (B, L, C); zeros where data is null; dresidual in the gated form only
+  Rows x;              // (B, L, C): what was normalised, the saved residual in the gated form
+  Rows branch, gate;   // (B, L, C) or broadcast; in the gated form only
+  Rows scale;
+  const float *mean, *rstd;  // (B, L) dense
+  void *dx, *dbranch;        // (B, L, C) dense
+  ModulationGrad dgate, dscale, dshift;
+  Partition partition;
+  int channels;
+};
+
+// Stores pack i of this token's gradient, or adds it to the worker's sum.
+template <class T>
+__device__ __forceinline__ void put_grad(const ModulationGrad& grad, float (&sum)[kPackWidth<T>], int row, int i,
+                                         const float (&v)[kPackWidth<T>], int channels) {
+  if (grad.per_token != nullptr) return store_pack<T>(grad.per_token, row, i, v, channels);
+#pragma unroll
+  for (int j = 0; j < kPackWidth<T>; ++j) sum[j] += v[j];
+}
+
+template <class T, int kPacks>
+__device__ __forceinline__ void store_sum(const ModulationGrad& grad, const float (&sum)[kPacks][kPackWidth<T>],
+                                          int worker, int channels) {
+  if (grad.partial == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int c = column(i, kPackWidth<T>);
+    if (c >= channels) continue;
+#pragma unroll
+    for (int j = 0; j < kPackWidth<T>; j += 4) {
+      const float four[4] = {sum[i][j], sum[i][j + 1], sum[i][j + 2], sum[i][j + 3]};
+      ptx::store16(grad.partial + int64_t(worker) * channels + c + j, pack<float>(four));
+    }
+  }
+}
+
+template <class T, bool kGated, int kPacks>
+__global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(const __grid_constant__ Backward a) {
+  constexpr int kWidth = kPackWidth<T>;
+  __shared__ float exchange[2][kMaxWarps][2];
+  const Work work = my_work(a.partition);
+  uint4 scale[kPacks], gate[kPacks];
+  float dgate[kPacks][kWidth] = {}, dscale[kPacks][kWidth] = {}, dshift[kPacks][kWidth] = {};
+  for (int token = work.begin; token < work.end; ++token) {
+    const int row = work.sample * a.partition.length + token;
+    const bool first = token == work.begin;
+    uint4 x[kPacks], dy[kPacks], upstream[kPacks], branch[kPacks];
+    load_row<T>(x, a.x, work.sample, token, a.channels);
+    load_row<T>(dy, a.dy, work.sample, token, a.channels);
+    if constexpr (kGated) {  // asked for before the sums below are waited for
+      load_row<T>(upstream, a.dresidual, work.sample, token, a.channels);
+      load_row<T>(branch, a.branch, work.sample, token, a.channels);
+      if (first || a.gate.per_token != 0) load_row<T>(gate, a.gate, work.sample, token, a.channels);
+    }
+    if (first || a.scale.per_token != 0) load_row<T>(scale, a.scale, work.sample, token, a.channels);
+    const float mean = a.mean[row], rstd = a.rstd[row];
+
+    float sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float h[kWidth], d[kWidth], s[kWidth];
+      unpack<T>(x[i], h);
+      unpack<T>(dy[i], d);
+      unpack<T>(scale[i], s);
+      put_grad<T>(a.dshift, dshift[i], row, i, d, a.channels);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) {
+        d[j] *= (h[j] - mean) * rstd;  // 0 where there is no column, since dy is
+        sum[1] += d[j] * (1.0f + s[j]);
+      }
+      put_grad<T>(a.dscale, dscale[i], row, i, d, a.channels);
+      unpack<T>(dy[i], d);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sum[0] += d[j] * (1.0f + s[j]);
+    }
+    sum_over_row(sum, exchange[token & 1]);
+    const float mean_g = sum[0] / float(a.channels), mean_gh = sum[1] / float(a.channels);
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      float h[kWidth], d[kWidth], s[kWidth];
+      unpack<T>(x[i], h);
+      unpack<T>(dy[i], d);
+      unpack<T>(scale[i], s);
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j)
+        d[j] = rstd * (d[j] * (1.0f + s[j]) - mean_g - (h[j] - mean) * rstd * mean_gh);
+      if constexpr (kGated) {
+        float u[kWidth], b[kWidth], t[kWidth];
+        unpack<T>(upstream[i], u);
+        unpack<T>(branch[i], b);
+        unpack<T>(gate[i], t);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          d[j] += u[j];
+          t[j] *= d[j];
+          b[j] *= d[j];
+        }
+        store_pack<T>(a.dbranch, row, i, t, a.channels);
+        put_grad<T>(a.dgate, dgate[i], row, i, b, a.channels);
+      }
+      store_pack<T>(a.dx, row, i, d, a.channels);
+    }
+  }
+  if (work.begin == work.end) return;  // a partition leaves no worker of a sample without tokens
+  store_sum<T>(a.dscale, dscale, work.worker, a.channels);
+  store_sum<T>(a.dshift, dshift, work.worker, a.channels);
+  if constexpr (kGated) store_sum<T>(a.dgate, dgate, work.worker, a.channels);
+}
+
+// One element of put_grad and store_sum together: the sum is kept in the worker's row of partial sums itself.
+template <class T>
+__device__ __forceinline__ void add_grad(const ModulationGrad& grad, int row, int worker, int channels, int c,
+                                         float v, bool first) {
+  if (grad.per_token != nullptr) {
+    static_cast<T*>(grad.per_token)[int64_t(row) * channels + c] = from_float<T>(v);
+  } else {
+    float& sum = grad.partial[int64_t(worker) * channels + c];
+    sum = first ? v : sum + v;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ float element(const Rows& rows, const T* row, int c) {
+  return rows.data != nullptr ? to_float(row[c]) : 0.0f;
+}
+
+template <class T, bool kGated>
+__global__ void __launch_bounds__(kPlainThreads) plain_backward_kernel(const __grid_constant__ Backward a) {
+  __shared__ float exchange[2][kMaxWarps][2];
+  const Work work = my_work(a.partition);
+  const int channels = a.channels, step = int(blockDim.x);
+  for (int token = work.begin; token < work.end; ++token) {
+    const int row = work.sample * a.partition.length + token;
+    const bool first = token == work.begin;
+    const T* x = row_of<T>(a.x, work.sample, token);
+    const T* dy = row_of<T>(a.dy, work.sample, token);
+    const T* scale = row_of<T>(a.scale, work.sample, token);
+    const float mean = a.mean[row], rstd = a.rstd[row];
+    float sum[2] = {0.0f, 0.0f};
+    for (int c = int(threadIdx.x); c < channels; c += step) {
+      const float d = element(a.dy, dy, c), h = (to_float(x[c]) - mean) * rstd;
+      const float g = d * (1.0f + to_float(scale[c]));
+      sum[0] += g;
+      sum[1] += g * h;
+      add_grad<T>(a.dshift, row, work.worker, channels, c, d, first);
+      add_grad<T>(a.dscale, row, work.worker, channels, c, d * h, first);
+    }
+    sum_over_row(sum, exchange[token & 1]);
+    const float mean_g = sum[0] / float(channels), mean_gh = sum[1] / float(channels);
+    for (int c = int(threadIdx.x); c < channels; c += step) {
+      const float h = (to_float(x[c]) - mean) * rstd;
+      const float g = element(a.dy, dy, c) * (1.0f + to_float(scale[c]));
+      float d = rstd * (g - mean_g - h * mean_gh);
+      if constexpr (kGated) {
+        d += element(a.dresidual, row_of<T>(a.dresidual, work.sample, token), c);
+        const float gate = to_float(row_of<T>(a.gate, work.sample, token)[c]);
+        const float branch = to_float(row_of<T>(a.branch, work.sample, token)[c]);
+        static_cast<T*>(a.dbranch)[int64_t(row) * channels + c] = from_float<T>(d * gate);
+        add_grad<T>(a.dgate, row, work.worker, channels, c, d * branch, first);
+      }
+      static_cast<T*>(a.dx)[int64_t(row) * channels + c] = from_float<T>(d);
+    }
+  }
+}
+
+// ---- the rows of partial sums become gradients --------------------------------------------------------------------
+
+constexpr int kSumColumns = 32, kSumSlices = 8;
+
+struct PartialSums {
+  struct {
+    const float* partial;  // (rows · count, C): the sums of `count` consecutive rows are one row of the output
+    void* out;             // (rows, C)
+    int64_t rows, count;
+  } of[3];
+  int channels;
+};
+
+// Eight threads share a column, each with every eighth row; their sums are added in order.
+template <class T>
+__global__ void __launch_bounds__(kSumColumns * kSumSlices) sum_partials_kernel(const __grid_constant__ PartialSums a) {
+  __shared__ float sums[kSumSlices][kSumColumns];
+  const auto& mine = a.of[blockIdx.z];
+  const int c = int(blockIdx.x) * kSumColumns + int(threadIdx.x), slice = int(threadIdx.y);
+  for (int64_t row = blockIdx.y; row < mine.rows; row += gridDim.y) {
+    float sum = 0.0f;
+    if (c < a.channels) {
+      const float* column = mine.partial + row * mine.count * a.channels + c;
+#pragma unroll 4
+      for (int64_t i = slice; i < mine.count; i += kSumSlices) sum += column[i * a.channels];
+    }
+    sums[slice][threadIdx.x] = sum;
+    __syncthreads();
+    if (slice == 0 && c < a.channels) {
+#pragma unroll
+      for (int i = 1; i < kSumSlices; ++i) sum += sums[i][threadIdx.x];
+      static_cast<T*>(mine.out)[row * a.channels + c] = from_float<T>(sum);
+    }
+    __syncthreads();  // before the next row's sums overwrite these
+  }
+}
+
+}  // namespace
+}  // namespace var_kernels

@@ -1,0 +1,192 @@
+"""The CUDA kernels of adaln_layer_norm and gated_residual_adaln, executed on the CPU by the emulation (never on a GPU
+here), and what nvcc makes of them."""
+
+import functools
+import itertools
+
+import pytest
+import torch
+from cuda_emulation import as_backend, build, load
+from test_adaln_layer_norm import FORMS, inputs, outputs, values_and_gradients
+
+from var_kernels import _build
+from var_kernels.testing import assert_accurate, modulation, randn
+
+pytest.importorskip("pybind11")
+if build.unavailable_reason() is not None:
+    pytest.skip(build.unavailable_reason(), allow_module_level=True)
+
+SOURCES = (_build.CSRC / "cuda" / "adaln_layer_norm.cu",)
+OPS = ("adaln", "gated")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# A pack is 4 channels in fp32 and 8 in the others; one warp holds 256 channels in packs of 8, or 512 in twice as many.
+VECTOR_SHAPES = [(2, 5, 8), (3, 2, 248), (1, 9, 256), (2, 3, 264), (1, 3, 520), (1, 2, 1032), (2, 17, 40), (5, 1, 24)]
+# Rows that are not aligned, and short or long for the plain kernels, which give a row one warp up to 256 channels.
+PLAIN_SHAPES = [(2, 5, 3), (1, 3, 31), (1, 6, 33), (2, 2, 257), (1, 1, 1), (4, 1, 9)]
+LONG_SHAPE = (1, 2, 4104)  # too many channels for the registers of backward
+
+
+@functools.cache
+def emulated(variant):
+    return load(variant, SOURCES)
+
+
+def run(variant, op, tensors, *, seed=0, **options):
+    """Values and gradients by the emulated kernels; raises EmulationError for what was found."""
+    emulation = emulated(variant)
+    with as_backend(emulation), emulation.run(seed=seed):
+        return values_and_gradients(op, tensors, "cuda", **options)
+
+
+def assert_op_accurate(variant, op, tensors, *, seed=0, **options):
+    actual = run(variant, op, tensors, seed=seed, **options)
+    same_dtype = values_and_gradients(op, tensors, "reference", **options)
+    exact = values_and_gradients(op, [t.double() for t in tensors], "reference", upstream=tensors[0].dtype, **options)
+    for name, value in actual.items():
+        if same_dtype[name] is None:
+            assert value is None or not value.any(), f"{name}: expected no gradient"
+        else:
+            assert_accurate(value, same_dtype[name], exact[name], name=name)
+
+
+def rotated_forms(index):
+    return [FORMS[(index + offset) % 4] for offset in (0, 1, 3)]
+
+
+# ---- accuracy, races, bounds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["fast", "race"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_accurate_over_shapes(op, dtype, variant):
+    for index, shape in enumerate(VECTOR_SHAPES + PLAIN_SHAPES):
+        tensors = inputs(op, shape, seed=index, dtype=dtype, forms=rotated_forms(index))
+        assert_op_accurate(variant, op, tensors, seed=(0, 1, 7)[index % 3])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_accurate_over_modulation_forms(op):
+    for index, forms in enumerate(itertools.product(FORMS, repeat=3)):
+        if op == "adaln" and forms[0] != FORMS[0]:
+            continue  # there is no gate
+        channels = 24 if index % 3 else 23
+        assert_op_accurate("race" if index % 4 == 0 else "fast", op, inputs(op, (2, 9, channels), seed=7, forms=forms))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_many_tokens_for_each_worker(op):
+    # More rows than warps in flight: modulation stays in registers from token to token, sums run over many.
+    assert_op_accurate("fast", op, inputs(op, (3, 1500, 16), seed=1, dtype=torch.bfloat16), seed=3)
+    assert_op_accurate("race", op, inputs(op, (1, 40, 520), seed=1, dtype=torch.bfloat16), seed=3)
+
+
+@pytest.mark.parametrize("variant", ["fast", "race"])
+@pytest.mark.parametrize("op", OPS)
+def test_rows_longer_than_the_registers(op, variant):
+    assert_op_accurate(variant, op, inputs(op, LONG_SHAPE, seed=2, forms=("(1,1,C)", "(B,1,C)", "(B,L,C)")))
+
+
+@pytest.mark.parametrize("channels", [24, 23])
+@pytest.mark.parametrize("use", [(True, False), (False, True)], ids=["y only", "residual only"])
+def test_accurate_with_one_output_used(use, channels):
+    assert_op_accurate("race", "gated", inputs("gated", (2, 9, channels), seed=3), use=use)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mean_far_from_zero(dtype):
+    x, scale, shift = inputs("adaln", (1, 2, 1024), seed=5, dtype=torch.float64)
+    assert_op_accurate("fast", "adaln", [tensor.to(dtype) for tensor in (x + 200, scale, shift)])
+
+
+# ---- layouts, emptiness, determinism -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_strided_inputs(op):
+    dense = inputs(op, (2, 6, 40), seed=11, dtype=torch.bfloat16)
+    expected = run("fast", op, dense)
+
+    def check(name, make, exactly):
+        result = run("race", op, [make(tensor) for tensor in dense])
+        for key, value in expected.items():
+            if exactly:
+                assert torch.equal(result[key], value), f"{name}: {key}"
+            else:
+                torch.testing.assert_close(result[key], value)
+
+    check("outer stride", lambda t: torch.cat([t, t + 1], dim=-1)[..., : t.shape[-1]], True)
+    check("transposed tokens", lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), True)
+    check("inner stride", lambda t: torch.stack([t, t + 1], dim=-1)[..., 0], True)
+    # Not 16-byte aligned: the plain kernel, which sums in another order.
+    check("offset", lambda t: torch.cat([t[..., :1], t], dim=-1)[..., 1:], False)
+
+
+def test_chunk_views():
+    views = modulation(2, 40, seed=3, parts=6, dtype=torch.float16)
+    x, branch = randn(2, 6, 40, seed=1, dtype=torch.float16), randn(2, 6, 40, seed=2, dtype=torch.float16)
+    tensors = [x, branch, views[0], views[2], views[5]]
+    expected = run("fast", "gated", [tensor.clone() for tensor in tensors])
+    assert all(torch.equal(value, expected[key]) for key, value in run("race", "gated", tensors).items())
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
+def test_empty_raw_ops(shape):
+    emulation = emulated("race")
+    x, branch, gate, scale, shift = inputs("gated", shape, seed=1, forms=("(1,1,C)", "(B,1,C)", "(B,L,C)"))
+    with emulation.run():
+        residual, y, mean, rstd = emulation.ops._gated_residual_adaln(x, branch, gate, scale, shift, 1e-6)
+        gradients = emulation.ops._gated_residual_adaln_backward(
+            y, None, residual, branch, gate, scale, mean, rstd, False, False
+        )
+    assert [tuple(g.shape) for g in gradients] == [shape, shape, (1, 1, shape[2]), scale.shape, (1, 1, shape[2])]
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bit_equal_in_every_order(op):
+    tensors = inputs(op, (2, 13, 264), seed=16, dtype=torch.bfloat16)
+    results = [run("fast", op, tensors, seed=seed) for seed in (0, 1, 2, 9)]
+    for result in results[1:]:
+        assert all(torch.equal(value, results[0][key]) for key, value in result.items())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_and_inf_stay_in_their_row(bad):
+    for channels in (40, 41):
+        tensors = inputs("adaln", (2, 5, channels), seed=14)
+        clean = run("fast", "adaln", tensors)["output 0"]
+        tensors[0][1, 3, 17] = bad
+        y = run("fast", "adaln", tensors)["output 0"]
+        assert y[1, 3].isnan().all()
+        clean[1, 3] = torch.nan
+        assert torch.equal(y.isnan(), clean.isnan()) and torch.equal(y.nan_to_num(0), clean.nan_to_num(0))
+
+
+def test_raw_op_checks_its_arguments():
+    op = emulated("fast").ops._adaln_layer_norm
+    x, scale, shift = inputs("adaln", (2, 3, 6), seed=1)
+    with pytest.raises(RuntimeError, match="scale: expected Float, got Half"):
+        op(x, scale.half(), shift, 1e-6)
+    with pytest.raises(RuntimeError, match=r"shift: expected shape \(B, 1, C\)"):
+        op(x, scale, torch.zeros(1, 3, 6), 1e-6)
+    with pytest.raises(RuntimeError, match="x: expected float32, bfloat16 or float16"):
+        op(x.double(), scale.double(), shift.double(), 1e-6)
+
+
+def test_opcheck():
+    emulation, check = emulated("fast"), torch.library.opcheck
+    x, branch, gate, scale, shift = inputs("gated", (2, 5, 20), seed=1, dtype=torch.bfloat16)
+    with emulation.run():
+        check(emulation.ops._gated_residual_adaln.default, (x, branch, gate, scale, shift, 1e-6))
+        residual, y, mean, rstd = emulation.ops._gated_residual_adaln(x, branch, gate, scale, shift, 1e-6)
+        arguments = (x, None, residual, branch, gate, scale, mean, rstd, True, False)
+        check(emulation.ops._gated_residual_adaln_backward.default, arguments)
+
+
+def test_outputs_without_gradients():
+    emulation, tensors = emulated("fast"), inputs("gated", (2, 5, 20), seed=1)
+    with as_backend(emulation), emulation.run() as record:
+        residual, y = outputs("gated", tensors, "cuda")
+    assert record.counters["launches"] == 1 and residual.shape == y.shape == (2, 5, 20)
