@@ -249,6 +249,9 @@ def test_stores_of_the_same_value_do_not_race():
     body = "and.b32 %r1, %t0, 1; st.shared.b32 [buffer], 7; bar.sync 0; ld.shared.b32 %r2, [buffer]; ret;"
     options = {"declarations": DYNAMIC, "parameters": ".param .u64 p", "memory": memory, "shared_bytes": 256}
     launch(POINTER + body, [array.ctypes.data], threads=(128, 1, 1), **options)
+    turns = "setp.lt.u32 %p0, %t0, 32; @%p0 st.shared.b32 [buffer], {}; @!%p0 st.shared.b32 [buffer], {}; "
+    launch(POINTER + turns.format(7, 7) + "ret;", [array.ctypes.data], threads=(64, 1, 1), **options)
+    fails("write by warp 1, written by warp 0", turns.format(7, 8), threads=(64, 1, 1))
     fails("two lanes of one instruction store different values", "st.shared.b32 [buffer], %t0;")
 
 

@@ -119,9 +119,6 @@ def _ld(b: Binder) -> Execute:
     def execute(mask):
         lanes = lanes_of(mask)
         values = translated(lanes, source.read, address(lanes), lanes)
-        if count == 1:
-            dests[0][0][lanes] = values.view(dtype)
-            return
         parts = values.view(dtype).reshape(-1, count)
         for dest, i in dests:
             dest[lanes] = parts[:, i]

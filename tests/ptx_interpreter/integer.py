@@ -117,7 +117,6 @@ def _divide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if x.dtype.kind == "i":
         # numpy rounds down.
         quotient = quotient + ((quotient * divisor != x) & ((x < 0) != (divisor < 0)))
-        quotient = np.where(divisor == -1, np.negative(x), quotient)
     return np.where(zero, ~np.zeros_like(x), quotient.astype(x.dtype))
 
 
