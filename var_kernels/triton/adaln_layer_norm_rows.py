@@ -2,8 +2,8 @@
 
 There are C // CHUNK tiles of CHUNK channels, then one of TAIL, the least power of two that holds the C % CHUNK others
 (0 if there are none). One tile of the next power of two would be simpler, but 44 % of its work would be padding at
-C = 1152 and 2304; of these tiles only the tail may be padded. A tile has ROWS rows and, where ROWS·CHUNK elements are
-one 16-byte vector for each thread of the program, a row belongs to num_warps / ROWS warps.
+C = 1152 and 2304; of these tiles only the tail may be padded. A tile has ROWS rows; where ROWS·CHUNK elements are a
+16-byte vector for each thread of the program, every row has as many threads as the others, next to each other.
 """
 
 import triton
@@ -62,17 +62,29 @@ def store(rows, tiles, present, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.c
 
 
 @triton.jit
-def _row_sum(total, rest, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """Tiles are added up first: then warps exchange sums once, and once more for a tail of another width."""
-    total = tl.sum(total, axis=1, keep_dims=True)
-    if C > CHUNK and C % CHUNK != 0 and CHUNK != TAIL:
-        total += tl.sum(rest, axis=1, keep_dims=True)
+def _sum(tile):
+    """The sum of each row, (ROWS, 1), or a scalar if there is only one."""
+    if tile.shape[0] == 1:
+        # A scalar has no layout. Sums of tiles of two widths would each have that of their tile, and to add them the
+        # compiler would carry the wider tile through shared memory to the layout of the other.
+        total = tl.sum(tl.sum(tile, axis=1), axis=0)
+    else:
+        total = tl.sum(tile, axis=1, keep_dims=True)
     return total
 
 
 @triton.jit
+def _row_sum(total, rest, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
+    """Tiles are added up first: then warps exchange sums once, and once more for a tail of another width."""
+    result = _sum(total)
+    if C > CHUNK and C % CHUNK != 0 and CHUNK != TAIL:
+        result += _sum(rest)
+    return result
+
+
+@triton.jit
 def mean_of_row(tiles, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """The mean of each row, (ROWS, 1), of tiles that are no products."""
+    """The mean of each row, of the shape that `_sum` says, of tiles that are no products."""
     PIECES: tl.constexpr = (C + CHUNK - 1) // CHUNK
     total = tiles[0]
     for i in tl.static_range(1, PIECES):
@@ -83,7 +95,7 @@ def mean_of_row(tiles, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr)
 
 @triton.jit
 def mean_of_products(a, b, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """The mean of each row of a·b, (ROWS, 1)."""
+    """The mean of each row of a·b."""
     # Each fma is said, because of threads with only one element: the compiler would contract its product with the first
     # addition between lanes. Each lane would add its exact product to the rounded one of the other, and lanes of a row
     # would go on with different sums.

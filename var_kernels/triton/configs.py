@@ -114,43 +114,42 @@ TABLE |= {
 
 # adaln_layer_norm: size is the fp32 values of a row that a program keeps in registers (sum_partials: channels). A row
 # has the least power of two of threads that leaves each of them 96 values, and CHUNK is 16 bytes for each of them. A
-# program of forward is one row, or one warp: then warps wait for none but those of their row. Programs of backward are
-# larger, so that fewer partial sums are written. The compiler is held to the number of registers that suffices, since
-# the number of programs counts on so many of them being resident. The last row is for widths beyond the model family,
-# up to 16384 channels: what does not fit registers lies in local memory.
-def _adaln_rows(program_warps: int) -> tuple[Row, ...]:
-    return tuple(
-        Row(
-            Config(
-                {"ROWS": max(1, program_warps * warp_size // threads), "CHUNK": threads * 16 // itemsize},
-                num_warps=max(program_warps, threads // warp_size),
-                options={"maxnreg": registers} if api == "cuda" else {},
-            ),
-            size=values * threads,
-            itemsize=itemsize,
-            api=api,
-        )
-        for api, warp_size in (("cuda", 32), ("hip", 64))
-        for itemsize in (2, 4)
-        for threads, values, registers in (
-            *itertools.chain(*(((t, 56, 112), (t, 72, 128), (t, 96, 168)) for t in (8, 16, 32, 64, 128, 256))),
-            (512, 288, 128),
-        )
+# program is one row at a time, or one warp of rows: then warps wait for none but those of their row. The compiler is
+# held to the number of registers that suffices, since the number of programs counts on so many of them being resident.
+# The last row is for widths beyond the model family, up to 16384 channels: what does not fit registers lies in local
+# memory.
+_ADALN_ROWS = tuple(
+    Row(
+        Config(
+            {"ROWS": max(1, warp_size // threads), "CHUNK": threads * 16 // itemsize},
+            num_warps=max(1, threads // warp_size),
+            options={"maxnreg": registers} if api == "cuda" else {},
+        ),
+        size=values * threads,
+        itemsize=itemsize,
+        api=api,
     )
-
-
+    for api, warp_size in (("cuda", 32), ("hip", 64))
+    for itemsize in (2, 4)
+    for threads, values, registers in (
+        *itertools.chain(*(((t, 56, 112), (t, 72, 128), (t, 96, 168)) for t in (8, 16, 32, 64, 128, 256))),
+        (512, 288, 128),
+    )
+)
 TABLE |= {
-    "adaln_layer_norm.adaln_forward": _adaln_rows(program_warps=1),
-    "adaln_layer_norm.adaln_backward": _adaln_rows(program_warps=4),
+    "adaln_layer_norm.adaln_forward": _ADALN_ROWS,
+    "adaln_layer_norm.adaln_backward": _ADALN_ROWS,
     "adaln_layer_norm.sum_partials": (Row(Config({"ROWS": 32, "CHUNK": 64}, num_warps=4)),),
 }
 
 # block_causal_attention: size is the head dimension, rounded up to a power of two. A warp of the tensor cores takes 16
 # rows of its tile, so 64 rows are 4 warps; the blocks of the other side are as wide as registers allow. B200 multiplies
-# 128 rows at once. dk and dv of 128 columns leave few registers, fewest on H100, where no pipeline is left; of 256, all
-# warps share 16 or 32 keys. fp32 runs on the fp32 units, whose operands come from registers: small tiles.
-def _attention(size: int, rows: int, keys: int, num_warps: int, num_stages: int, **limits) -> Row:
-    return Row(Config({"BLOCK_M": rows, "BLOCK_N": keys}, num_warps, num_stages), size, **limits)
+# 128 rows at once. dk and dv of 128 columns leave registers for a pipeline on no other GPU; of 256, all warps share the
+# columns of 16 or 32 keys. fp32 runs on the fp32 units, whose operands come from registers: small tiles. `registers` is
+# said where the compiler would spill a few to have more programs resident.
+def _attention(size: int, rows: int, keys: int, num_warps: int, num_stages: int, registers: int = 0, **limits) -> Row:
+    options = {"maxnreg": registers} if registers else {}
+    return Row(Config({"BLOCK_M": rows, "BLOCK_N": keys}, num_warps, num_stages, options), size, **limits)
 
 
 TABLE |= {
@@ -161,31 +160,38 @@ TABLE |= {
         _attention(256, 128, 32, 8, 2, itemsize=2, shared_memory=227 << 10),
         _attention(64, 64, 64, 4, 2, itemsize=2),
         _attention(128, 64, 32, 4, 2, itemsize=2),
+        _attention(256, 32, 64, 8, 1, itemsize=2, api="cuda"),
         _attention(256, 64, 16, 4, 2, itemsize=2),
+        _attention(64, 64, 32, 8, 2, api="cuda"),
+        _attention(256, 32, 16, 8, 2, registers=128, api="cuda"),
         _attention(64, 32, 32, 4, 2),
         _attention(256, 32, 16, 4, 2),
     ),
     "block_causal_attention.backward_queries": (
         _attention(64, 64, 64, 4, 2, itemsize=2, shared_memory=227 << 10),
+        _attention(128, 64, 32, 4, 2, registers=255, itemsize=2, api="cuda"),
         _attention(128, 64, 32, 4, 2, itemsize=2),
+        _attention(256, 64, 16, 4, 2, itemsize=2, shared_memory=163 << 10),
+        _attention(256, 16, 64, 4, 1, itemsize=2, api="cuda"),
         _attention(256, 64, 16, 4, 2, itemsize=2),
         _attention(64, 64, 32, 8, 2),
         _attention(128, 32, 32, 8, 2, api="cuda"),
-        _attention(128, 16, 32, 4, 1),
         _attention(256, 16, 16, 8, 2, api="cuda"),
+        _attention(128, 16, 32, 4, 1),
         _attention(256, 16, 16, 4, 1),
     ),
     "block_causal_attention.backward_keys": (
         _attention(64, 64, 64, 4, 2, itemsize=2, shared_memory=227 << 10),
         _attention(128, 32, 64, 4, 2, itemsize=2, shared_memory=227 << 10, arch=100),
-        _attention(128, 32, 64, 4, 1, itemsize=2, shared_memory=227 << 10),
-        _attention(256, 64, 32, 8, 1, itemsize=2, shared_memory=163 << 10),
         _attention(64, 32, 64, 4, 2, itemsize=2),
-        _attention(128, 32, 64, 4, 2, itemsize=2, api="cuda"),
+        _attention(128, 32, 64, 4, 1, itemsize=2, api="cuda"),
         _attention(128, 16, 64, 4, 2, itemsize=2),
+        _attention(256, 64, 32, 8, 1, itemsize=2, shared_memory=163 << 10),
         _attention(256, 32, 16, 4, 1, itemsize=2),
+        _attention(64, 32, 32, 8, 1, api="cuda"),
         _attention(64, 32, 32, 4, 1),
         _attention(128, 16, 32, 4, 1),
+        _attention(256, 16, 16, 8, 1, api="cuda"),
         _attention(256, 16, 16, 4, 1),
     ),
 }
