@@ -66,7 +66,7 @@ TABLE |= {
         Row(Config({"BLOCK_N": 128, "BLOCK_V": 64, "BLOCK_C": 32}, num_warps=4, num_stages=2)),
     ),
     "nearest_code.search_wide": (
-        Row(Config({"BLOCK_N": 16, "BLOCK_V": 64, "BLOCK_C": 32}, num_warps=4, num_stages=3), size=32),
+        Row(Config({"BLOCK_N": 16, "BLOCK_V": 64, "BLOCK_C": 32}, num_warps=4, num_stages=2), size=32),
         Row(Config({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_C": 32}, num_warps=4, num_stages=3)),
     ),
     "nearest_code.reduce": (Row(Config({"BLOCK_N": 16, "BLOCK_S": 64}, num_warps=4)),),
@@ -77,7 +77,7 @@ TABLE |= {
 TABLE |= {
     "multi_scale_quantize.search": (
         Row(Config({"BLOCK_N": 16, "BLOCK_V": 64, "BLOCK_C": 32, "BLOCK_Q": 8}, num_warps=4, num_stages=3), size=32),
-        Row(Config({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_C": 32, "BLOCK_Q": 2}, num_warps=4, num_stages=3), size=2048),
+        Row(Config({"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_C": 32, "BLOCK_Q": 4}, num_warps=4, num_stages=3), size=2048),
         Row(Config({"BLOCK_N": 128, "BLOCK_V": 64, "BLOCK_C": 32, "BLOCK_Q": 1}, num_warps=4, num_stages=2)),
     ),
     "multi_scale_quantize.pool": (Row(Config({"BLOCK_N": 16, "BLOCK_C": 32, "BLOCK_Q": 4}, num_warps=4)),),
@@ -99,7 +99,7 @@ TABLE |= {
     "multi_scale_quantize_backward.upsample": (Row(Config({"BLOCK_P": 32, "BLOCK_C": 32}, num_warps=4)),),
     "multi_scale_quantize_backward.convolve": (
         Row(Config({"BLOCK_P": 16, "BLOCK_I": 32, "BLOCK_O": 32}, num_warps=2, num_stages=3), size=4096),
-        Row(Config({"BLOCK_P": 64, "BLOCK_I": 32, "BLOCK_O": 32}, num_warps=2, num_stages=3)),
+        Row(Config({"BLOCK_P": 64, "BLOCK_I": 32, "BLOCK_O": 32}, num_warps=4, num_stages=3)),
     ),
     "multi_scale_quantize_backward.suffix_sums": (Row(Config({"BLOCK_P": 32, "BLOCK_C": 32}, num_warps=4)),),
     "multi_scale_quantize_backward.phi_gradients": (
