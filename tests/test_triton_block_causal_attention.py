@@ -43,6 +43,15 @@ SCHEDULES = {
 }
 
 
+@pytest.fixture
+def matmul():
+    """torch.backends.cuda.matmul, put back as it was."""
+    settings = torch.backends.cuda.matmul
+    previous = settings.fp32_precision
+    yield settings
+    settings.fp32_precision = previous
+
+
 @contextlib.contextmanager
 def small(execute=interpret):
     with executing(execute), configs.override(SMALL_TILES):
@@ -121,9 +130,9 @@ def test_large_logits(dtype, execute):
 
     In fp32 what an fma does not round counts, which Triton's interpreter rounds.
     """
-    inputs = attention_inputs(1, 1, 30, 32, seed=6, dtype=dtype, logit_std=30.0)
+    inputs = attention_inputs(1, 1, 39, 32, seed=6, dtype=dtype, logit_std=30.0)  # two blocks of keys
     with small(execute):
-        check(inputs, SHORT[:4], backend="triton", rows_cancel=True)
+        check(inputs, (1, 4, 9, 25), backend="triton", rows_cancel=True)
 
 
 @pytest.mark.parametrize("softmax_scale", [1.0, -0.05])
@@ -235,6 +244,24 @@ def test_no_compilation_for_another_schedule_batch_or_offset():
         compile_for(launch, TARGETS["sm_80"])
     assert len(launches) == 3 * len(problems)
     assert [compilations(kernel, TARGETS["sm_80"]) for kernel in KERNELS] == [count + 1 for count in before]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "target", "dtype", "precision"),
+    [
+        ("ieee", "sm_80", torch.float32, "ieee"),
+        ("tf32", "sm_80", torch.float32, "tf32"),
+        ("tf32", "sm_80", torch.bfloat16, "ieee"),
+        ("tf32", "gfx942", torch.float32, "ieee"),
+    ],
+)
+def test_tf32_only_where_torch_allows_it(matmul, allowed, target, dtype, precision):
+    matmul.fp32_precision = allowed
+    launches = []
+    with assume(TARGETS[target]), executor(launches.append):
+        q, k, v = (x.requires_grad_() for x in attention_inputs(1, 1, 14, 16, seed=26, dtype=dtype))
+        block_causal_attention(q, k, v, SHORT[:3], backend="triton").sum().backward()
+    assert [launch.arguments["PRECISION"] for launch in launches] == [precision] * 3
 
 
 # ---- contract ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -128,7 +129,7 @@ def device_table(
     device: torch.device,
 ) -> DeviceTable:
     """The result of `tiling`, `query_tiles` or `key_tiles`, as tensors on `device`, from a cache if it was asked for
-    before: a call that repeats copies nothing, which CUDA graphs need.
+    before: a call that repeats copies nothing, so that a CUDA graph can capture it once it has run.
     """
     key = (tiling, tuple(lens), q_offset, queries, own, other, device)
     with _lock:
@@ -146,16 +147,20 @@ def device_table(
 
 def _upload(tiles: list, ends: list[int], device: torch.device) -> DeviceTable:
     flat = [number for tile in tiles for number in tile]
-    # A blocking copy: the table is complete for whichever stream uses it next. The tiles' 16-byte rows come first, so
-    # that both parts are aligned.
-    both = torch.tensor(flat + ends, dtype=torch.int32, device="cpu").to(device)
+    # The tiles' 16-byte rows come first, so that both parts are aligned. A blocking copy: the table is complete for
+    # whichever stream uses it next. In a thread of its own: while torch.compile warms up a CUDA graph, what the current
+    # thread allocates is memory of that graph, to be reused at its next replay.
+    both = torch.tensor(flat + ends, dtype=torch.int32, device="cpu")
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        both = thread.submit(both.to, device).result()
     return DeviceTable(both[: len(flat)].view(-1, 4), both[len(flat) :])
 
 
 def _make_room(device: torch.device) -> None:
     if len(_tables) < _CAPACITY or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return
-    if device.type == "cuda":
-        torch.cuda.synchronize()  # kernels on other streams may still read what is dropped; once in 256 new schedules
-    while len(_tables) > _CAPACITY // 2:
-        _tables.popitem(last=False)
+    oldest = [*_tables][: _CAPACITY // 2]
+    for used in {key[-1] for key in oldest if key[-1].type == "cuda"}:
+        torch.cuda.synchronize(used)  # kernels on any stream may still read them; once in 256 new schedules
+    for key in oldest:
+        del _tables[key]
