@@ -95,7 +95,6 @@ TABLE |= {
 # Its backward: all scales of all images at once, so that programs are many. size is the number of pixels of all maps
 # (phi_gradients: of one scale; downsample: tokens of the largest scale times maps; reduce_phi: partial sums).
 TABLE |= {
-    "multi_scale_quantize_backward.write_schedule": (Row(Config({}, num_warps=1)),),
     "multi_scale_quantize_backward.upsample": (Row(Config({"BLOCK_P": 32, "BLOCK_C": 32}, num_warps=4)),),
     "multi_scale_quantize_backward.convolve": (
         Row(Config({"BLOCK_P": 16, "BLOCK_I": 32, "BLOCK_O": 32}, num_warps=2, num_stages=3), size=4096),

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import choose
+from .configs import Config, choose
 from .launch import launch
 from .multi_scale_quantize_map import convolved, cubic_position, cubic_weight, upsampled
 from .targets import target_of
@@ -264,7 +264,7 @@ class _Backward:
             arguments = {"table": self.table, "first": first, "scales": self.scales}
             arguments |= {"tokens_before": sum(self.lengths[:first])}
             arguments |= {f"s{i}": value for i, value in enumerate(part)} | {"HEIGHT": _HEIGHT, "WIDTH": _WIDTH}
-            launch(write_schedule, (1,), arguments, self.config("write_schedule", 1))
+            launch(write_schedule, (1,), arguments, Config({}, num_warps=1))  # there is nothing to choose
 
     def config(self, kernel: str, size: int):
         return choose(f"multi_scale_quantize_backward.{kernel}", self.target, size, 4)
