@@ -49,7 +49,7 @@ def test_every_kernel_has_a_configuration_for_every_target_and_element():
     for kernel, rows in configs.TABLE.items():
         for target in TARGETS.values():
             for itemsize in (2, 4):
-                assert configs.choose(kernel, target, min(row.size for row in rows), itemsize).tiles
+                assert configs.choose(kernel, target, min(row.size for row in rows), itemsize).num_warps >= 1
 
 
 def test_override():
