@@ -135,7 +135,8 @@ def adaln_layer_norm(
         (B, L, C), dense, in the dtype of x. All arithmetic and the statistics are fp32; the result is rounded once.
 
     Differentiable once in x, scale and shift. Gradients of modulation are summed in fp32 in an order that depends on
-    the shape only, so repeated runs, with any number of threads, are bit-equal. Rows with NaN or Inf give NaN rows.
+    the shape, and in Triton on the model of the GPU, only: repeated runs, with any number of threads, are bit-equal.
+    Rows with NaN or Inf give NaN rows.
 
     Raises:
         TypeError: for an argument that is not a tensor, or of an unsupported or different dtype.
