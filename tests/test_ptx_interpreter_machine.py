@@ -83,6 +83,21 @@ def test_structures_passed_by_value():
     assert out.tolist() == [0.5, -3]
 
 
+def test_indexed_parameters():
+    out = np.zeros(4, np.int32)
+    memory = Memory()
+    memory.add("out", out)
+    body = """mov.b64 %d1, s; mov.u32 %t0, %tid.x; mul.wide.u32 %d2, %t0, 4; sub.s64 %d3, %d1, %d2;
+        ld.param.u64 %d0, [s]; ld.param.u32 %r0, [%d3+20]; add.s64 %d0, %d0, %d2; st.global.u32 [%d0], %r0; ret;"""
+    options = {"parameters": ".param .u32 n, .param .align 8 .b8 s[24]", "memory": memory}
+    value = struct.pack("Q4i", out.ctypes.data, 7, 8, 9, 10)
+    launch(body, [1, value], threads=(4, 1, 1), **options)
+    assert out.tolist() == [10, 9, 8, 7]
+    for wrong in ("[%d3+24]", "[%d3+18]"):
+        with pytest.raises(PtxError, match="of parameters of 48 bytes"):
+            launch(body.replace("[%d3+20]", wrong), [1, value], threads=(4, 1, 1), **options)
+
+
 def test_static_dynamic_and_module_variables():
     declarations = """.extern .shared .align 16 .b8 dynamic[]; .shared .align 4 .b8 first[64];
         .const .align 4 .u32 table[3] = {5, 6, 7}; .global .align 4 .f32 scale = 0f40000000;"""

@@ -9,7 +9,7 @@ from .binding import DTYPES, FLOATS, INTEGERS, UNTYPED, Binder, Execute, bits_of
 from .errors import Fault
 from .machine import LOCAL_WINDOW, SHARED_WINDOW, Machine, lanes_of, translated
 from .memory import UNITS
-from .syntax import Address
+from .syntax import Address, Register
 
 _TYPES = (*INTEGERS, *UNTYPED, "f32", "f64", "b8", "u8", "s8")
 # What these say concerns caches and the order between threads; it does not change the result of a lock-step execution.
@@ -128,6 +128,8 @@ def _ld(b: Binder) -> Execute:
 
 def _ld_param(b: Binder, kind: str) -> Execute:
     operand = b.operand(1)
+    if isinstance(operand, Address) and isinstance(operand.base, Register):
+        return _ld_indexed_param(b, kind)
     if not isinstance(operand, Address) or operand.base not in b.machine.parameters:
         raise b.error("unsupported access to a parameter")
     stored, count, width = b.machine.parameters[operand.base], _vector_length(b), bits_of(kind) // 8
@@ -140,6 +142,25 @@ def _ld_param(b: Binder, kind: str) -> Execute:
     def execute(mask):
         for dest, i in dests:
             np.copyto(dest, words[i : i + 1], where=mask)
+
+    return execute
+
+
+def _ld_indexed_param(b: Binder, kind: str) -> Execute:
+    """From an address in a register: an element of an array in a structure passed by value."""
+    count, width, space = _vector_length(b), bits_of(kind) // 8, b.machine.parameter_space
+    address = b.address(1, "param")
+    dests = [(b.wide_result(item, kind), i) for i, item in enumerate(b.vector(0, count)) if item != "_"]
+
+    def execute(mask):
+        lanes = lanes_of(mask)
+        places = address(lanes)
+        wrong = (places < 0) | (places + count * width > space.size) | (places % (count * width) != 0)
+        if wrong.any():
+            place = int(places[wrong][0])
+            raise b.error(f"access to byte {place} of parameters of {space.size} bytes, {count * width} at once")
+        for dest, i in dests:
+            dest[lanes] = space.view(DTYPES[kind])[places // width + i]
 
     return execute
 

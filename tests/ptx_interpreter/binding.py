@@ -149,6 +149,8 @@ class Binder:
             return kernel.local[name]
         if name in machine.constants:
             return machine.constants[name]
+        if name in machine.parameter_addresses:
+            return machine.parameter_addresses[name]
         variable = kernel.variables.get(name)
         if variable is not None and variable.space == "shared" and variable.external:
             return machine.dynamic_shared

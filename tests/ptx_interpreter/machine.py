@@ -35,7 +35,14 @@ class Machine:
         self.carry = np.zeros(self.lanes, np.uint64)
         self.memory = Memory()
         self.constants: dict[str, int] = {}
-        self.parameters = {name: np.zeros(parameter_bytes(kind), np.uint8) for name, kind in kernel.parameters}
+        sizes = [parameter_bytes(kind) for _, kind in kernel.parameters]
+        starts = np.cumsum([0, *(-(-size // 16) * 16 for size in sizes)]).tolist()
+        self.parameter_space = np.zeros(starts[-1], np.uint8)
+        self.parameter_addresses = {name: start for (name, _), start in zip(kernel.parameters, starts, strict=False)}
+        self.parameters = {
+            name: self.parameter_space[start : start + size]
+            for (name, start), size in zip(self.parameter_addresses.items(), sizes, strict=True)
+        }
         self.special = self._special_registers(threads)
         self.dynamic_shared = -(-kernel.static_shared_bytes // 128) * 128 if shared_bytes else 0
         size = self.dynamic_shared + shared_bytes if shared_bytes else kernel.static_shared_bytes
