@@ -1,12 +1,15 @@
-"""The CUDA kernels of adaln_layer_norm and gated_residual_adaln, executed on the CPU by the emulation (never on a GPU
-here), and what nvcc makes of them."""
+"""The CUDA kernels of adaln_layer_norm and gated_residual_adaln: executed on the CPU by the emulation and from the PTX
+that nvcc writes, never on a GPU; what nvcc makes of them; and that planted faults are found."""
 
 import functools
 import itertools
+import shutil
+import subprocess
 
 import pytest
 import torch
-from cuda_emulation import as_backend, build, load
+from cuda_emulation import EmulationError, as_backend, build, load, plain_name
+from cuda_emulation.sanitized import run_sanitized
 from test_adaln_layer_norm import FORMS, inputs, outputs, values_and_gradients
 
 from var_kernels import _build
@@ -32,15 +35,15 @@ def emulated(variant):
     return load(variant, SOURCES)
 
 
-def run(variant, op, tensors, *, seed=0, **options):
+def run(variant, op, tensors, *, seed=0, executor=None, **options):
     """Values and gradients by the emulated kernels; raises EmulationError for what was found."""
-    emulation = emulated(variant)
-    with as_backend(emulation), emulation.run(seed=seed):
+    emulation = emulated(variant) if isinstance(variant, str) else variant
+    with as_backend(emulation), emulation.run(seed=seed, executor=executor):
         return values_and_gradients(op, tensors, "cuda", **options)
 
 
-def assert_op_accurate(variant, op, tensors, *, seed=0, **options):
-    actual = run(variant, op, tensors, seed=seed, **options)
+def assert_op_accurate(variant, op, tensors, *, seed=0, executor=None, **options):
+    actual = run(variant, op, tensors, seed=seed, executor=executor, **options)
     same_dtype = values_and_gradients(op, tensors, "reference", **options)
     exact = values_and_gradients(op, [t.double() for t in tensors], "reference", upstream=tensors[0].dtype, **options)
     for name, value in actual.items():
@@ -98,6 +101,21 @@ def test_accurate_with_one_output_used(use, channels):
 def test_mean_far_from_zero(dtype):
     x, scale, shift = inputs("adaln", (1, 2, 1024), seed=5, dtype=torch.float64)
     assert_op_accurate("fast", "adaln", [tensor.to(dtype) for tensor in (x + 200, scale, shift)])
+
+
+def test_sanitizers_are_silent():
+    build.build("sanitized", SOURCES)
+    answer = run_sanitized("""
+        import torch
+        import test_cuda_adaln_layer_norm as tests
+        torch.set_num_threads(1)
+        for index, shape in enumerate([(2, 5, 8), (1, 3, 264), (2, 5, 3), (1, 2, 33), (1, 9, 520)]):
+            for op, dtype in (("adaln", torch.bfloat16), ("gated", torch.float16), ("gated", torch.float32)):
+                tensors = tests.inputs(op, shape, seed=index, dtype=dtype, forms=tests.rotated_forms(index))
+                tests.assert_op_accurate("sanitized", op, tensors, seed=index)
+        print("fine")
+    """)
+    assert (answer.returncode, answer.stdout) == (0, "fine\n"), answer.stderr[-4000:]
 
 
 # ---- layouts, emptiness, determinism -------------------------------------------------------------------------------
@@ -190,3 +208,115 @@ def test_outputs_without_gradients():
     with as_backend(emulation), emulation.run() as record:
         residual, y = outputs("gated", tensors, "cuda")
     assert record.counters["launches"] == 1 and residual.shape == y.shape == (2, 5, 20)
+
+
+# ---- what nvcc makes of them --------------------------------------------------------------------------------------
+
+needs_nvcc = pytest.mark.skipif(_build.find_nvcc() is None, reason="nvcc is not installed")
+
+
+@needs_nvcc
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", OPS)
+def test_ptx_is_accurate(op, dtype):
+    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same door."""
+    from cuda_emulation.ptx import execute_ptx_of
+
+    executor = execute_ptx_of(SOURCES[0])
+    for index, shape in enumerate([(1, 3, 264), (2, 5, 40), (1, 2, 33), (3, 5, 7)]):
+        tensors = inputs(op, shape, seed=index, dtype=dtype, forms=rotated_forms(index))
+        assert_op_accurate("fast", op, tensors, executor=executor)
+
+
+# Registers that leave room for what the partition of the work assumes, per kernel and element type; the rest: 128.
+REGISTERS = {
+    "forward_kernel<__nv_bfloat16, false, 2>": 80,
+    "forward_kernel<__nv_bfloat16, true, 2>": 104,
+    "backward_kernel<__nv_bfloat16, false, 1>": 96,
+    "plain_forward_kernel": 64,
+    "plain_backward_kernel": 64,
+    "sum_partials_kernel": 40,
+}
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"])
+def test_machine_code(arch):
+    pytest.importorskip("triton")  # brings cuobjdump
+    from cuda_emulation.ptx import nvcc_output
+
+    from var_kernels.report import sass
+    from var_kernels.report.sources import cuobjdump_path
+
+    functions = sass.read(nvcc_output(SOURCES[0], arch, "cubin").read_bytes(), cuobjdump_path())
+    assert len(functions) == 33
+    for mangled, function in functions.items():
+        name = demangled(mangled)
+        opcodes = [instruction.opcode for instruction in function.instructions]
+        assert function.stack == 0 and not any(opcode.startswith(("LDL", "STL")) for opcode in opcodes), name
+        budget = next((limit for prefix, limit in REGISTERS.items() if name.startswith(prefix)), 128)
+        assert function.registers <= budget, f"{name}: {function.registers} registers"
+        loads = [opcode for opcode in opcodes if opcode.startswith("LDG")]
+        stores = [opcode for opcode in opcodes if opcode.startswith("STG")]
+        if name.startswith(("forward_kernel", "backward_kernel")):
+            narrow_loads = 2 if name.startswith("backward") else 0  # mean and rstd
+            narrow_stores = 2 - narrow_loads
+            assert sum("128" not in opcode for opcode in loads) <= narrow_loads, f"{name}: {loads}"
+            assert sum("128" not in opcode for opcode in stores) <= narrow_stores, f"{name}: {stores}"
+
+
+def demangled(name):
+    answer = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True)
+    return plain_name(answer.stdout.strip()).removeprefix("var_kernels::")
+
+
+# ---- planted faults -----------------------------------------------------------------------------------------------
+
+HEADER, DOOR = "adaln_layer_norm.cuh", "adaln_layer_norm.cu"
+# file, what is replaced, by what, the variant that must find it, and as what (None: wrong values).
+MUTANTS = {
+    "no barrier in the sum": (
+        HEADER, "  __syncthreads();\n#pragma unroll\n  for (int i = 0; i < N; ++i) v[i] = 0.0f;",
+        "#pragma unroll\n  for (int i = 0; i < N; ++i) v[i] = 0.0f;", "race", "race"),
+    "one buffer for both sums": (HEADER, "sum_over_row(sum, exchange[1])", "sum_over_row(sum, exchange[0])",
+                                 "race", "race"),
+    "one buffer for all tokens": (HEADER, "exchange[token & 1]", "exchange[0]", "race", "race"),
+    "no guard on the columns": (HEADER, "c < channels && rows.data != nullptr", "rows.data != nullptr",
+                                "race", "out_of_bounds"),
+    "no guard on the workers": (HEADER, "if (sample >= partition.samples)", "if (sample < 0)", "race", "out_of_bounds"),
+    "one row of partial sums": (HEADER, "grad.partial + int64_t(worker) * channels", "grad.partial",
+                                "race", "cross_block_race"),
+    "padding in the variance": (HEADER, "exists ? (v[j] - mean) * (v[j] - mean) : 0.0f",
+                                "exists | true ? (v[j] - mean) * (v[j] - mean) : 0.0f", "fast", None),
+    "modulation of the first token": (HEADER, "if (first || a.scale.per_token != 0)", "if (first)", "fast", None),
+    "no check of the alignment": (DOOR, "reinterpret_cast<uintptr_t>(rows->data) % 16 == 0 && ", "",
+                                  "fast", "misaligned"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_faults_are_found(name, tmp_path):
+    file, old, new, variant, kind = MUTANTS[name]
+    shutil.copytree(_build.CSRC, tmp_path / "csrc")
+    path = tmp_path / "csrc" / "cuda" / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    label = f"mutant{list(MUTANTS).index(name)}"
+    emulation = load(variant, (tmp_path / "csrc" / "cuda" / DOOR,), label)
+    found = []
+    for index, shape in enumerate([(1, 9, 264), (1, 9, 1032), (3, 5, 40)]):
+        tensors = inputs("adaln", shape, seed=index, dtype=torch.bfloat16, forms=("(B,C)", "(B,L,C)", "(B,1,C)"))
+        if kind == "misaligned":
+            tensors[0] = torch.nn.functional.pad(tensors[0], (1, 7))[..., 1:-7]
+        elif kind is not None:
+            tensors[1] = tensors[1][:, :1]  # so that dscale is summed as well
+        try:
+            assert_op_accurate(emulation, "adaln", tensors, seed=index)
+        except EmulationError as error:
+            found += [report.kind for report in error.reports]
+        except AssertionError:
+            found.append(None)
+    assert kind in found

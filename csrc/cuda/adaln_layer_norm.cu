@@ -140,8 +140,8 @@ void finish(const OnDevice& device, const Tensor& x, std::initializer_list<const
   for (const Reduction* reduction : reductions) {
     const int64_t rows = reduction->out.size(0);
     if (reduction->per_token || reduction->out.numel() == 0) continue;
-    sums.of[outputs++] = {reduction->partial.const_data_ptr<float>(), reduction->out.mutable_data_ptr(), rows,
-                          reduction->partial.size(0) / rows};
+    sums.of[outputs++] = {reduction->partial.const_data_ptr<float>(), reduction->out.mutable_data_ptr(), int(rows),
+                          int(reduction->partial.size(0) / rows)};
     most_rows = std::max(most_rows, rows);
   }
   if (outputs == 0) return;

@@ -133,7 +133,7 @@ __device__ __forceinline__ void add_branch(uint4 (&x)[kPacks], const uint4 (&bra
 }
 
 template <class T, bool kGated, int kPacks>
-__global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(const __grid_constant__ Forward a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(Forward a) {
   constexpr int kWidth = kPackWidth<T>;
   __shared__ float exchange[2][kMaxWarps][1];
   const Work work = my_work(a.partition);
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(const __grid_co
 
 // Any strides, any C: each pass reads the row again, which the caches then hold.
 template <class T, bool kGated>
-__global__ void __launch_bounds__(kPlainThreads) plain_forward_kernel(const __grid_constant__ Forward a) {
+__global__ void __launch_bounds__(kPlainThreads) plain_forward_kernel(Forward a) {
   __shared__ float exchange[2][kMaxWarps][1];
   const Work work = my_work(a.partition);
   const int channels = a.channels, step = int(blockDim.x);
@@ -270,7 +270,7 @@ __device__ __forceinline__ void store_sum(const ModulationGrad& grad, const floa
 }
 
 template <class T, bool kGated, int kPacks>
-__global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(const __grid_constant__ Backward a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(Backward a) {
   constexpr int kWidth = kPackWidth<T>;
   __shared__ float exchange[2][kMaxWarps][2];
   const Work work = my_work(a.partition);
@@ -360,7 +360,7 @@ __device__ __forceinline__ float element(const Rows& rows, const T* row, int c) 
 }
 
 template <class T, bool kGated>
-__global__ void __launch_bounds__(kPlainThreads) plain_backward_kernel(const __grid_constant__ Backward a) {
+__global__ void __launch_bounds__(kPlainThreads) plain_backward_kernel(Backward a) {
   __shared__ float exchange[2][kMaxWarps][2];
   const Work work = my_work(a.partition);
   const int channels = a.channels, step = int(blockDim.x);
@@ -402,34 +402,37 @@ __global__ void __launch_bounds__(kPlainThreads) plain_backward_kernel(const __g
 
 constexpr int kSumColumns = 32, kSumSlices = 8;
 
+struct PartialSum {
+  const float* partial;  // (rows · count, C): the sums of `count` consecutive rows are one row of the output
+  void* out;             // (rows, C)
+  int rows, count;
+};
+
 struct PartialSums {
-  struct {
-    const float* partial;  // (rows · count, C): the sums of `count` consecutive rows are one row of the output
-    void* out;             // (rows, C)
-    int64_t rows, count;
-  } of[3];
+  PartialSum of[3];
   int channels;
 };
 
 // Eight threads share a column, each with every eighth row; their sums are added in order.
 template <class T>
-__global__ void __launch_bounds__(kSumColumns * kSumSlices) sum_partials_kernel(const __grid_constant__ PartialSums a) {
+__global__ void __launch_bounds__(kSumColumns * kSumSlices) sum_partials_kernel(PartialSums a) {
   __shared__ float sums[kSumSlices][kSumColumns];
-  const auto& mine = a.of[blockIdx.z];
+  // Chosen by value: an index would put the parameters into local memory.
+  const PartialSum mine = blockIdx.z == 0 ? a.of[0] : blockIdx.z == 1 ? a.of[1] : a.of[2];
   const int c = int(blockIdx.x) * kSumColumns + int(threadIdx.x), slice = int(threadIdx.y);
-  for (int64_t row = blockIdx.y; row < mine.rows; row += gridDim.y) {
+  for (int row = int(blockIdx.y); row < mine.rows; row += int(gridDim.y)) {
     float sum = 0.0f;
     if (c < a.channels) {
-      const float* column = mine.partial + row * mine.count * a.channels + c;
+      const float* column = mine.partial + int64_t(row) * mine.count * a.channels + c;
 #pragma unroll 4
-      for (int64_t i = slice; i < mine.count; i += kSumSlices) sum += column[i * a.channels];
+      for (int i = slice; i < mine.count; i += kSumSlices) sum += column[int64_t(i) * a.channels];
     }
     sums[slice][threadIdx.x] = sum;
     __syncthreads();
     if (slice == 0 && c < a.channels) {
 #pragma unroll
       for (int i = 1; i < kSumSlices; ++i) sum += sums[i][threadIdx.x];
-      static_cast<T*>(mine.out)[row * a.channels + c] = from_float<T>(sum);
+      static_cast<T*>(mine.out)[int64_t(row) * a.channels + c] = from_float<T>(sum);
     }
     __syncthreads();  // before the next row's sums overwrite these
   }

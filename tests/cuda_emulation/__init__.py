@@ -17,7 +17,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -28,7 +28,10 @@ from var_kernels import _build, _library, backends
 
 from . import build
 
-__all__ = ["Emulation", "EmulationError", "Report", "Run", "as_backend", "kernel_sources", "load"]
+__all__ = [
+    "Emulation", "EmulationError", "Executor", "Launch", "Report", "Run", "as_backend", "kernel_sources", "load",
+    "plain_name",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,22 @@ class EmulationError(AssertionError):
         self.reports = tuple(reports)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One launch by a door. `parameters` are the bytes of each; `buffers` (begin, end, name, undefined) are what the
+    kernel may touch, undefined where nothing has been written yet."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    parameters: list[bytes]
+    buffers: list[tuple[int, int, str, bool]]
+
+
+Executor = Callable[[Launch], None]
+
+
 @dataclass
 class Run:
     """What happened inside a `with emulation.run()` block; complete at its end."""
@@ -74,28 +93,28 @@ class Run:
 
 @dataclass(frozen=True)
 class Emulation:
-    """One loaded variant. `ops` are its raw operators, on CPU tensors."""
+    """A loaded module. `ops` are its raw operators, on CPU tensors."""
 
-    variant: str
+    namespace: str
     path: Path
     module: object
-
-    @property
-    def namespace(self) -> str:
-        return build.namespace(self.variant)
 
     @property
     def ops(self):
         return getattr(torch.ops, self.namespace)
 
     @contextlib.contextmanager
-    def run(self, *, seed: int = 0, late_copies: bool = True, **buffers: torch.Tensor) -> Iterator[Run]:
+    def run(
+        self, *, seed: int = 0, late_copies: bool = True, executor: Executor | None = None, **buffers: torch.Tensor
+    ) -> Iterator[Run]:
         """Kernels inside this block run in the order that `seed` says: 0 in order, 1 in reverse, else at random.
 
-        `late_copies`: cp.async lands when it is waited for, else when it is issued. `buffers`: memory that kernels use
-        without the door of an op, by name. Raises EmulationError for what was found.
+        `late_copies`: cp.async lands when it is waited for, else when it is issued. `executor`: executes the launches
+        instead of fibers. `buffers`: memory that kernels use without the door of an op, by name. Raises EmulationError
+        for what was found, and what the executor raised.
         """
-        self.module.begin(seed, late_copies)
+        failures: list[Exception] = []
+        self.module.begin(seed, late_copies, self._guard(executor, failures) if executor else None)
         for name, tensor in buffers.items():
             self.module.add_buffer(tensor.data_ptr(), tensor.untyped_storage().nbytes(), name)
         run, problem = Run(), None
@@ -103,15 +122,30 @@ class Emulation:
             yield run
         except RuntimeError as error:  # the door's, because a launch failed; the reports say why
             problem = error
+        finally:
+            self.module.end()
         run.counters.update(self.module.counters())
+        if failures:
+            raise failures[0]
         if found := self.module.reports():
             raise EmulationError(self._resolve(found)) from problem
         if problem is not None:
             raise problem
 
+    def _guard(self, executor: Executor, failures: list[Exception]) -> Callable[[dict], bool]:
+        def execute(launch: dict) -> bool:
+            try:
+                name = _places(self.path, (launch.pop("kernel"),))[0][0]
+                executor(Launch(kernel=name, **launch))
+            except Exception as error:  # kept: it would lose its type on the way through C++
+                failures.append(error)
+            return not failures
+
+        return execute
+
     def _resolve(self, found: Sequence[dict]) -> list[Report]:
         addresses = [entry[key] for entry in found for key in ("kernel", "code")]
-        places = _places(self.path, addresses)
+        places = _places(self.path, tuple(addresses))
         reports = []
         for entry, kernel, code in zip(found, places[::2], places[1::2], strict=True):
             known = {key: value for key, value in entry.items() if key not in ("kernel", "code")}
@@ -119,6 +153,12 @@ class Emulation:
         return reports
 
 
+def plain_name(symbol: str) -> str:
+    """A demangled function without its return type, its parameters, and the namespaces that compilers make up."""
+    return re.sub(r"^void |\(anonymous namespace\)::|\(.*", "", symbol)
+
+
+@functools.lru_cache(maxsize=1024)
 def _places(path: Path, addresses: Sequence[int]) -> list[tuple[str, str]]:
     """(function, "file:line") of each address in the library."""
     if not shutil.which("addr2line"):
@@ -127,7 +167,7 @@ def _places(path: Path, addresses: Sequence[int]) -> list[tuple[str, str]]:
     hexadecimal = [hex(address - 1 if i % 2 and address else address) for i, address in enumerate(addresses)]
     command = ["addr2line", "-f", "-C", "-e", str(path), *hexadecimal]
     lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    names = [re.sub(r"^void |\(anonymous namespace\)::|\(.*", "", line) for line in lines[::2]]
+    names = [plain_name(line) for line in lines[::2]]
     files = [re.sub(r" \(discriminator.*|^\?\?.*", "", line).rpartition("/")[2] for line in lines[1::2]]
     return list(zip(names, files, strict=True))
 
@@ -158,15 +198,19 @@ def _defined(namespace: str) -> torch.library.Library:
 _loaded: dict[Path, Emulation] = {}
 
 
-def load(variant: str, sources: Sequence[Path]) -> Emulation:
-    """Builds, or finds in the cache, the module of these .cu files, and loads it. `variant`: see :mod:`.build`."""
-    path = build.build(variant, sources)
+def load(variant: str, sources: Sequence[Path], label: str = "") -> Emulation:
+    """Builds, or finds in the cache, the module of these .cu files, and loads it. `variant`: see :mod:`.build`.
+
+    A `label` keeps the operators apart from those of other modules of the variant in this process.
+    """
+    namespace = build.namespace(variant, label)
+    path = build.build(variant, sources, label)
     if path not in _loaded:
-        _defined(build.namespace(variant))
+        _defined(namespace)
         # Extension modules are remembered by name: each library needs its own.
         name = f"{path.parent.name}.{build.MODULE}"
         loader = importlib.machinery.ExtensionFileLoader(name, str(path))
         module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path, loader=loader))
         loader.exec_module(module)
-        _loaded[path] = Emulation(variant, path, module)
+        _loaded[path] = Emulation(namespace, path, module)
     return _loaded[path]

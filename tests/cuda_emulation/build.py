@@ -75,25 +75,27 @@ def _cuda_headers() -> Path | None:
     return next((place for place in places if all((place / name).is_file() for name in wanted)), None)
 
 
-def namespace(variant: str) -> str:
+def namespace(variant: str, label: str = "") -> str:
     """The namespace of `torch.ops` that a variant's kernels are registered in."""
-    return f"var_kernels_emulated_{variant}"
+    return f"var_kernels_emulated_{variant}" + (f"_{label}" if label else "")
 
 
-def build(variant: str, sources: Sequence[Path]) -> Path:
+def build(variant: str, sources: Sequence[Path], label: str = "") -> Path:
     """The module of `variant` made of the .cu files `sources`; compiled if it is not in the cache.
 
     Raises RuntimeError with the compiler's output where that fails.
     """
     kernel_flags, runtime_flags = VARIANTS[variant]
     includes = f"-I{_build.CSRC} -I{HERE} {_torch_includes()} -isystem {_cuda_headers()}"
-    emulate = f"-DVAR_EMULATE -DVAR_OPS_NAMESPACE={namespace(variant)} -DVAR_OPS_KEY=CPU"
+    emulate = f"-DVAR_EMULATE -DVAR_OPS_NAMESPACE={namespace(variant, label)} -DVAR_OPS_KEY=CPU"
     emulate += f" -include {HERE / 'cuda_emu.h'} -x c++"
     python = f"-isystem {sysconfig.get_path('include')} -isystem {_pybind11_include()}"
     check = f"-DEMU_CHECK_MEMORY={int(variant == 'race')}"
-    tasks = [(source, f"{_COMMON} {kernel_flags} {includes} {emulate}") for source in sources]
-    tasks += [(HERE / name, f"{_COMMON} {runtime_flags} {check} {includes}") for name in RUNTIME]
+    # The runtime first: of an inline function that both carry, std::string's say, the linker keeps the first one, and
+    # the runtime must not announce its own accesses.
+    tasks = [(HERE / name, f"{_COMMON} {runtime_flags} {check} {includes}") for name in RUNTIME]
     tasks += [(HERE / "emu_bindings.cpp", f"{_COMMON} -O1 {check} {includes} {python}")]
+    tasks += [(source, f"{_COMMON} {kernel_flags} {includes} {emulate}") for source in sources]
     directory = _build.cache_root() / "cuda_emulation"
     directory.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(str(directory / "lock")):

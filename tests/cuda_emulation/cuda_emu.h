@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -41,9 +42,23 @@ void before_atomic(void* p, int bytes);
 unsigned char* dynamic_shared();
 void* current_stream();
 
-// Runs call(arguments) in one fiber per thread. `arguments` is the kernel's parameter memory, `size` bytes.
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*call)(const void*),
-                   const void* arguments, size_t size);
+struct Parameter {
+  const void* value;
+  size_t bytes;
+};
+
+// A kernel with its arguments: run(call) executes one thread, which reads no more of the caller than `bytes` at `call`.
+struct KernelCall {
+  const void* kernel;
+  void (*run)(const void* call);
+  const void* call;
+  size_t bytes;
+  const Parameter* parameters;
+  size_t parameter_count;
+};
+
+// One fiber per thread, one block after another.
+cudaError_t launch(const cudaLaunchConfig_t& config, const KernelCall& call);
 
 template <class T>
 uint64_t to_bits(T v) {
@@ -156,7 +171,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const Call& c = *static_cast<const Call*>(p);
     std::apply(c.kernel, c.arguments);
   };
-  return emu::launch(*config, reinterpret_cast<const void*>(kernel), run, &call, sizeof call);
+  const auto list = [](const P&... values) { return std::array{emu::Parameter{&values, sizeof values}...}; };
+  const auto parameters = std::apply(list, call.arguments);
+  return emu::launch(*config, {reinterpret_cast<const void*>(kernel), run, &call, sizeof call, parameters.data(),
+                               parameters.size()});
 }
 template <class F>
 cudaError_t cudaFuncSetAttribute(F* kernel, cudaFuncAttribute attribute, int value) {

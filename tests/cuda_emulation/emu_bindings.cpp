@@ -26,14 +26,40 @@ uintptr_t module_base() {
   return base;
 }
 
-void begin(uint64_t seed, bool late_copies) {
+// What Python's executor is told: the kernel's address in the file, the launch, its parameters and the buffers.
+py::dict describe(const cudaLaunchConfig_t& config, const emu::KernelCall& call) {
+  py::list parameters, buffers;
+  for (size_t i = 0; i < call.parameter_count; ++i)
+    parameters.append(py::bytes(static_cast<const char*>(call.parameters[i].value), call.parameters[i].bytes));
+  for (const emu::Buffer& buffer : emu::all_buffers())
+    buffers.append(py::make_tuple(buffer.begin, buffer.end, buffer.name, buffer.undefined));
+  py::dict launch;
+  launch["kernel"] = uintptr_t(call.kernel) - module_base();
+  launch["grid"] = py::make_tuple(config.gridDim.x, config.gridDim.y, config.gridDim.z);
+  launch["block"] = py::make_tuple(config.blockDim.x, config.blockDim.y, config.blockDim.z);
+  launch["shared_bytes"] = config.dynamicSmemBytes;
+  launch["parameters"] = parameters;
+  launch["buffers"] = buffers;
+  return launch;
+}
+
+void begin(uint64_t seed, bool late_copies, py::object executor) {
   emu::settings.seed = seed;
   emu::settings.late_copies = late_copies;
   emu::settings.check_memory = EMU_CHECK_MEMORY;
+  emu::settings.executor = nullptr;
+  if (!executor.is_none())
+    emu::settings.executor = [executor](const cudaLaunchConfig_t& config, const emu::KernelCall& call) {
+      const py::gil_scoped_acquire gil;  // torch calls operators without it
+      return executor(describe(config, call)).cast<bool>();
+    };
   emu::reports.clear();
   emu::counters = {};
   emu::remove_all_buffers();
 }
+
+// Python's object must not outlive Python.
+void end() { emu::settings.executor = nullptr; }
 
 py::list reports() {
   const uintptr_t base = module_base();
@@ -75,7 +101,8 @@ void add_buffer(uintptr_t address, size_t bytes, std::string name) {
 }  // namespace
 
 PYBIND11_MODULE(cuda_emulation_runtime, m) {
-  m.def("begin", &begin, py::arg("seed"), py::arg("late_copies"));
+  m.def("begin", &begin, py::arg("seed"), py::arg("late_copies"), py::arg("executor"));
+  m.def("end", &end);
   m.def("reports", &reports);
   m.def("counters", &counters);
   m.def("add_buffer", &add_buffer, py::arg("address"), py::arg("bytes"), py::arg("name"));

@@ -36,6 +36,7 @@ struct Extent {
   uintptr_t id, begin, end;
   Space space;
   std::string name;
+  bool undefined = false;  // nothing was written before the first kernel
 };
 
 constexpr uintptr_t kDynamicShared = 1, kStaticShared = 2, kCode = 3, kParameters = 4;  // ids; buffers have addresses
@@ -190,7 +191,7 @@ int find_segments(dl_phdr_info* info, size_t, void*) {
     const auto [begin, end] = bounds(i);
     const bool writable = info->dlpi_phdr[i].p_flags & PF_W;
     extents.push_back({writable ? kStaticShared : kCode, begin, end, writable ? Space::shared : Space::constant,
-                       "static __shared__ memory"});
+                       "static __shared__ memory", false});
   }
   return 1;
 }
@@ -220,10 +221,10 @@ void mark_in_flight(const void* p, size_t bytes, bool in_flight) {
 }
 
 void add_buffer(uintptr_t id, const void* p, size_t bytes, std::string name, bool undefined) {
-  if (!settings.check_memory || bytes == 0) return;
+  if ((!settings.check_memory && !settings.executor) || bytes == 0) return;
   const auto same = [id](const Extent& e) { return e.id == id; };
   if (std::any_of(extents.begin(), extents.end(), same)) return;
-  extents.push_back({id, uintptr_t(p), uintptr_t(p) + bytes, Space::global, std::move(name)});
+  extents.push_back({id, uintptr_t(p), uintptr_t(p) + bytes, Space::global, std::move(name), undefined});
   for (size_t i = 0; undefined && i < bytes; ++i) cell_of(uintptr_t(p) + i)->undefined = true;
 }
 
@@ -243,12 +244,20 @@ void remove_all_buffers() {
   last_page = nullptr;
 }
 
+std::vector<Buffer> all_buffers() {
+  std::vector<Buffer> buffers;
+  for (const Extent& e : extents)
+    if (e.space == Space::global) buffers.push_back({e.begin, e.end, e.name, e.undefined});
+  return buffers;
+}
+
 void enter_launch_memory() {
   if (!settings.check_memory) return;
   dl_iterate_phdr(find_segments, nullptr);
-  const uintptr_t shared = uintptr_t(active.shared), parameters = uintptr_t(active.arguments);
-  extents.push_back({kDynamicShared, shared, shared + active.shared_bytes, Space::shared, "dynamic shared memory"});
-  extents.push_back({kParameters, parameters, parameters + active.arguments_bytes, Space::constant, ""});
+  const uintptr_t shared = uintptr_t(active.shared), parameters = uintptr_t(active.call.call);
+  extents.push_back(
+      {kDynamicShared, shared, shared + active.shared_bytes, Space::shared, "dynamic shared memory", false});
+  extents.push_back({kParameters, parameters, parameters + active.call.bytes, Space::constant, "", false});
   for (uintptr_t a = shared; a < shared + active.shared_bytes; ++a) *cell_of(a) = Cell{};
 }
 

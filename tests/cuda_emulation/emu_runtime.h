@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -23,7 +24,9 @@ namespace emu {
 struct Settings {
   uint64_t seed = 0;         // 0: threads and blocks in order; 1: in reverse; else a random order drawn from it
   bool late_copies = true;   // cp.async lands when it is waited for, the latest legal moment; else when it is issued
-  bool check_memory = false; // follow every access that the instrumented kernels announce
+  bool check_memory = false;  // follow every access that the instrumented kernels announce
+  // Executes launches elsewhere instead, with the same memory; false says that it failed.
+  std::function<bool(const cudaLaunchConfig_t&, const KernelCall&)> executor;
 };
 
 struct Counters {
@@ -84,9 +87,7 @@ struct Warp {
 };
 
 struct Launch {
-  const void* kernel;
-  const void* arguments;
-  size_t arguments_bytes;
+  KernelCall call;
   unsigned char* shared;
   size_t shared_bytes;
   int threads;
@@ -110,10 +111,17 @@ enum class Access { read, write, atomic };
 void access(const void* p, size_t bytes, Access kind, uintptr_t code);
 void mark_in_flight(const void* p, size_t bytes, bool in_flight);
 
-// Global memory that kernels may touch. `undefined`: nothing has been written to it yet.
+// Global memory that kernels may touch. `undefined`: nothing has been written to it yet. Remembered where accesses are
+// checked, here or by an executor.
 void add_buffer(uintptr_t id, const void* p, size_t bytes, std::string name, bool undefined);
 void remove_buffer(uintptr_t id);
 void remove_all_buffers();
+struct Buffer {
+  uintptr_t begin, end;
+  std::string name;
+  bool undefined;
+};
+std::vector<Buffer> all_buffers();
 
 // Shared memory of the launch that begins, and the module's own segments, found once.
 void enter_launch_memory();

@@ -48,7 +48,6 @@ std::vector<int> ready;
 size_t ready_head;
 int finished, at_barrier;
 bool failed;
-void (*call)(const void*);
 uint64_t random_state;
 
 uint32_t random_number() {
@@ -104,7 +103,7 @@ void fiber_entry() {
   __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
   if (host_stack_bottom == nullptr) host_stack_bottom = bottom, host_stack_size = size;
 #endif
-  call(active.arguments);
+  active.call.run(active.call.call);
   if (!current->copies.empty()) note("async_copy", "a thread exits with cp.async in flight");
   for (const AsyncCopy& copy : current->copies) mark_in_flight(copy.dst, 16, false);  // said once is enough
   current->done = true;
@@ -186,7 +185,7 @@ Report& add_report(const char* kind, std::string message, uintptr_t code) {
   Report report;
   report.kind = kind;
   report.message = std::move(message);
-  report.kernel = uintptr_t(active.kernel);
+  report.kernel = uintptr_t(active.call.kernel);
   report.code = code;
   report.block[0] = blockIdx.x, report.block[1] = blockIdx.y, report.block[2] = blockIdx.z;
   report.thread = current != nullptr ? current->thread : -1;
@@ -234,11 +233,10 @@ void block_barrier() {
 
 unsigned char* dynamic_shared() { return active.shared; }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*entry)(const void*),
-                   const void* arguments, size_t size) {
+cudaError_t launch(const cudaLaunchConfig_t& config, const KernelCall& call) {
   const dim3 grid = config.gridDim, block = config.blockDim;
   const uint64_t threads = uint64_t(block.x) * block.y * block.z, blocks = uint64_t(grid.x) * grid.y * grid.z;
-  active.kernel = kernel;
+  active.call = call;
   failed = false;
   ++counters.launches;
   if (threads == 0 || threads > 1024 || threads % 32 != 0 || blocks == 0 || grid.y > 65535 || grid.z > 65535) {
@@ -246,13 +244,12 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
                        " blocks: expected whole warps, at most 1024 threads, at least one block");
     return cudaErrorInvalidConfiguration;
   }
-  if (!shared_memory_allowed(kernel, config.dynamicSmemBytes)) return cudaErrorInvalidValue;
+  if (!shared_memory_allowed(call.kernel, config.dynamicSmemBytes)) return cudaErrorInvalidValue;
   if (config.stream != current_stream()) fail("launch", "the kernel is not launched in the current stream");
+  if (settings.executor) return settings.executor(config, call) ? cudaSuccess : cudaErrorLaunchFailure;
   gridDim = grid, blockDim = block;
-  active.arguments = arguments, active.arguments_bytes = size;
   active.threads = int(threads);
   active.shared_bytes = config.dynamicSmemBytes;
-  call = entry;
   random_state = settings.seed * 0x9E3779B97F4A7C15ull | 1;
   if (fibers.size() < threads) fibers.resize(threads);
   warps.assign(threads / 32, Warp{});

@@ -71,6 +71,10 @@ class Memory:
         self._starts.insert(position, buffer.start)
         return buffer.start
 
+    def defined(self, name: str) -> np.ndarray | None:
+        """Which bytes of the buffer hold a defined value by now; None if it was added as defined."""
+        return next(buffer.defined for buffer in self._buffers if buffer.name == name)
+
     def joined(self, other: Memory) -> Memory:
         """The same buffers and those of `other`, in one table."""
         both = Memory()
