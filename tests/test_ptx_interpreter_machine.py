@@ -4,7 +4,7 @@ import struct
 
 import numpy as np
 import pytest
-from ptx_interpreter import Memory, parse, run
+from ptx_interpreter import Memory, PtxError, parse, run
 from ptx_snippets import HEADER, compute, launch
 
 POINTERS = ".param .u64 a, .param .u64 b"
