@@ -259,7 +259,7 @@ def test_ldmatrix():
         ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%r5, %r6}, [%r0];
         ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r7}, [%r0 + 128]; mad.wide.u32 %d3, %t0, 32, %d1;
         st.global.v4.b32 [%d3], {%r1, %r2, %r3, %r4}; st.global.v2.b32 [%d3+16], {%r5, %r6};
-        st.global.b32 [%d3+32], %r7;"""
+        st.global.b32 [%d3+24], %r7;"""
     # Lanes 8 ... of the last ldmatrix hold addresses past the end, which it does not use.
     on_arrays(body, a, b.reshape(-1), declarations=DYNAMIC, shared_bytes=512)
     matrices = a.reshape(4, 8, 8)
