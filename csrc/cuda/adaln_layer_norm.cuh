@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(Forward a) {
 
 // Any strides, any C: each pass reads the row again, which the caches then hold.
 template <class T, bool kGated>
-__global__ void __launch_bounds__(kPlainThreads) plain_forward_kernel(Forward a) {
+__global__ void __launch_bounds__(kPlainThreads, 1) plain_forward_kernel(Forward a) {
   __shared__ float exchange[2][kMaxWarps][1];
   const Work work = my_work(a.partition);
   const int channels = a.channels, step = int(blockDim.x);
@@ -360,7 +360,7 @@ __device__ __forceinline__ float element(const Rows& rows, const T* row, int c) 
 }
 
 template <class T, bool kGated>
-__global__ void __launch_bounds__(kPlainThreads) plain_backward_kernel(Backward a) {
+__global__ void __launch_bounds__(kPlainThreads, 1) plain_backward_kernel(Backward a) {
   __shared__ float exchange[2][kMaxWarps][2];
   const Work work = my_work(a.partition);
   const int channels = a.channels, step = int(blockDim.x);
