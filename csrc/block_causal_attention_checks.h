@@ -1,0 +1,60 @@
+// What the doors of block_causal_attention demand of their arguments.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+
+namespace var_kernels {
+
+inline std::vector<int64_t> sizes_of(const torch::stable::Tensor& x) {
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t d = 0; d < x.dim(); ++d) sizes[d] = x.size(d);
+  return sizes;
+}
+
+inline std::string shape_text(const std::vector<int64_t>& sizes) {
+  std::string text = "shape (";
+  for (size_t d = 0; d < sizes.size(); ++d) text += (d == 0 ? "" : ", ") + std::to_string(sizes[d]);
+  return text + ")";
+}
+
+// (B, `heads`, `length`, D) with the batch, D and dtype of q, and dense rows.
+inline void check_attention_tensor(const char* name, const torch::stable::Tensor& x, const torch::stable::Tensor& q,
+                                   int64_t heads, int64_t length) {
+  VAR_CHECK(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == heads && x.size(2) == length &&
+                x.size(3) == q.size(3),
+            name, shape_text({q.size(0), heads, length, q.size(3)}), shape_text(sizes_of(x)));
+  VAR_CHECK(x.scalar_type() == q.scalar_type(), name, torch::headeronly::toString(q.scalar_type()),
+            torch::headeronly::toString(x.scalar_type()));
+  VAR_CHECK(x.size(3) == 1 || x.stride(3) == 1 || x.numel() == 0, name, "a dense last dimension", "stride ", x.stride(3));
+}
+
+inline void check_attention(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
+                            const torch::stable::Tensor& v, const std::vector<int64_t>& scale_lens, int64_t q_offset) {
+  using torch::headeronly::ScalarType;
+  VAR_CHECK(q.dim() == 4, "q", "4 dimensions", q.dim());
+  VAR_CHECK(k.dim() == 4, "k", "4 dimensions", k.dim());
+  const ScalarType dtype = q.scalar_type();
+  VAR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "q",
+            "float32, bfloat16 or float16", torch::headeronly::toString(dtype));
+  const int64_t heads = q.size(1), queries = q.size(2), dim = q.size(3), kv_heads = k.size(1), keys = k.size(2);
+  VAR_CHECK(dim >= 1 && dim <= 256, "q", "a head dimension from 1 to 256", dim);
+  VAR_CHECK(kv_heads > 0 && heads % kv_heads == 0, "k", "a number of heads that divides that of q", kv_heads);
+  check_attention_tensor("q", q, q, heads, queries);
+  check_attention_tensor("k", k, q, kv_heads, keys);
+  check_attention_tensor("v", v, q, kv_heads, keys);
+  int64_t sum = 0;
+  for (const int64_t length : scale_lens) {
+    VAR_CHECK(length > 0, "scale_lens", "lengths > 0", length);
+    sum += length;
+  }
+  VAR_CHECK(sum == keys, "scale_lens", "lengths that sum to " + std::to_string(keys), sum);
+  VAR_CHECK(q_offset >= 0 && q_offset + queries <= keys, "q_offset", "0 to " + std::to_string(keys - queries), q_offset);
+}
+
+}  // namespace var_kernels

@@ -1,0 +1,305 @@
+// Block-causal attention, forward: FlashAttention over the tiles of a staircase (attention_tiles.h).
+//
+// With c = softmax_scale·log2(e) and all sums in fp32, a tile of query rows walks over the blocks of keys that it sees
+// and keeps, per row, the maximum m of the scaled scores so far, the sum l of the exponentials, and the sum of values;
+// what was summed under an older maximum is rescaled:
+//   s = c·q kᵀ    m' = max(m, rowmax(s))    p = exp2(s - m')    l = l·exp2(m - m') + rowsum(p)
+//   acc = acc·exp2(m - m') + p v            out = acc / l       lse = ln(2)·(m + log2(l))
+//
+// 16-bit tensors go to tensor cores: 64 rows by 64 keys, four warps of 16 rows. q stays in registers; k and v have two
+// stages each in shared memory, and while one is multiplied the next is copied. Blocks of keys that all rows see come
+// in a loop of their own, without predicates. A row's sums have one order: results do not depend on timing or the GPU.
+//
+// fp32, rows that 16-byte accesses cannot address, and head dimensions above 128 go to a plain kernel of fp32
+// multiply-adds.
+#pragma once
+#include "attention_device.cuh"
+
+namespace var_kernels {
+namespace {
+
+struct AttentionForward {
+  HeadRows q, k, v, out;
+  float* lse;  // (B, H, Lq) dense
+  float scale_log2;   // > 0
+  uint32_t sign;      // the bits that negate two elements of q if the softmax scale is negative, else 0
+  AttentionProblem problem;
+};
+static_assert(sizeof(AttentionForward) <= 4096);
+
+// ---- tensor cores -------------------------------------------------------------------------------------------------
+
+constexpr int kForwardRows = 64, kForwardKeys = 64;
+
+// A thread's share of 16 rows: rows lane / 4 and lane / 4 + 8 of its warp's.
+template <int kDim>
+struct SoftmaxRows {
+  float acc[kDim / 8][4];
+  float peak[2], total[2];  // m; this thread's part of l
+};
+
+template <int kDim>
+__device__ __forceinline__ void softmax_step(float (&s)[kForwardKeys / 8][4], SoftmaxRows<kDim>& rows,
+                                             float scale_log2) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float most = -INFINITY;
+#pragma unroll
+    for (int n = 0; n < kForwardKeys / 8; ++n) most = fmaxf(most, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 2));
+    const float peak = fmaxf(rows.peak[half], most * scale_log2), shift = finite_shift(peak);
+    const float factor = ptx::exp2_approx(rows.peak[half] - shift);
+    rows.peak[half] = peak;
+    rows.total[half] *= factor;
+#pragma unroll
+    for (int n = 0; n < kDim / 8; ++n) {
+      rows.acc[n][2 * half] *= factor;
+      rows.acc[n][2 * half + 1] *= factor;
+    }
+#pragma unroll
+    for (int n = 0; n < kForwardKeys / 8; ++n)
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        s[n][i] = ptx::exp2_approx(fmaf(s[n][i], scale_log2, -shift));
+        rows.total[half] += s[n][i];
+      }
+  }
+}
+
+// The keys and values of one head, and their stages: block b in stage b % 2.
+template <class T, int kDim>
+struct KeyStages {
+  static constexpr int kTile = kForwardKeys * kDim;
+  T *keys, *values;  // two tiles each
+  const T *k, *v;
+  int64_t k_row, v_row;
+  int limit, dim;
+
+  __device__ __forceinline__ T* key_tile(int block) const { return keys + block % 2 * kTile; }
+  __device__ __forceinline__ T* value_tile(int block) const { return values + block % 2 * kTile; }
+  // Each is one group of copies, empty where there is no such block: what to wait for is the same in every step.
+  __device__ __forceinline__ void start_keys(int block) const {
+    if (block * kForwardKeys < limit)
+      start_copy<T, kDim, kForwardKeys>(key_tile(block), k, k_row, block * kForwardKeys, limit, dim);
+    ptx::cp_async_commit();
+  }
+  __device__ __forceinline__ void start_values(int block) const {
+    if (block * kForwardKeys < limit)
+      start_copy<T, kDim, kForwardKeys>(value_tile(block), v, v_row, block * kForwardKeys, limit, dim);
+    ptx::cp_async_commit();
+  }
+};
+
+// One block of keys. `visible`: how many keys each of the thread's two rows sees, asked for only if kMasked.
+template <bool kMasked, class T, int kDim>
+__device__ __forceinline__ void attend(SoftmaxRows<kDim>& rows, const uint32_t (&q)[kDim / 16][4],
+                                       const KeyStages<T, kDim>& stages, int block, const int (&visible)[2],
+                                       float scale_log2) {
+  float s[kForwardKeys / 8][4] = {};
+  ptx::cp_async_wait<1>();  // the keys of this block; its values may be on their way
+  __syncthreads();          // and every warp is done with the keys of the last block
+  stages.start_keys(block + 1);
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k)
+    multiply_transposed<T, kDim, kForwardKeys>(s, q[k], stages.key_tile(block), k);
+  if constexpr (kMasked) {
+    const int first = block * kForwardKeys + int(threadIdx.x) % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kForwardKeys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (first + n * 8 + i % 2 >= visible[i / 2]) s[n][i] = -INFINITY;
+  }
+  softmax_step(s, rows, scale_log2);
+  ptx::cp_async_wait<1>();
+  __syncthreads();
+  stages.start_values(block + 1);
+  multiply<T, kDim, kForwardKeys>(rows.acc, s, stages.value_tile(block));
+}
+
+constexpr size_t forward_shared_bytes(int dim) { return size_t(4) * kForwardKeys * dim * 2; }
+
+// Blocks that a multiprocessor is to hold at once: one copies while another multiplies.
+constexpr int forward_blocks(int dim) { return dim <= 64 ? 3 : 2; }
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, forward_blocks(kDim))
+    attention_forward_kernel(const __grid_constant__ AttentionForward a) {
+  VAR_DYN_SMEM(shared);
+  const AttentionProblem& p = a.problem;
+  const AttentionPlace place = my_place(p);
+  const AttentionTile tile = place.tile;
+  const int batch = place.pair / p.heads, head = place.pair % p.heads;
+  const int lane = int(threadIdx.x) % 32, first_row = int(threadIdx.x) / 32 * 16, row = first_row + lane / 4;
+
+  T* const keys = reinterpret_cast<T*>(shared);
+  T* const values = keys + 2 * KeyStages<T, kDim>::kTile;
+  const KeyStages<T, kDim> stages = {
+      keys, values, head_of<const T>(a.k, batch, head / p.group), head_of<const T>(a.v, batch, head / p.group),
+      a.k.row, a.v.row, tile.limit, p.dim};
+  // q passes through a stage of values that is not in use before the second barrier of the first step.
+  T* const q_tile = stages.value_tile(1);
+  static_assert(kForwardRows == kForwardKeys);
+  start_copy<T, kDim, kForwardRows>(q_tile, head_of<const T>(a.q, batch, head), a.q.row, tile.first,
+                                    tile.first + tile.count, p.dim);
+  stages.start_keys(0);
+  stages.start_values(0);
+  const int visible[2] = {visible_keys(p, tile, row), visible_keys(p, tile, row + 8)};
+  ptx::cp_async_wait<1>();
+  __syncthreads();
+  uint32_t q[kDim / 16][4];
+#pragma unroll
+  for (int k = 0; k < kDim / 16; ++k) {
+    load_left<T, kDim>(q[k], q_tile, first_row, k);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) q[k][i] ^= a.sign;
+  }
+
+  SoftmaxRows<kDim> rows = {{}, {-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+  int block = 0;
+  for (; block < tile.common / kForwardKeys; ++block) attend<false>(rows, q, stages, block, visible, a.scale_log2);
+  for (; block * kForwardKeys < tile.limit; ++block) attend<true>(rows, q, stages, block, visible, a.scale_log2);
+
+  float inverse[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float total = rows.total[half];
+    total += __shfl_xor_sync(kFullWarp, total, 1);
+    total += __shfl_xor_sync(kFullWarp, total, 2);
+    inverse[half] = 1.0f / total;
+    if (lane % 4 == 0 && row + 8 * half < tile.count)
+      a.lse[int64_t(place.pair) * p.queries + tile.first + row + 8 * half] =
+          fmaf(finite_shift(rows.peak[half]), kLn2, log2f(total) * kLn2);
+  }
+  // Nothing is on its way, and no warp has read keys since the last barrier.
+  store_rows<T, kDim>(rows.acc, inverse, keys, first_row, tile.count,
+                      head_of<T>(a.out, batch, head) + tile.first * a.out.row, a.out.row, p.dim);
+}
+
+// ---- plain --------------------------------------------------------------------------------------------------------
+
+// 32 rows by 32 keys: a thread has 2 rows, and every eighth key or column.
+constexpr int kPlainRows = 32, kPlainKeys = 32;
+
+// Rows of fp32 in shared memory. An odd pitch: eight rows at one column lie in eight banks.
+__host__ __device__ constexpr int plain_pitch(int dim) { return dim | 1; }
+constexpr size_t plain_forward_shared_bytes(int dim) {
+  return ((kPlainRows + kPlainKeys) * size_t(plain_pitch(dim)) + kPlainRows * (kPlainKeys + 1)) * sizeof(float);
+}
+
+// Rows [first, first + kRows) of a head times `factor`; zeros from row `limit` on.
+template <class T, int kRows>
+__device__ __forceinline__ void load_plain(float* tile, const T* head, int64_t row_stride, int first, int limit,
+                                           int dim, float factor) {
+  for (int index = int(threadIdx.x); index < kRows * dim; index += kAttentionThreads) {
+    const int row = index / dim, column = index % dim;
+    tile[row * plain_pitch(dim) + column] =
+        first + row < limit ? to_float(head[(first + row) * row_stride + column]) * factor : 0.0f;
+  }
+}
+
+// The softmax of a thread's two rows, whose elements eight neighbouring lanes share; p goes to `weights`.
+template <int kDim>
+__device__ __forceinline__ void plain_softmax_step(float (&s)[2][kPlainKeys / 8], float* weights,
+                                                   float (&acc)[2][kDim / 8], float (&peak)[2], float (&total)[2],
+                                                   float scale_log2) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float most = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < kPlainKeys / 8; ++j) most = fmaxf(most, s[r][j]);
+#pragma unroll
+    for (int lanes = 1; lanes < 8; lanes *= 2) most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, lanes));
+    const float new_peak = fmaxf(peak[r], most * scale_log2), shift = finite_shift(new_peak);
+    const float factor = exp2f(peak[r] - shift);
+    peak[r] = new_peak;
+    total[r] *= factor;
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j) acc[r][j] *= factor;
+#pragma unroll
+    for (int j = 0; j < kPlainKeys / 8; ++j) {
+      const float p = exp2f(fmaf(s[r][j], scale_log2, -shift));
+      total[r] += p;
+      weights[r * (kPlainKeys + 1) + 8 * j] = p;
+    }
+  }
+}
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kAttentionThreads)
+    plain_attention_forward_kernel(const __grid_constant__ AttentionForward a) {
+  VAR_DYN_SMEM(shared);
+  const AttentionProblem& p = a.problem;
+  const AttentionPlace place = my_place(p);
+  const AttentionTile tile = place.tile;
+  const int batch = place.pair / p.heads, head = place.pair % p.heads, dim = p.dim, pitch = plain_pitch(dim);
+  const int row = int(threadIdx.x) / 8 * 2, lane = int(threadIdx.x) % 8;
+  float* const q = reinterpret_cast<float*>(shared);
+  float* const block = q + kPlainRows * pitch;  // of keys, then of values
+  float* const weights = block + kPlainKeys * pitch;
+  load_plain<T, kPlainRows>(q, head_of<const T>(a.q, batch, head), a.q.row, tile.first, tile.first + tile.count, dim,
+                            a.sign != 0 ? -1.0f : 1.0f);
+  const int visible[2] = {visible_keys(p, tile, row), visible_keys(p, tile, row + 1)};
+  float acc[2][kDim / 8] = {}, peak[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  for (int first = 0; first < tile.limit; first += kPlainKeys) {
+    __syncthreads();  // the last block's values are done with
+    load_plain<T, kPlainKeys>(block, head_of<const T>(a.k, batch, head / p.group), a.k.row, first, tile.limit, dim, 1.0f);
+    __syncthreads();
+    float s[2][kPlainKeys / 8] = {};
+    for (int d = 0; d < dim; ++d)
+#pragma unroll
+      for (int j = 0; j < kPlainKeys / 8; ++j) {
+        const float key = block[(lane + 8 * j) * pitch + d];
+        s[0][j] = fmaf(q[row * pitch + d], key, s[0][j]);
+        s[1][j] = fmaf(q[(row + 1) * pitch + d], key, s[1][j]);
+      }
+#pragma unroll
+    for (int j = 0; j < kPlainKeys / 8; ++j)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        if (first + lane + 8 * j >= visible[r]) s[r][j] = -INFINITY;
+    plain_softmax_step<kDim>(s, weights + row * (kPlainKeys + 1) + lane, acc, peak, total, a.scale_log2);
+    __syncthreads();
+    load_plain<T, kPlainKeys>(block, head_of<const T>(a.v, batch, head / p.group), a.v.row, first, tile.limit, dim, 1.0f);
+    __syncthreads();
+    for (int key = 0; key < kPlainKeys; ++key) {
+      const float p0 = weights[row * (kPlainKeys + 1) + key], p1 = weights[(row + 1) * (kPlainKeys + 1) + key];
+#pragma unroll
+      for (int j = 0; j < kDim / 8; ++j) {
+        const int column = lane + 8 * j;
+        const float value = column < dim ? block[key * pitch + column] : 0.0f;
+        acc[0][j] = fmaf(p0, value, acc[0][j]);
+        acc[1][j] = fmaf(p1, value, acc[1][j]);
+      }
+    }
+  }
+  T* const out = head_of<T>(a.out, batch, head);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int lanes = 1; lanes < 8; lanes *= 2) total[r] += __shfl_xor_sync(kFullWarp, total[r], lanes);
+    if (row + r >= tile.count) continue;
+    const int64_t query = tile.first + row + r;
+    if (lane == 0)
+      a.lse[int64_t(place.pair) * p.queries + query] = fmaf(finite_shift(peak[r]), kLn2, log2f(total[r]) * kLn2);
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j)
+      if (lane + 8 * j < dim) out[query * a.out.row + lane + 8 * j] = from_float<T>(acc[r][j] / total[r]);
+  }
+}
+
+// ---- schedules that are no arguments ------------------------------------------------------------------------------
+
+struct ScheduleNumbers {
+  int32_t* target;
+  int count;
+  int32_t numbers[AttentionSchedule::kInline];
+};
+
+__global__ void write_schedule_kernel(const __grid_constant__ ScheduleNumbers part) {
+  for (int i = int(threadIdx.x); i < part.count; i += int(blockDim.x)) part.target[i] = part.numbers[i];
+}
+
+}  // namespace
+}  // namespace var_kernels

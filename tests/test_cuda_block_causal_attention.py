@@ -1,0 +1,359 @@
+"""The CUDA kernels of block_causal_attention: executed on the CPU by the emulation and from the PTX that nvcc writes,
+never on a GPU; what nvcc makes of them; and that planted faults are found."""
+
+import contextlib
+import functools
+import shutil
+import subprocess
+
+import pytest
+import torch
+from cuda_emulation import EmulationError, as_backend, build, load, plain_name
+from cuda_emulation.sanitized import run_sanitized
+
+from var_kernels import _build, block_causal_attention
+from var_kernels.testing import assert_accurate, attention_inputs, randn, scale_lens
+
+pytest.importorskip("pybind11")
+if build.unavailable_reason() is not None:
+    pytest.skip(build.unavailable_reason(), allow_module_level=True)
+
+SOURCE = _build.CSRC / "cuda" / "block_causal_attention.cu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = DTYPES[1:]
+# Tensor cores take 64 rows by 64 keys, the plain kernel 32 by 32: lengths on both sides of these, none a multiple of 8
+# at the end of a row of tiles; tiles of one scale, of several, and of parts of two.
+SCHEDULES = {
+    "one token": (1,),
+    "shorter than a tile": (1, 4, 9, 16),
+    "small scales fill tiles": (23, 23, 23, 1, 1, 24, 7),
+    "a tile and one row": (64, 65, 1),
+    "a large scale first": (129, 2, 63, 33),
+    "plain causal": (1,) * 131,
+    "one scale": (193,),
+}
+SHORT = (1, 4, 9, 16, 25, 36)  # 91 tokens
+# Compiled for 64, 96 and 128 columns: full ones and padded ones.
+TENSOR_CORE_DIMS = (8, 40, 64, 72, 96, 104, 128)
+PLAIN_DIMS = (1, 20, 126, 200, 256)
+
+
+@functools.cache
+def emulated(variant):
+    return load(variant, [SOURCE])
+
+
+@contextlib.contextmanager
+def emulation(variant="fast", **options):
+    """Inside, backend="cuda" is the emulation; raises EmulationError for what was found."""
+    loaded = emulated(variant) if isinstance(variant, str) else variant
+    with as_backend(loaded), loaded.run(**options) as record:
+        yield record
+
+
+def references(inputs, lens, **options):
+    """(out, lse) of the reference in the inputs' dtype and in float64."""
+    same, exact = (
+        block_causal_attention(*(x.to(dtype) for x in inputs), lens, backend="reference", return_lse=True, **options)
+        for dtype in (inputs[0].dtype, torch.float64)
+    )
+    return same, exact
+
+
+def check(inputs, lens, variant="fast", *, seed=0, late_copies=True, executor=None, **options):
+    """out and lse are as accurate as plain PyTorch in the same dtype, and ldmatrix meets no bank conflict."""
+    with emulation(variant, seed=seed, late_copies=late_copies, executor=executor) as record:
+        out, lse = block_causal_attention(*inputs, lens, backend="cuda", return_lse=True, **options)
+    (same_out, same_lse), (exact_out, exact_lse) = references(inputs, lens, **options)
+    assert_accurate(out, same_out, exact_out, name="out")
+    # In 16 bits the reference's own lse is rounded to 16 bits before it becomes float32.
+    same_lse = references([x.float() for x in inputs], lens, **options)[0][1] if out.dtype in HALVES else same_lse
+    assert_accurate(lse, same_lse, exact_lse, name="lse")
+    assert record.counters["bank_conflicts"] == 0
+    return record.counters
+
+
+# ---- accuracy, races, bounds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["fast", "race"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_schedules(dtype, variant):
+    for index, lens in enumerate(SCHEDULES.values()):
+        inputs = attention_inputs(1, 2, sum(lens), 64, seed=index, dtype=dtype)
+        counters = check(inputs, lens, variant, seed=(0, 1, 7)[index % 3], late_copies=index % 2 == 0)
+        assert (counters["mma"] > 0) == (dtype in HALVES)
+
+
+@pytest.mark.parametrize("variant", ["fast", "race"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_head_dims_of_tensor_cores(dtype, variant):
+    for index, dim in enumerate(TENSOR_CORE_DIMS):
+        counters = check(attention_inputs(2, 1, 91, dim, seed=dim, dtype=dtype), SHORT, variant, seed=index,
+                         late_copies=index % 2 == 1)  # fmt: skip
+        assert counters["mma"] > 0
+
+
+@pytest.mark.parametrize("variant", ["fast", "race"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_dims_of_the_plain_kernel(dtype, variant):
+    for index, dim in enumerate(PLAIN_DIMS):
+        counters = check(attention_inputs(1, 2, 55, dim, seed=dim, dtype=dtype), SHORT[:5], variant, seed=index)
+        assert counters["mma"] == 0
+
+
+@pytest.mark.parametrize("late_copies", [True, False])
+def test_every_order_gives_the_same_bits(late_copies):
+    lens = scale_lens("256px")[:8]
+    inputs = attention_inputs(1, 1, sum(lens), 64, seed=3, dtype=torch.bfloat16)
+    results = []
+    for seed in (0, 1, 2, 9):
+        with emulation(seed=seed, late_copies=late_copies):
+            results.append(block_causal_attention(*inputs, lens, backend="cuda", return_lse=True))
+    assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(result, results[0], strict=True))
+
+
+# Ranges at the end (a step against a cache), in the middle, at the start; some begin or end inside a scale.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("queries", "q_offset"), [(1, None), (36, None), (65, None), (1, 0), (30, 7), (3, 29)])
+def test_query_ranges(queries, q_offset, dtype):
+    inputs = attention_inputs(2, 4, 91, 40, seed=2, dtype=dtype, kv_heads=2, query_length=queries)
+    check(inputs, SHORT, "race", q_offset=q_offset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softmax_scales_and_large_logits(dtype):
+    inputs = attention_inputs(1, 2, 55, 32, seed=5, dtype=dtype)
+    for softmax_scale in (1.0, -0.05):
+        check(inputs, SHORT[:5], softmax_scale=softmax_scale)
+    check(attention_inputs(1, 2, 55, 32, seed=6, dtype=dtype, logit_std=30.0), SHORT[:5])
+    with emulation():  # nothing but the number of keys counts
+        zero = block_causal_attention(*inputs, SHORT[:5], softmax_scale=0.0, backend="cuda")
+    exact = block_causal_attention(*inputs, SHORT[:5], softmax_scale=0.0, backend="reference")
+    torch.testing.assert_close(zero, exact)
+
+
+def test_many_heads_in_sections():
+    # 16 MB of keys and values are one section: here 13 of the 14 heads, in tiles of several rounds.
+    inputs = attention_inputs(1, 14, 5000, 64, seed=7, dtype=torch.bfloat16, query_length=3)
+    check(inputs, (2500, 2497, 3))
+
+
+def test_schedules_too_long_for_arguments():
+    lens = tuple(1 + i % 2 for i in range(1001))  # as many runs of equal lengths
+    inputs = attention_inputs(1, 1, sum(lens), 8, seed=8, dtype=torch.float16)
+    assert check(inputs, lens, "race")["launches"] == 4
+
+
+def test_sanitizers_find_nothing():
+    build.build("sanitized", [SOURCE])
+    answer = run_sanitized("""
+        import torch
+        import test_cuda_block_causal_attention as tests
+        torch.set_num_threads(1)
+        for dim, dtype in ((64, torch.bfloat16), (72, torch.float16), (126, torch.bfloat16), (40, torch.float32)):
+            tests.check(tests.attention_inputs(1, 2, 91, dim, seed=1, dtype=dtype), tests.SHORT, "sanitized")
+        print("clean")
+    """)
+    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
+
+
+# ---- layouts, emptiness, non-finite values -------------------------------------------------------------------------
+
+
+def test_views_of_packed_qkv():
+    packed = randn(2, 91, 3, 2, 24, seed=18, dtype=torch.bfloat16)
+    q, k, v = packed.permute(2, 0, 3, 1, 4).unbind()
+    with emulation("race") as record:
+        out = block_causal_attention(q, k, v, SHORT, backend="cuda")
+        dense = block_causal_attention(*(x.contiguous() for x in (q, k, v)), SHORT, backend="cuda")
+    assert record.counters["mma"] > 0
+    assert out.transpose(1, 2).is_contiguous() and torch.equal(out, dense)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_inputs(dtype):
+    layouts = (
+        lambda x: x.mT.contiguous().mT,  # copied: the last dimension is not dense
+        lambda x: x[:1, :, :1].expand(2, -1, 55, -1),
+        lambda x: torch.nn.functional.pad(x, (3, 5))[..., 3:-5],  # rows at odd addresses
+        lambda x: torch.nn.functional.pad(x, (8, 8))[..., 8:-8],
+    )
+    inputs = attention_inputs(2, 2, 55, 24, seed=20, dtype=dtype)
+    for first in range(4):
+        check([layouts[(first + i) % 4](x) for i, x in enumerate(inputs)], SHORT[:5], "race")
+
+
+@pytest.mark.parametrize(("batch", "queries"), [(0, 5), (2, 0)])
+def test_empty(batch, queries):
+    q, k, v = attention_inputs(batch, 2, 5, 8, seed=22, query_length=queries)
+    with emulation() as record:
+        out, lse = block_causal_attention(q, k, v, (1, 4), return_lse=True, backend="cuda")
+    assert out.shape == q.shape and lse.shape == q.shape[:3] and record.counters["launches"] == 0
+
+
+@pytest.mark.parametrize("dim", [24, 25])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_nan_and_inf_reach_the_rows_that_see_them(bad, dim):
+    # Scales of whole tiles: a scale that shares a tile with a later one would see 0 * NaN.
+    lens = (64, 64, 10)
+    q, k, v = attention_inputs(1, 1, 138, dim, seed=23, dtype=torch.float16)
+    with emulation():
+        clean = block_causal_attention(q, k, v, lens, backend="cuda")
+        for tensor in (k, v):
+            spoiled = tensor.clone()
+            spoiled[0, 0, 70] = bad
+            out = block_causal_attention(q, *(spoiled if x is tensor else x for x in (k, v)), lens, backend="cuda")
+            assert torch.equal(out[:, :, :64], clean[:, :, :64])
+            if tensor is v or bad is torch.nan:
+                assert not out[:, :, 64:].isfinite().any()
+
+
+def test_raw_op_checks_its_arguments():
+    op = emulated("fast").ops._block_causal_attention
+    q, k, v = attention_inputs(1, 2, 14, 8, seed=24)
+    for message, arguments in {
+        r"v: expected shape \(1, 2, 14, 8\), got shape \(1, 2, 13, 8\)": (q, k, v[:, :, 1:], [14], 1.0, 0),
+        "k: expected Float, got Half": (q, k.half(), v, [14], 1.0, 0),
+        "scale_lens: expected lengths > 0, got -1": (q, k, v, [15, -1], 1.0, 0),
+        "scale_lens: expected lengths that sum to 14, got 13": (q, k, v, [13], 1.0, 0),
+        "q_offset: expected 0 to 0, got 1": (q, k, v, [14], 1.0, 1),
+        "q: expected a dense last dimension, got stride 14": (q.mT.contiguous().mT, k, v, [14], 1.0, 0),
+        "q: expected float32, bfloat16 or float16, got Double": (*(x.double() for x in (q, k, v)), [14], 1.0, 0),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments)
+
+
+def test_opcheck():
+    q, k, v = randn(2, 14, 3, 2, 8, seed=23, dtype=torch.float16).permute(2, 0, 3, 1, 4).unbind()
+    with emulation():
+        operator = emulated("fast").ops._block_causal_attention.default
+        torch.library.opcheck(operator, (q, k, v, [1, 4, 9], 0.5, 0))
+
+
+# ---- what nvcc writes ----------------------------------------------------------------------------------------------
+
+needs_nvcc = pytest.mark.skipif(_build.find_nvcc() is None, reason="nvcc is not installed")
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("dim", "dtype", "lens", "heads", "queries"),
+    [
+        (64, torch.bfloat16, (1, 4, 9, 16, 36, 13), 1, 79),
+        (40, torch.float16, (1, 4, 9), 2, 10),
+        (72, torch.bfloat16, (1, 4, 9, 60), 1, 60),
+        (128, torch.float16, (5, 67), 1, 67),
+        (20, torch.float32, (1, 4, 9, 21), 1, 30),
+        (126, torch.bfloat16, (1, 4, 9), 1, 14),
+    ],
+)
+def test_ptx_is_accurate(dim, dtype, lens, heads, queries):
+    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same door."""
+    from cuda_emulation.ptx import execute_ptx_of
+
+    packed = randn(1, sum(lens), heads + 2, dim, seed=15, dtype=dtype).transpose(1, 2)
+    inputs = packed[:, :heads, -queries:], packed[:, -2:-1], packed[:, -1:]
+    check(inputs, lens, executor=execute_ptx_of(SOURCE))
+
+
+# Registers of a thread: of 64 columns three blocks of 128 threads fit on a multiprocessor, else two.
+REGISTERS = {
+    "attention_forward_kernel<__nv_bfloat16, 64>": 168,
+    "attention_forward_kernel<__half, 64>": 168,
+    "attention_forward_kernel": 248,
+    "plain_attention_forward_kernel": 168,
+    "write_schedule_kernel": 40,
+}
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"])
+def test_machine_code(arch):
+    pytest.importorskip("triton")  # brings cuobjdump
+    from cuda_emulation.ptx import nvcc_output
+
+    from var_kernels.report import sass
+    from var_kernels.report.sources import cuobjdump_path
+
+    functions = sass.read(nvcc_output(SOURCE, arch, "cubin").read_bytes(), cuobjdump_path())
+    assert len(functions) == 16
+    for mangled, function in functions.items():
+        name = demangled(mangled)
+        opcodes = [instruction.opcode for instruction in function.instructions]
+        assert function.stack == 0 and not any(opcode.startswith(("LDL", "STL")) for opcode in opcodes), name
+        budget = next(limit for prefix, limit in REGISTERS.items() if name.startswith(prefix))
+        assert function.registers <= budget, f"{name}: {function.registers} registers"
+        if name.startswith("attention_forward"):
+            copies = [opcode for opcode in opcodes if opcode.startswith("LDGSTS")]
+            stores = [opcode for opcode in opcodes if opcode.startswith("STG")]
+            assert copies and all("128" in opcode for opcode in copies), name
+            assert sum("128" not in opcode for opcode in stores) == 2, f"{name}: {stores}"  # lse
+            assert any(opcode.startswith("HMMA.16816.F32") for opcode in opcodes), name
+
+
+def demangled(name):
+    answer = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True)
+    return plain_name(answer.stdout.strip()).removeprefix("var_kernels::")
+
+
+# ---- planted faults ------------------------------------------------------------------------------------------------
+
+# Each in a copy of the sources: (file, what is there, what is put in its place, the layer that must find it).
+FAULTS = {
+    "waits for too little": (
+        "block_causal_attention.cuh", "cp_async_wait<1>();  // the keys", "cp_async_wait<2>();  // the keys",
+        "in_flight"),
+    "no barrier before the scores": (
+        "block_causal_attention.cuh", "__syncthreads();          // and every warp", "// and every warp", "race"),
+    "no barrier before the values": (
+        "block_causal_attention.cuh", "__syncthreads();\n  stages.start_values(block + 1)",
+        "stages.start_values(block + 1)", "race"),
+    "no warp barrier in the results": ("attention_device.cuh", "  __syncwarp();\n", "", "race"),
+    "keys past the end": ("attention_device.cuh", "first + row + r < limit && (c", "(c", "out_of_bounds"),
+    "columns past the end": ("attention_device.cuh", " && (c + chunk) * 8 < dim", "", "out_of_bounds"),
+    "no swizzle": ("attention_device.cuh", "chunk ^ (row & 7) : ", "chunk : ", "conflicts"),
+    "copied without the swizzle": (
+        "attention_device.cuh", "target = tile + swizzled<kDim>(row, chunk)", "target = tile + row * kDim + chunk * 8",
+        "values"),
+    "sees one key too many": ("block_causal_attention.cuh", "% 2 >= visible", "% 2 > visible", "values"),
+    "what was summed is not rescaled": (
+        "block_causal_attention.cuh", "rows.acc[n][2 * half] *= factor", "rows.acc[n][2 * half] *= 1.0f", "values"),
+    "a warp diverges": (
+        "block_causal_attention.cuh", "    total += __shfl_xor_sync(kFullWarp, total, 2);",
+        "    if (row + 8 * half < tile.count) total += __shfl_xor_sync(kFullWarp, total, 2);", "divergence"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault, tmp_path):
+    name, there, instead, layer = FAULTS[fault]
+    shutil.copytree(_build.CSRC, tmp_path / "csrc")
+    changed = tmp_path / "csrc" / "cuda" / name
+    text = changed.read_text()
+    assert text.count(there) == 1
+    changed.write_text(text.replace(there, instead))
+    variant = "fast" if layer in ("values", "conflicts", "divergence") else "race"
+    label = f"attention_fault{list(FAULTS).index(fault)}"
+    faulty = load(variant, [tmp_path / "csrc" / "cuda" / SOURCE.name], label)
+    dim = 40 if fault == "columns past the end" else 64
+    inputs = attention_inputs(1, 1, 135, dim, seed=1, dtype=torch.bfloat16)
+    lens = (65, 1, 69)
+
+    def run():
+        with emulation(faulty, seed=1) as record:
+            return block_causal_attention(*inputs, lens, backend="cuda", return_lse=True), record.counters
+
+    if layer in ("values", "conflicts"):
+        (out, _), counters = run()
+        (same, _), (exact, _) = references(inputs, lens)
+        assert (counters["bank_conflicts"] > 0) == (layer == "conflicts")
+        with pytest.raises(AssertionError) if layer == "values" else contextlib.nullcontext():
+            assert_accurate(out, same, exact)
+    else:
+        with pytest.raises(EmulationError) as caught:
+            run()
+        assert layer in {report.kind for report in caught.value.reports}
