@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-_FLUSH_BYTES = 256 << 20  # larger than the L2 cache of any GPU so far (B200: 126 MB, MI300X: 256 MB)
+_FLUSH_BYTES = 512 << 20  # larger than the last cache of any GPU so far (B200: 126 MB, MI300X: 256 MB)
 
 
 class CpuClock:

@@ -171,6 +171,7 @@ def block_inputs(dtype=torch.bfloat16, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_inductor(gpu, dtype):
+    torch._dynamo.reset()
     inputs = block_inputs(dtype)
     compiled = torch.compile(functools.partial(block, backend=gpu), fullgraph=True)
     for found, expected in zip(compiled(*inputs), block(*inputs, backend=gpu), strict=True):
@@ -180,6 +181,18 @@ def test_inductor(gpu, dtype):
         sum(out.float().square().sum() for out in function(*tensors)).backward()
     for a, b in zip(*leaves, strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_cuda_graphs_of_inductor(gpu):
+    """Its graphs own the memory of what they warm up with: tables of schedules must not lie in it."""
+    torch._dynamo.reset()
+    compiled = torch.compile(functools.partial(block, backend=gpu), fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for seed in range(4):
+            inputs = block_inputs(seed=seed)
+            found = [out.clone() for out in compiled(*inputs)]
+            for a, b in zip(found, block(*inputs, backend=gpu), strict=True):
+                assert torch.equal(a, b)
 
 
 def test_graph_capture(gpu):
@@ -200,6 +213,22 @@ def test_graph_capture(gpu):
     with torch.no_grad():
         for found, expected in zip(outputs, block(*fresh, backend=gpu), strict=True):
             assert torch.equal(found, expected)
+
+
+def test_graph_capture_of_the_quantizer(gpu):
+    patch_nums = SCHEDULES["256px"]
+    f, codebook = randn(2, 32, 16, 16, seed=0).to(DEVICE), randn(512, 32, seed=1).to(DEVICE)
+    weight, bias = randn(4, 32, 32, 3, 3, seed=2, std=0.05).to(DEVICE), randn(4, 32, seed=3, std=0.01).to(DEVICE)
+    with torch.no_grad():
+        expected = [multi_scale_quantize(x, codebook, weight, bias, patch_nums, backend=gpu)[:2] for x in (f, 2 * f)]
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = multi_scale_quantize(f, codebook, weight, bias, patch_nums, backend=gpu)[:2]
+        for factor, results in zip((1, 2), expected, strict=True):
+            f.mul_(factor)
+            graph.replay()
+            assert all(torch.equal(a, b) for a, b in zip(found, results, strict=True))
 
 
 def test_side_stream(gpu):

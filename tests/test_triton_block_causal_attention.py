@@ -377,3 +377,15 @@ def test_compile():
         results = (with_grads(f, inputs, inputs[0]) for f in (compiled, attention))
         for actual, expected in zip(*results, strict=True):
             torch.testing.assert_close(actual, expected)
+
+
+def test_inputs_that_overlap_themselves():
+    """torch.empty_like lays out the result of such a q with its last dimension apart."""
+    lens = (1, 4, 7)
+    memory = randn(80, seed=7)
+    q = memory.as_strided((1, 1, 12, 16), (1, 1, 1, 1))
+    k, v = (randn(1, 1, 12, 16, seed=seed) for seed in (8, 9))
+    with small():
+        found = block_causal_attention(q, k, v, lens, backend="triton")
+        expected = block_causal_attention(q.contiguous(), k, v, lens, backend="triton")
+    assert torch.equal(found, expected)

@@ -64,11 +64,24 @@ def test_override():
 
 def test_measured_configurations_are_read_on_that_gpu_only(table):
     values = {"tiles": {"TILE": 64}, "num_warps": 8, "num_stages": 3, "options": {}}
-    path = tuned_file.write(HERE.device, {Key(KERNEL, 64, 2): values})
+    entry = {**values, "table": configs.fingerprint(KERNEL)}
+    path = tuned_file.write(HERE.device, {Key(KERNEL, 64, 2): entry, Key("another.kernel", 64, 2): entry})
     assert path == table / "tuned-test-gpu-9000-x.json" and [p.name for p in table.iterdir()] == [path.name]
     assert configs.choose(KERNEL, HERE, 50, 2) == Config(**values)  # of the row up to 64
     assert configs.choose(KERNEL, HERE, 50, 4) is ANY
     assert configs.choose(KERNEL, TARGETS["sm_90"], 64, 2) is LARGE
+
+
+def test_what_was_measured_against_another_table_does_not_count(table):
+    entry = {"tiles": {"TILE": 64}, "num_warps": 8, "num_stages": 3, "options": {}, "table": "of an older version"}
+    tuned_file.write(HERE.device, {Key(KERNEL, 64, 2): entry})
+    assert configs.choose(KERNEL, HERE, 50, 2) is LARGE
+
+
+def test_a_cache_that_cannot_be_read_is_no_error(table, monkeypatch):
+    (table / "file").write_text("")
+    monkeypatch.setenv("VAR_KERNELS_CACHE", str(table / "file"))
+    assert configs.choose(KERNEL, HERE, 50, 2) is LARGE
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"configs": [{"kernel": "k"}]}'])
@@ -79,7 +92,7 @@ def test_a_file_that_is_not_ours_is_named(table, text):
 
 
 def test_a_wrong_field_is_named(table):
-    values = {"tiles": {}, "num_warps": 8, "num_stages": 3, "options": {}}
+    values = {"tiles": {}, "num_warps": 8, "num_stages": 3, "options": {}, "table": ""}
     path = tuned_file.write(HERE.device, {Key(KERNEL, 64, 2): values})
     content = json.loads(path.read_text())
     content["configs"][0]["num_warps"] = "8"
@@ -129,6 +142,7 @@ def test_tune_keeps_the_table_where_nothing_is_faster(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     fake = Fake()
     assert tune.tune([("a problem", fake.run)], HERE.device, lambda call: (call(), 1.0)[1], lambda line: None) == {}
+    assert configs.tuned_on(HERE.device) == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -263,6 +263,17 @@ def test_writes_every_element_and_repeats_itself():
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
+def test_more_maps_than_a_grid_has(monkeypatch):
+    monkeypatch.setattr(forward_kernels, "_MOST_MAPS", 6)  # two images of three scales
+    shape = (5, *TINY[1:])
+    tensors = inputs(shape)
+    outcome = forward_and_backward(interpret, tensors, shape)
+    monkeypatch.setattr(forward_kernels, "_MOST_MAPS", 2)
+    again = forward_and_backward(interpret, tensors, shape)
+    assert_right(*outcome, tensors, shape)
+    assert_right(*again, tensors, shape)
+
+
 def test_empty_batch():
     f, *others = leaves(inputs(TINY))
     with executing(interpret):

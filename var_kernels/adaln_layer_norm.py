@@ -124,7 +124,7 @@ def adaln_layer_norm(
     C values x[b,l,:] (the variance divided by C) and rstd = 1 / sqrt(variance + eps).
 
     Args:
-        x: (B, L, C), float32, bfloat16 or float16 (float64 is served by the reference).
+        x: (B, L, C), float32, bfloat16 or float16 (float64 is served by the reference); in Triton C up to 16384.
         scale, shift: each (B, C), (B, 1, C), (1, 1, C) or, one per token, (B, L, C), independently of each other.
             A view such as a `chunk` of a modulation tensor is read in place. Under autocast they are converted to
             the dtype of x; otherwise they must have it.

@@ -6,7 +6,11 @@ backend or an error: there is no silent fallback from a named backend.
 
 import functools
 import importlib.util
+import os
+import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 import torch
 
@@ -29,14 +33,23 @@ def _native_reason() -> str | None:
     return None if status.available else f"the native library is not available: {status.reason}"
 
 
-@functools.cache
 def _triton_reason() -> str | None:
+    return _found_triton_reason()  # a plain function, as torch.compile wants it
+
+
+@functools.cache
+def _found_triton_reason() -> str | None:
     if not torch.cuda.is_available():
         return "there is no GPU"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return "Triton's kernels need a GPU of compute capability 8.0 or newer"
+    # Triton compiles a small C module at its first launch.
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang", "cc"))):
+        return "Triton needs a C compiler, and there is none (install gcc, or set CC)"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "Triton needs the headers of Python, and there are none (install python3-dev)"
     return None
 
 

@@ -246,6 +246,7 @@ def sum_partials(
 
 # fp32 values that a program keeps for each channel of its rows: x, scale, shift and in the gated form gate; in backward
 # h, g, scale and two sums, and in the gated form gate, dresidual, branch and another sum.
+_MAX_CHANNELS = 16384  # the most for which the backward of the gated form has a configuration
 _FORWARD_VALUES, _GATED_FORWARD_VALUES = 3, 4
 _BACKWARD_VALUES, _GATED_BACKWARD_VALUES = 5, 9
 
@@ -319,6 +320,8 @@ def _channel_tiles(channels: int, config: configs.Config) -> dict[str, int]:
 def _forward(x, branch, gate, scale, shift, residual, y, eps):
     mean = x.new_empty(x.shape[:2], dtype=torch.float32)
     rstd = torch.empty_like(mean)
+    if x.shape[2] > _MAX_CHANNELS:
+        raise ValueError(f"x: expected at most {_MAX_CHANNELS} channels in Triton, got shape {tuple(x.shape)}")
     if x.numel() == 0:
         return mean, rstd
     swap = x.shape[1] == 1

@@ -328,8 +328,10 @@ _SECTION_BYTES = 16 << 20
 _FAR = (1 << 31) // 256
 
 
-def _any_far(*tensors: torch.Tensor) -> bool:
-    return any([x.stride(2) >= _FAR and x.shape[2] > 1 for x in tensors])
+def _needs_copies(*tensors: torch.Tensor) -> bool:
+    """Rows further apart than the kernels' offsets reach, or a result (empty_like) whose last dimension is not dense:
+    torch lays it out so where the input overlaps itself."""
+    return any([(x.stride(2) >= _FAR and x.shape[2] > 1) or (x.stride(3) != 1 and x.shape[3] > 1) for x in tensors])
 
 
 def _strides(**tensors: torch.Tensor) -> dict[str, int]:
@@ -391,7 +393,7 @@ def _start(kernel, q, k, scale_lens, q_offset, tensors: dict[str, torch.Tensor],
 def block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset):
     _check(q, k, v, scale_lens, q_offset)
     out = torch.empty_like(q)
-    if _any_far(q, k, v, out):
+    if q.numel() and _needs_copies(q, k, v, out):
         dense = (x.contiguous() for x in (q, k, v))
         result, lse = block_causal_attention(*dense, scale_lens, softmax_scale, q_offset)
         return out.copy_(result), lse
@@ -412,7 +414,7 @@ def block_causal_attention_backward(dout, q, k, v, out, lse, dlse, scale_lens, s
     for name, x in (("lse", lse), *([] if dlse is None else [("dlse", dlse)])):
         check_shape(name, x, q.shape[:3])
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if _any_far(dout, q, k, v, out, dq, dk, dv):
+    if q.numel() and _needs_copies(dout, q, k, v, out, dq, dk, dv):
         dense = (x.contiguous() for x in (dout, q, k, v, out))
         results = block_causal_attention_backward(*dense, lse, dlse, scale_lens, softmax_scale, q_offset)
         return tuple(to.copy_(result) for to, result in zip((dq, dk, dv), results, strict=True))

@@ -2,8 +2,8 @@
 
 A row serves a launch if the problem's size and element size are at most those of the row, and the GPU has the row's
 API, at least its shared memory per block and at least its architecture. The first such row counts, so rows for roomy
-GPUs stand above those for any GPU. No value here was measured yet: each is what the compiler's report bears out (no
-spills, fits the card, keeps the tensor cores busy by its static bound).
+GPUs stand above those for any GPU. No value here was measured yet: each is what the compiler's report bears out (few or
+no spills, fits the card, keeps the tensor cores busy by its static bound).
 
 Before the table come what `override` says in a program, and what :mod:`.tune` has measured on this kind of GPU.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -216,8 +217,20 @@ def choose(kernel: str, target: Target, size: int, itemsize: int) -> Config:
 
 @functools.cache
 def tuned_on(device: str) -> dict[Key, Config]:
-    """What was measured on this kind of GPU, by its name; may be changed in place. Empty for "", which is no GPU."""
-    return {key: Config(**values) for key, values in tuned_file.read(device).items()} if device else {}
+    """What was measured on this kind of GPU, by its name; may be changed in place. Empty for "", which is no GPU.
+
+    What was measured against other rows than those of this version does not count.
+    """
+    found = {}
+    for key, values in (tuned_file.read(device) if device else {}).items():
+        if key.kernel in TABLE and values.pop("table") == fingerprint(key.kernel):
+            found[key] = Config(**values)
+    return found
+
+
+def fingerprint(kernel: str) -> str:
+    """Of the rows of the table for this kernel."""
+    return hashlib.sha256(repr(TABLE[kernel]).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager

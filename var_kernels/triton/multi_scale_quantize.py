@@ -249,6 +249,10 @@ class _Forward:
         launch(update, self.grid, arguments, self.config)
 
 
+# Maps are the second dimension of grids, which CUDA limits to 65535; larger batches go in parts.
+_MOST_MAPS = 65535
+
+
 def multi_scale_quantize(
     f: torch.Tensor, codebook: torch.Tensor, phi_weight: torch.Tensor, phi_bias: torch.Tensor,
     heights: list[int], widths: list[int], phi_index: list[int], phi_ratio: float, cosine: bool,
@@ -258,6 +262,10 @@ def multi_scale_quantize(
     tokens = f.new_empty((f.shape[0], sum(height * width for height, width in sizes)), dtype=torch.int64)
     if f.shape[0] == 0:
         return tokens, f.new_empty(f.shape), f.new_empty(0, len(sizes))
+    if f.shape[0] > _MOST_MAPS:
+        others = (codebook, phi_weight, phi_bias, heights, widths, phi_index, phi_ratio, cosine)
+        parts = [multi_scale_quantize(part, *others) for part in f.split(_MOST_MAPS)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
     forward = _Forward(f, codebook, phi_weight, phi_bias, len(sizes), phi_ratio, cosine)
     offset = 0
     for k, size in enumerate(sizes):
@@ -275,6 +283,13 @@ def multi_scale_quantize_backward(
     parameters = (codebook, phi_weight, phi_bias)
     if f.shape[0] == 0:
         return f.new_empty(f.shape), *(parameter.new_zeros(parameter.shape) for parameter in parameters)
+    most = max(1, _MOST_MAPS // len(heights))
+    if f.shape[0] > most:
+        split = zip(f.split(most), tokens.split(most), derrors.split(most), strict=True)
+        others = (heights, widths, phi_index, phi_ratio)
+        parts = [multi_scale_quantize_backward(part, *parameters, *rest, *others) for part, *rest in split]
+        dfs, *gradients = zip(*parts, strict=True)
+        return torch.cat(dfs), *(sum(of_parts) for of_parts in gradients)
     sizes, full = list(zip(heights, widths, strict=True)), (f.shape[2], f.shape[3])
     return quantize_backward(maps_of(f), *parameters, tokens, derrors, full, sizes, phi_index, phi_ratio)
 

@@ -247,6 +247,8 @@ class Codebook:
     def find(self, z: torch.Tensor, tokens: torch.Tensor, image: tuple[int, int, int]) -> None:
         """`search` for the rows of z (N, C), of any strides."""
         rows = {"z": z, "row_stride": z.stride(0), "z_channel_stride": z.stride(1)}
+        if z.shape[1] * z.stride(1) >= 1 << 31:  # offsets of columns are 32-bit numbers
+            z = z.contiguous()
         wide = self.channels > choose("nearest_code.search", target_of(z.device), z.shape[0], 4).tiles["BLOCK_C"]
         kernel, name = (search_wide, "nearest_code.search_wide") if wide else (search, "nearest_code.search")
         self.search(kernel, name, z.shape[0], rows, tokens, image)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from .._build import cache_root
 
-_FIELDS = {"tiles": dict, "num_warps": int, "num_stages": int, "options": dict}
+_FIELDS = {"tiles": dict, "num_warps": int, "num_stages": int, "options": dict, "table": str}
 
 
 class Key(NamedTuple):
@@ -30,13 +30,16 @@ def path_of(device: str) -> Path:
 
 
 def read(device: str) -> dict[Key, dict[str, Any]]:
-    """The fields of each configuration; empty if nothing was measured. ValueError for a file that is not ours."""
-    path = path_of(device)
+    """The fields of each configuration; empty if nothing was measured, or nothing can be read. ValueError for a file
+    that is not ours."""
     try:
-        entries = json.loads(path.read_text())["configs"]
-        found = {Key(e["kernel"], e["size"], e["itemsize"]): {f: e[f] for f in _FIELDS} for e in entries}
-    except FileNotFoundError:
+        path = path_of(device)
+        text = path.read_text()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
         return {}
+    try:
+        entries = json.loads(text)["configs"]
+        found = {Key(e["kernel"], e["size"], e["itemsize"]): {f: e[f] for f in _FIELDS} for e in entries}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: expected what `python -m var_kernels.triton.tune` writes, got {error!r}; delete or rewrite it"
