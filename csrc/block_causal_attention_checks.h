@@ -31,7 +31,8 @@ inline void check_attention_tensor(const char* name, const torch::stable::Tensor
             name, shape_text({q.size(0), heads, length, q.size(3)}), shape_text(sizes_of(x)));
   VAR_CHECK(x.scalar_type() == q.scalar_type(), name, torch::headeronly::toString(q.scalar_type()),
             torch::headeronly::toString(x.scalar_type()));
-  VAR_CHECK(x.size(3) == 1 || x.stride(3) == 1 || x.numel() == 0, name, "a dense last dimension", "stride ", x.stride(3));
+  VAR_CHECK(x.size(3) == 1 || x.stride(3) == 1 || x.numel() == 0, name, "a dense last dimension", "stride ",
+            x.stride(3));
 }
 
 inline void check_attention(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
@@ -54,7 +55,8 @@ inline void check_attention(const torch::stable::Tensor& q, const torch::stable:
     sum += length;
   }
   VAR_CHECK(sum == keys, "scale_lens", "lengths that sum to " + std::to_string(keys), sum);
-  VAR_CHECK(q_offset >= 0 && q_offset + queries <= keys, "q_offset", "0 to " + std::to_string(keys - queries), q_offset);
+  VAR_CHECK(q_offset >= 0 && q_offset + queries <= keys, "q_offset", "0 to " + std::to_string(keys - queries),
+            q_offset);
 }
 
 }  // namespace var_kernels

@@ -10,6 +10,8 @@ import pytest
 import torch
 from cuda_emulation import EmulationError, as_backend, build, load, plain_name
 from cuda_emulation.sanitized import run_sanitized
+from test_block_causal_attention import check as check_values_and_gradients
+from test_block_causal_attention import with_grads
 
 from var_kernels import _build, block_causal_attention
 from var_kernels.testing import assert_accurate, attention_inputs, randn, scale_lens
@@ -60,15 +62,13 @@ def references(inputs, lens, **options):
     return same, exact
 
 
-def check(inputs, lens, variant="fast", *, seed=0, late_copies=True, executor=None, **options):
-    """out and lse are as accurate as plain PyTorch in the same dtype, and ldmatrix meets no bank conflict."""
+def check(inputs, lens, variant="fast", *, seed=0, late_copies=True, executor=None, rows_cancel=False, **options):
+    """out, lse and gradients are as accurate as plain PyTorch in the same dtype; ldmatrix meets no bank conflict."""
     with emulation(variant, seed=seed, late_copies=late_copies, executor=executor) as record:
-        out, lse = block_causal_attention(*inputs, lens, backend="cuda", return_lse=True, **options)
-    (same_out, same_lse), (exact_out, exact_lse) = references(inputs, lens, **options)
-    assert_accurate(out, same_out, exact_out, name="out")
-    # In 16 bits the reference's own lse is rounded to 16 bits before it becomes float32.
-    same_lse = references([x.float() for x in inputs], lens, **options)[0][1] if out.dtype in HALVES else same_lse
-    assert_accurate(lse, same_lse, exact_lse, name="lse")
+        check_values_and_gradients(inputs, lens, backend="cuda", rows_cancel=rows_cancel, **options)
+        lse = block_causal_attention(*inputs, lens, backend="cuda", return_lse=True, **options)[1]
+    same, exact = references([x.float() for x in inputs], lens, **options)
+    assert_accurate(lse, same[1], exact[1], name="lse")
     assert record.counters["bank_conflicts"] == 0
     return record.counters
 
@@ -81,7 +81,8 @@ def check(inputs, lens, variant="fast", *, seed=0, late_copies=True, executor=No
 def test_schedules(dtype, variant):
     for index, lens in enumerate(SCHEDULES.values()):
         inputs = attention_inputs(1, 2, sum(lens), 64, seed=index, dtype=dtype)
-        counters = check(inputs, lens, variant, seed=(0, 1, 7)[index % 3], late_copies=index % 2 == 0)
+        counters = check(inputs, lens, variant, seed=(0, 1, 7)[index % 3], late_copies=index % 2 == 0,
+                         rows_cancel=len(lens) == 1)  # fmt: skip
         assert (counters["mma"] > 0) == (dtype in HALVES)
 
 
@@ -109,7 +110,8 @@ def test_every_order_gives_the_same_bits(late_copies):
     results = []
     for seed in (0, 1, 2, 9):
         with emulation(seed=seed, late_copies=late_copies):
-            results.append(block_causal_attention(*inputs, lens, backend="cuda", return_lse=True))
+            attention = functools.partial(block_causal_attention, scale_lens=lens, backend="cuda")
+            results.append(with_grads(attention, inputs, inputs[0]))
     assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(result, results[0], strict=True))
 
 
@@ -118,7 +120,7 @@ def test_every_order_gives_the_same_bits(late_copies):
 @pytest.mark.parametrize(("queries", "q_offset"), [(1, None), (36, None), (65, None), (1, 0), (30, 7), (3, 29)])
 def test_query_ranges(queries, q_offset, dtype):
     inputs = attention_inputs(2, 4, 91, 40, seed=2, dtype=dtype, kv_heads=2, query_length=queries)
-    check(inputs, SHORT, "race", q_offset=q_offset)
+    check(inputs, SHORT, "race", q_offset=q_offset, rows_cancel=queries < 8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -126,7 +128,7 @@ def test_softmax_scales_and_large_logits(dtype):
     inputs = attention_inputs(1, 2, 55, 32, seed=5, dtype=dtype)
     for softmax_scale in (1.0, -0.05):
         check(inputs, SHORT[:5], softmax_scale=softmax_scale)
-    check(attention_inputs(1, 2, 55, 32, seed=6, dtype=dtype, logit_std=30.0), SHORT[:5])
+    check(attention_inputs(1, 2, 55, 32, seed=6, dtype=dtype, logit_std=30.0), SHORT[:5], rows_cancel=True)
     with emulation():  # nothing but the number of keys counts
         zero = block_causal_attention(*inputs, SHORT[:5], softmax_scale=0.0, backend="cuda")
     exact = block_causal_attention(*inputs, SHORT[:5], softmax_scale=0.0, backend="reference")
@@ -136,13 +138,14 @@ def test_softmax_scales_and_large_logits(dtype):
 def test_many_heads_in_sections():
     # 16 MB of keys and values are one section: here 13 of the 14 heads, in tiles of several rounds.
     inputs = attention_inputs(1, 14, 5000, 64, seed=7, dtype=torch.bfloat16, query_length=3)
-    check(inputs, (2500, 2497, 3))
+    check(inputs, (2500, 2497, 3), rows_cancel=True)
 
 
 def test_schedules_too_long_for_arguments():
     lens = tuple(1 + i % 2 for i in range(1001))  # as many runs of equal lengths
     inputs = attention_inputs(1, 1, sum(lens), 8, seed=8, dtype=torch.float16)
-    assert check(inputs, lens, "race")["launches"] == 4
+    counters = check(inputs, lens, "race")
+    assert counters["launches"] > 5  # two forwards and one backward, of two kernels
 
 
 def test_sanitizers_find_nothing():
@@ -156,6 +159,25 @@ def test_sanitizers_find_nothing():
         print("clean")
     """)
     assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_lse(dtype):
+    inputs = attention_inputs(2, 4, 55, 40, seed=8, kv_heads=2, query_length=50)
+    inputs = [x.to(dtype).float() for x in inputs]
+    dlse = randn(2, 4, 50, seed=10)
+
+    def run(backend, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        lse = block_causal_attention(*leaves, SHORT[:5], backend=backend, return_lse=True)[1]
+        return torch.autograd.grad(lse, leaves, dlse.to(lse.dtype), materialize_grads=True, allow_unused=True)
+
+    with emulation("race"):
+        actual = run("cuda", dtype)
+    for name, *results in zip(("dq", "dk"), actual, run("reference", dtype), run("reference", torch.float64),
+                              strict=False):  # fmt: skip
+        assert_accurate(*results, name=name)
+    assert not actual[2].any()
 
 
 # ---- layouts, emptiness, non-finite values -------------------------------------------------------------------------
@@ -175,7 +197,7 @@ def test_views_of_packed_qkv():
 def test_strided_inputs(dtype):
     layouts = (
         lambda x: x.mT.contiguous().mT,  # copied: the last dimension is not dense
-        lambda x: x[:1, :, :1].expand(2, -1, 55, -1),
+        lambda x: x[:1].expand(2, -1, -1, -1),
         lambda x: torch.nn.functional.pad(x, (3, 5))[..., 3:-5],  # rows at odd addresses
         lambda x: torch.nn.functional.pad(x, (8, 8))[..., 8:-8],
     )
@@ -186,9 +208,11 @@ def test_strided_inputs(dtype):
 
 @pytest.mark.parametrize(("batch", "queries"), [(0, 5), (2, 0)])
 def test_empty(batch, queries):
-    q, k, v = attention_inputs(batch, 2, 5, 8, seed=22, query_length=queries)
+    q, k, v = (x.requires_grad_() for x in attention_inputs(batch, 2, 5, 8, seed=22, query_length=queries))
     with emulation() as record:
         out, lse = block_causal_attention(q, k, v, (1, 4), return_lse=True, backend="cuda")
+        (out.sum() + lse.sum()).backward()
+    assert all(x.grad.shape == x.shape and not x.grad.any() for x in (q, k, v))
     assert out.shape == q.shape and lse.shape == q.shape[:3] and record.counters["launches"] == 0
 
 
@@ -228,8 +252,11 @@ def test_raw_op_checks_its_arguments():
 def test_opcheck():
     q, k, v = randn(2, 14, 3, 2, 8, seed=23, dtype=torch.float16).permute(2, 0, 3, 1, 4).unbind()
     with emulation():
-        operator = emulated("fast").ops._block_causal_attention.default
-        torch.library.opcheck(operator, (q, k, v, [1, 4, 9], 0.5, 0))
+        ops, options = emulated("fast").ops, ([1, 4, 9], 0.5, 0)
+        torch.library.opcheck(ops._block_causal_attention.default, (q, k, v, *options))
+        out, lse = ops._block_causal_attention(q, k, v, *options)
+        arguments = (torch.ones_like(out), q, k, v, out, lse, torch.ones_like(lse), *options)
+        torch.library.opcheck(ops._block_causal_attention_backward.default, arguments)
 
 
 # ---- what nvcc writes ----------------------------------------------------------------------------------------------
@@ -262,10 +289,14 @@ def test_ptx_is_accurate(dim, dtype, lens, heads, queries):
 REGISTERS = {
     "attention_forward_kernel<__nv_bfloat16, 64>": 168,
     "attention_forward_kernel<__half, 64>": 168,
-    "attention_forward_kernel": 248,
-    "plain_attention_forward_kernel": 168,
+    "attention_": 255,
+    "plain_attention_": 255,
     "write_schedule_kernel": 40,
 }
+
+
+# Up to 4 registers, for compute capability 8.x: 64 KB of fp32 sums in 128 threads leave no more.
+FEW_SPILLS = {"plain_attention_backward_keys_kernel<float, 256>"}
 
 
 @needs_nvcc
@@ -279,18 +310,21 @@ def test_machine_code(arch):
     from var_kernels.report.sources import cuobjdump_path
 
     functions = sass.read(nvcc_output(SOURCE, arch, "cubin").read_bytes(), cuobjdump_path())
-    assert len(functions) == 16
+    assert len(functions) == 6 * 3 + 9 * 3 + 1
     for mangled, function in functions.items():
         name = demangled(mangled)
         opcodes = [instruction.opcode for instruction in function.instructions]
-        assert function.stack == 0 and not any(opcode.startswith(("LDL", "STL")) for opcode in opcodes), name
+        if name not in FEW_SPILLS:
+            assert function.stack == 0 and not any(opcode.startswith(("LDL", "STL")) for opcode in opcodes), name
+        assert function.stack <= 16, name
         budget = next(limit for prefix, limit in REGISTERS.items() if name.startswith(prefix))
         assert function.registers <= budget, f"{name}: {function.registers} registers"
-        if name.startswith("attention_forward"):
+        if name.startswith("attention_"):
             copies = [opcode for opcode in opcodes if opcode.startswith("LDGSTS")]
             stores = [opcode for opcode in opcodes if opcode.startswith("STG")]
             assert copies and all("128" in opcode for opcode in copies), name
-            assert sum("128" not in opcode for opcode in stores) == 2, f"{name}: {stores}"  # lse
+            narrow = 0 if "keys" in name else 2  # lse, or delta, of two rows
+            assert sum("128" not in opcode for opcode in stores) <= narrow, f"{name}: {stores}"
             assert any(opcode.startswith("HMMA.16816.F32") for opcode in opcodes), name
 
 
@@ -321,6 +355,17 @@ FAULTS = {
     "sees one key too many": ("block_causal_attention.cuh", "% 2 >= visible", "% 2 > visible", "values"),
     "what was summed is not rescaled": (
         "block_causal_attention.cuh", "rows.acc[n][2 * half] *= factor", "rows.acc[n][2 * half] *= 1.0f", "values"),
+    "backward waits for too little": (
+        "block_causal_attention_backward.cuh", "cp_async_wait<1>();\n  stages.store_statistic",
+        "cp_async_wait<2>();\n  stages.store_statistic", "in_flight"),
+    "no barrier after the statistics": (
+        "block_causal_attention_backward.cuh", "step, statistic, masked);\n  __syncthreads();",
+        "step, statistic, masked);", "race"),
+    "values overtake out": (
+        "block_causal_attention_backward.cuh", "__syncthreads();  // the warps are done with out", "", "race"),
+    "a key is seen too early": (
+        "block_causal_attention_backward.cuh", "8 >= stages.statistics.visible", "8 > stages.statistics.visible",
+        "values"),
     "a warp diverges": (
         "block_causal_attention.cuh", "    total += __shfl_xor_sync(kFullWarp, total, 2);",
         "    if (row + 8 * half < tile.count) total += __shfl_xor_sync(kFullWarp, total, 2);", "divergence"),
@@ -341,18 +386,23 @@ def test_planted_faults_are_found(fault, tmp_path):
     faulty = load(variant, [tmp_path / "csrc" / "cuda" / SOURCE.name], label)
     dim = 40 if fault == "columns past the end" else 64
     inputs = attention_inputs(1, 1, 135, dim, seed=1, dtype=torch.bfloat16)
-    lens = (65, 1, 69)
+    dout, lens = randn(1, 1, 135, dim, seed=4, dtype=torch.bfloat16), (65, 1, 69)
+    attention = functools.partial(block_causal_attention, scale_lens=lens)
 
     def run():
         with emulation(faulty, seed=1) as record:
-            return block_causal_attention(*inputs, lens, backend="cuda", return_lse=True), record.counters
+            return with_grads(functools.partial(attention, backend="cuda"), inputs, dout), record.counters
 
     if layer in ("values", "conflicts"):
-        (out, _), counters = run()
-        (same, _), (exact, _) = references(inputs, lens)
+        actual, counters = run()
+        same, exact = (
+            with_grads(functools.partial(attention, backend="reference"), inputs, dout, dtype)
+            for dtype in (torch.bfloat16, torch.float64)
+        )
         assert (counters["bank_conflicts"] > 0) == (layer == "conflicts")
         with pytest.raises(AssertionError) if layer == "values" else contextlib.nullcontext():
-            assert_accurate(out, same, exact)
+            for results in zip(actual, same, exact, strict=True):
+                assert_accurate(*results)
     else:
         with pytest.raises(EmulationError) as caught:
             run()

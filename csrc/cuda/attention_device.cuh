@@ -84,8 +84,8 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
 }
 
 // Starts the copy of rows [first, first + kRows) of a head; zeros from row `limit` and column `dim` on. Eight threads
-// copy 128 bytes of a row, or four 64, so that each has one source address, a multiple of 8 rows between its chunks, and
-// with that one place in shared memory: the rest are constant distances.
+// copy 128 bytes of a row, or four 64, so that each has one source address, a multiple of 8 rows between its chunks,
+// and with that one place in shared memory: the rest are constant distances.
 template <class T, int kDim, int kRows>
 __device__ __forceinline__ void start_copy(T* tile, const T* head, int64_t row_stride, int first, int limit, int dim) {
   constexpr int kAcross = kDim % 64 == 0 ? 8 : 4, kStep = kAttentionThreads / kAcross;

@@ -129,7 +129,8 @@ inline std::vector<AttentionTile> of_keys(const Lens& lens, int64_t q_offset, in
 inline std::vector<int32_t> numbers_of(const std::vector<AttentionTile>& tiles, const Lens& lens, int& runs) {
   std::vector<int32_t> numbers;
   numbers.reserve(4 * tiles.size() + 2 * lens.size());
-  for (const AttentionTile& tile : tiles) numbers.insert(numbers.end(), {tile.first, tile.count, tile.common, tile.limit});
+  for (const AttentionTile& tile : tiles)
+    numbers.insert(numbers.end(), {tile.first, tile.count, tile.common, tile.limit});
   int64_t token = 0;
   runs = 0;
   for (size_t i = 0; i < lens.size(); token += lens[i++]) {

@@ -1,5 +1,7 @@
 // The launchers and the door of block_causal_attention on CUDA devices.
 #include "block_causal_attention.cuh"
+#include "block_causal_attention_backward.cuh"
+#include "plain_block_causal_attention_backward.cuh"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -27,7 +30,9 @@ int64_t stride_of(const Tensor& x, int64_t dim) { return x.size(dim) > 1 ? x.str
 HeadRows rows_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2)};
 }
-HeadRows output_rows(const Tensor& x) { return {x.mutable_data_ptr(), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2)}; }
+HeadRows output_rows(const Tensor& x) {
+  return {x.mutable_data_ptr(), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2)};
+}
 
 // Whether rows consist of whole, aligned 16-byte chunks of two-byte elements.
 bool chunks_fit(const HeadRows& x, int64_t dim) {
@@ -71,7 +76,8 @@ Tensor write_schedule(const OnDevice& device, const std::vector<int32_t>& number
   Tensor memory = device.empty({int64_t(numbers.size())}, ScalarType::Int);
   int32_t* const target = memory.mutable_data_ptr<int32_t>();
   for (size_t begin = 0; begin < numbers.size(); begin += AttentionSchedule::kInline) {
-    ScheduleNumbers part = {target + begin, int(std::min<size_t>(numbers.size() - begin, AttentionSchedule::kInline)), {}};
+    const size_t count = std::min<size_t>(numbers.size() - begin, AttentionSchedule::kInline);
+    ScheduleNumbers part = {target + begin, int(count), {}};
     std::copy_n(numbers.begin() + begin, part.count, part.numbers);
     launch(device, "block_causal_attention schedule", write_schedule_kernel, {dim3(1), dim3(128)}, part);
   }
@@ -163,7 +169,82 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
+// ---- backward -----------------------------------------------------------------------------------------------------
+
+template <class T>
+void launch_backward(const OnDevice& device, AttentionBackward arguments, const Grid& queries, const Grid& keys,
+                     bool tensor_cores) {
+  const int dim = queries.problem.dim;
+  const auto both = [&](auto of_queries, auto of_keys, size_t queries_bytes, size_t keys_bytes) {
+    arguments.problem = queries.problem;
+    launch(device, "block_causal_attention backward, queries", of_queries, queries.shape(queries_bytes), arguments);
+    arguments.problem = keys.problem;
+    launch(device, "block_causal_attention backward, keys", of_keys, keys.shape(keys_bytes), arguments);
+  };
+  if constexpr (sizeof(T) == 2) {
+    if (tensor_cores)
+      return with_tensor_core_dim(dim, [&](auto width) {
+        constexpr int kDim = decltype(width)::value;
+        both(attention_backward_queries_kernel<T, kDim>, attention_backward_keys_kernel<T, kDim>,
+             backward_queries_shared_bytes(kDim), backward_keys_shared_bytes(kDim));
+      });
+  }
+  with_plain_dim(dim, [&](auto width) {
+    constexpr int kDim = decltype(width)::value;
+    both(plain_attention_backward_queries_kernel<T, kDim>, plain_attention_backward_keys_kernel<T, kDim>,
+         plain_backward_shared_bytes(dim), plain_backward_shared_bytes(dim));
+  });
+}
+
+Tensor statistics(const char* name, const Tensor& x, const Tensor& q) {
+  VAR_CHECK(x.dim() == 3 && x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == q.size(2), name,
+            shape_text({q.size(0), q.size(1), q.size(2)}), shape_text(sizes_of(x)));
+  VAR_CHECK(x.scalar_type() == ScalarType::Float, name, "Float", torch::headeronly::toString(x.scalar_type()));
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+                                            const Tensor& out, const Tensor& lse_in,
+                                            const std::optional<Tensor>& dlse_in, const Lens& scale_lens,
+                                            double softmax_scale, int64_t q_offset) {
+  check_attention(q, k, v, scale_lens, q_offset);
+  check_attention_tensor("dout", dout, q, q.size(1), q.size(2));
+  check_attention_tensor("out", out, q, q.size(1), q.size(2));
+  check_lengths(k);
+  const OnDevice device(q);
+  const Tensor lse = statistics("lse", lse_in, q), dlse = dlse_in ? statistics("dlse", *dlse_in, q) : lse;
+  Tensor dq = empty_as(device, q), dk = empty_as(device, k), dv = empty_as(device, v);
+  if (lse.numel() == 0) {  // no query: nothing depends on the keys
+    if (dk.numel() > 0) torch::stable::zero_(dk), torch::stable::zero_(dv);
+    return {dq, dk, dv};
+  }
+  Tensor delta = device.empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  const AttentionBackward arguments = {
+      rows_of(q), rows_of(k), rows_of(v), rows_of(out), rows_of(dout), output_rows(dq), output_rows(dk),
+      output_rows(dv), lse.const_data_ptr<float>(), dlse_in ? dlse.const_data_ptr<float>() : nullptr,
+      delta.mutable_data_ptr<float>(), float(softmax_scale), float(softmax_scale * 1.4426950408889634), {}};
+  bool tensor_cores = q.scalar_type() != ScalarType::Float && q.size(3) <= kMaxTensorCoreDim;
+  for (const HeadRows* rows : {&arguments.q, &arguments.k, &arguments.v, &arguments.out, &arguments.dout,
+                               &arguments.dq, &arguments.dk, &arguments.dv})
+    tensor_cores &= chunks_fit(*rows, q.size(3));
+  const int64_t tile = tensor_cores ? kBackwardTile : kPlainTile;
+  const int64_t block_of_keys = tensor_cores ? backward_keys(int(q.size(3))) : kPlainBlock;
+  const int64_t block_of_rows = tensor_cores ? backward_rows(int(q.size(3))) : kPlainBlock;
+  const int64_t group = q.size(1) / k.size(1);
+  const Grid queries(device, q, k, scale_lens, q_offset,
+                     attention_tiles::of_queries(scale_lens, q_offset, q.size(2), tile, block_of_keys), q.size(1),
+                     k.size(2) / group);
+  const Grid keys(device, q, k, scale_lens, q_offset,
+                  attention_tiles::of_keys(scale_lens, q_offset, q.size(2), tile, block_of_rows), k.size(1),
+                  q.size(2) * group);
+  with_dtype(q, [&](auto zero) { launch_backward<decltype(zero)>(device, arguments, queries, keys, tensor_cores); });
+  return {dq, dk, dv};
+}
+
 }  // namespace
 }  // namespace var_kernels
 
-VAR_CUDA_OPS(m) { m.impl("_block_causal_attention", TORCH_BOX(&var_kernels::forward)); }
+VAR_CUDA_OPS(m) {
+  m.impl("_block_causal_attention", TORCH_BOX(&var_kernels::forward));
+  m.impl("_block_causal_attention_backward", TORCH_BOX(&var_kernels::backward));
+}

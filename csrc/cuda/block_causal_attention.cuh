@@ -68,9 +68,9 @@ __device__ __forceinline__ void softmax_step(float (&s)[kForwardKeys / 8][4], So
 }
 
 // The keys and values of one head, and their stages: block b in stage b % 2.
-template <class T, int kDim>
+template <class T, int kDim, int kKeys>
 struct KeyStages {
-  static constexpr int kTile = kForwardKeys * kDim;
+  static constexpr int kTile = kKeys * kDim;
   T *keys, *values;  // two tiles each
   const T *k, *v;
   int64_t k_row, v_row;
@@ -80,13 +80,13 @@ struct KeyStages {
   __device__ __forceinline__ T* value_tile(int block) const { return values + block % 2 * kTile; }
   // Each is one group of copies, empty where there is no such block: what to wait for is the same in every step.
   __device__ __forceinline__ void start_keys(int block) const {
-    if (block * kForwardKeys < limit)
-      start_copy<T, kDim, kForwardKeys>(key_tile(block), k, k_row, block * kForwardKeys, limit, dim);
+    if (block * kKeys < limit)
+      start_copy<T, kDim, kKeys>(key_tile(block), k, k_row, block * kKeys, limit, dim);
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void start_values(int block) const {
-    if (block * kForwardKeys < limit)
-      start_copy<T, kDim, kForwardKeys>(value_tile(block), v, v_row, block * kForwardKeys, limit, dim);
+    if (block * kKeys < limit)
+      start_copy<T, kDim, kKeys>(value_tile(block), v, v_row, block * kKeys, limit, dim);
     ptx::cp_async_commit();
   }
 };
@@ -94,8 +94,8 @@ struct KeyStages {
 // One block of keys. `visible`: how many keys each of the thread's two rows sees, asked for only if kMasked.
 template <bool kMasked, class T, int kDim>
 __device__ __forceinline__ void attend(SoftmaxRows<kDim>& rows, const uint32_t (&q)[kDim / 16][4],
-                                       const KeyStages<T, kDim>& stages, int block, const int (&visible)[2],
-                                       float scale_log2) {
+                                       const KeyStages<T, kDim, kForwardKeys>& stages, int block,
+                                       const int (&visible)[2], float scale_log2) {
   float s[kForwardKeys / 8][4] = {};
   ptx::cp_async_wait<1>();  // the keys of this block; its values may be on their way
   __syncthreads();          // and every warp is done with the keys of the last block
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(kAttentionThreads, forward_blocks(kDim))
   const int lane = int(threadIdx.x) % 32, first_row = int(threadIdx.x) / 32 * 16, row = first_row + lane / 4;
 
   T* const keys = reinterpret_cast<T*>(shared);
-  T* const values = keys + 2 * KeyStages<T, kDim>::kTile;
-  const KeyStages<T, kDim> stages = {
+  T* const values = keys + 2 * KeyStages<T, kDim, kForwardKeys>::kTile;
+  const KeyStages<T, kDim, kForwardKeys> stages = {
       keys, values, head_of<const T>(a.k, batch, head / p.group), head_of<const T>(a.v, batch, head / p.group),
       a.k.row, a.v.row, tile.limit, p.dim};
   // q passes through a stage of values that is not in use before the second barrier of the first step.
@@ -191,7 +191,8 @@ constexpr size_t plain_forward_shared_bytes(int dim) {
 // Rows [first, first + kRows) of a head times `factor`; zeros from row `limit` on.
 template <class T, int kRows>
 __device__ __forceinline__ void load_plain(float* tile, const T* head, int64_t row_stride, int first, int limit,
-                                           int dim, float factor) {
+                                           int dim, float factor = 1.0f) {
+#pragma unroll 1  // more addresses at once would take registers that the sums need
   for (int index = int(threadIdx.x); index < kRows * dim; index += kAttentionThreads) {
     const int row = index / dim, column = index % dim;
     tile[row * plain_pitch(dim) + column] =
@@ -244,7 +245,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   float acc[2][kDim / 8] = {}, peak[2] = {-INFINITY, -INFINITY}, total[2] = {};
   for (int first = 0; first < tile.limit; first += kPlainKeys) {
     __syncthreads();  // the last block's values are done with
-    load_plain<T, kPlainKeys>(block, head_of<const T>(a.k, batch, head / p.group), a.k.row, first, tile.limit, dim, 1.0f);
+    load_plain<T, kPlainKeys>(block, head_of<const T>(a.k, batch, head / p.group), a.k.row, first, tile.limit, dim);
     __syncthreads();
     float s[2][kPlainKeys / 8] = {};
     for (int d = 0; d < dim; ++d)
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
         if (first + lane + 8 * j >= visible[r]) s[r][j] = -INFINITY;
     plain_softmax_step<kDim>(s, weights + row * (kPlainKeys + 1) + lane, acc, peak, total, a.scale_log2);
     __syncthreads();
-    load_plain<T, kPlainKeys>(block, head_of<const T>(a.v, batch, head / p.group), a.v.row, first, tile.limit, dim, 1.0f);
+    load_plain<T, kPlainKeys>(block, head_of<const T>(a.v, batch, head / p.group), a.v.row, first, tile.limit, dim);
     __syncthreads();
     for (int key = 0; key < kPlainKeys; ++key) {
       const float p0 = weights[row * (kPlainKeys + 1) + key], p1 = weights[(row + 1) * (kPlainKeys + 1) + key];
