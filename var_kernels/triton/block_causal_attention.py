@@ -334,6 +334,16 @@ def _needs_copies(*tensors: torch.Tensor) -> bool:
     return any([(x.stride(2) >= _FAR and x.shape[2] > 1) or (x.stride(3) != 1 and x.shape[3] > 1) for x in tensors])
 
 
+def _padding(q: torch.Tensor) -> int:
+    """Columns to be added to wide heads whose rows are not whole 16-byte vectors (126 is in use): their predicates and
+    narrow accesses cost more than copies, and registers that the kernels do not have."""
+    return -q.shape[3] % (16 // q.element_size()) if q.shape[3] > 64 else 0
+
+
+def _copies(padding: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.nn.functional.pad(x.contiguous(), (0, padding)) for x in tensors]
+
+
 def _strides(**tensors: torch.Tensor) -> dict[str, int]:
     """The strides of each tensor (B, H, L, D) as kernel arguments, and the unit in which they are given: the largest
     power of two, up to 16 bytes, that divides them all."""
@@ -369,7 +379,10 @@ def _start(kernel, q, k, scale_lens, q_offset, tensors: dict[str, torch.Tensor],
     (batch, heads, queries, dim), (kv_heads, keys) = q.shape, k.shape[1:3]
     target = target_of(q.device)
     block_d = max(16, triton.next_power_of_2(dim))
-    config = configs.choose(f"block_causal_attention.{kernel.fn.__name__}", target, block_d, q.element_size())
+    strides, itemsize = _strides(**tensors), q.element_size()
+    # Accesses of less than 16 bytes take more registers, for their addresses: the tiles of twice the columns.
+    size = block_d if strides["STRIDE_UNIT"] * itemsize == 16 else min(2 * block_d, 256)
+    config = configs.choose(f"block_causal_attention.{kernel.fn.__name__}", target, size, itemsize)
     rows, columns = config.tiles["BLOCK_M"], config.tiles["BLOCK_N"]
     group = heads // kv_heads
     if kernel is backward_keys:
@@ -382,7 +395,7 @@ def _start(kernel, q, k, scale_lens, q_offset, tensors: dict[str, torch.Tensor],
     section = min(pairs, max(1, _SECTION_BYTES // (2 * max(streamed, 1) * dim * q.element_size())))
     tf32 = target.api == "cuda" and q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     arguments = {
-        **tensors, **others, **_strides(**tensors), "table": table.tiles, "token_ends": table.ends,
+        **tensors, **others, **strides, "table": table.tiles, "token_ends": table.ends,
         "heads": heads, "group": group, "q_offset": q_offset, "queries": queries,
         "tiles": tiles, "pairs": pairs, "section": section,
         "DIM": dim, "BLOCK_D": block_d, "PRECISION": "tf32" if tf32 else "ieee",
@@ -393,10 +406,10 @@ def _start(kernel, q, k, scale_lens, q_offset, tensors: dict[str, torch.Tensor],
 def block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset):
     _check(q, k, v, scale_lens, q_offset)
     out = torch.empty_like(q)
-    if q.numel() and _needs_copies(q, k, v, out):
-        dense = (x.contiguous() for x in (q, k, v))
-        result, lse = block_causal_attention(*dense, scale_lens, softmax_scale, q_offset)
-        return out.copy_(result), lse
+    padding = _padding(q)
+    if q.numel() and (padding or _needs_copies(q, k, v, out)):
+        result, lse = block_causal_attention(*_copies(padding, q, k, v), scale_lens, softmax_scale, q_offset)
+        return out.copy_(result[..., : q.shape[3]]), lse
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
@@ -414,10 +427,11 @@ def block_causal_attention_backward(dout, q, k, v, out, lse, dlse, scale_lens, s
     for name, x in (("lse", lse), *([] if dlse is None else [("dlse", dlse)])):
         check_shape(name, x, q.shape[:3])
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if q.numel() and _needs_copies(dout, q, k, v, out, dq, dk, dv):
-        dense = (x.contiguous() for x in (dout, q, k, v, out))
-        results = block_causal_attention_backward(*dense, lse, dlse, scale_lens, softmax_scale, q_offset)
-        return tuple(to.copy_(result) for to, result in zip((dq, dk, dv), results, strict=True))
+    padding = _padding(q)
+    if q.numel() and (padding or _needs_copies(dout, q, k, v, out, dq, dk, dv)):
+        copies = _copies(padding, dout, q, k, v, out)
+        results = block_causal_attention_backward(*copies, lse, dlse, scale_lens, softmax_scale, q_offset)
+        return tuple(to.copy_(result[..., : q.shape[3]]) for to, result in zip((dq, dk, dv), results, strict=True))
     if lse.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
     lse = lse.contiguous()

@@ -142,11 +142,12 @@ TABLE |= {
     "adaln_layer_norm.sum_partials": (Row(Config({"ROWS": 32, "CHUNK": 64}, num_warps=4)),),
 }
 
-# block_causal_attention: size is the head dimension, rounded up to a power of two. A warp of the tensor cores takes 16
-# rows of its tile, so 64 rows are 4 warps; the blocks of the other side are as wide as registers allow. B200 multiplies
-# 128 rows at once. dk and dv of 128 columns leave registers for a pipeline on no other GPU; of 256, all warps share the
-# columns of 16 or 32 keys. fp32 runs on the fp32 units, whose operands come from registers: small tiles. `registers` is
-# said where the compiler would spill a few to have more programs resident.
+# block_causal_attention: size is the head dimension, rounded up to a power of two, and twice that where rows are not
+# 16-byte aligned. A warp of the tensor cores takes 16 rows of its tile, so 64 rows are 4 warps; the blocks of the
+# other side are as wide as registers allow. B200 multiplies 128 rows at once. dk and dv of 128 columns leave registers
+# for a pipeline on no other GPU; of 256, all warps share the columns of 16 or 32 keys. fp32 runs on the fp32 units,
+# whose operands come from registers: small tiles. `registers` is said where the compiler would spill a few to have
+# more programs resident.
 def _attention(size: int, rows: int, keys: int, num_warps: int, num_stages: int, registers: int = 0, **limits) -> Row:
     options = {"maxnreg": registers} if registers else {}
     return Row(Config({"BLOCK_M": rows, "BLOCK_N": keys}, num_warps, num_stages, options), size, **limits)
