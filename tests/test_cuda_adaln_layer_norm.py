@@ -241,13 +241,13 @@ REGISTERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"])
 def test_machine_code(arch):
-    pytest.importorskip("triton")  # brings cuobjdump
+    pytest.importorskip("triton")  # brings nvdisasm and cuobjdump
     from cuda_emulation.ptx import nvcc_output
 
     from var_kernels.report import sass
-    from var_kernels.report.sources import cuobjdump_path
+    from var_kernels.report.sources import tools
 
-    functions = sass.read(nvcc_output(SOURCES[0], arch, "cubin").read_bytes(), cuobjdump_path())
+    functions = sass.read(nvcc_output(SOURCES[0], arch, "cubin").read_bytes(), *tools())
     assert len(functions) == 33
     for mangled, function in functions.items():
         name = demangled(mangled)

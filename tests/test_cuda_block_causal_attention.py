@@ -303,13 +303,13 @@ FEW_SPILLS = {"plain_attention_backward_keys_kernel<float, 256>"}
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"])
 def test_machine_code(arch):
-    pytest.importorskip("triton")  # brings cuobjdump
+    pytest.importorskip("triton")  # brings nvdisasm and cuobjdump
     from cuda_emulation.ptx import nvcc_output
 
     from var_kernels.report import sass
-    from var_kernels.report.sources import cuobjdump_path
+    from var_kernels.report.sources import tools
 
-    functions = sass.read(nvcc_output(SOURCE, arch, "cubin").read_bytes(), cuobjdump_path())
+    functions = sass.read(nvcc_output(SOURCE, arch, "cubin").read_bytes(), *tools())
     assert len(functions) == 6 * 3 + 9 * 3 + 1
     for mangled, function in functions.items():
         name = demangled(mangled)

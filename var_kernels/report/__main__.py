@@ -18,7 +18,7 @@ from ..triton.targets import TARGETS
 from . import budgets, tables
 from .bounds import problem_bound
 from .problems import PROBLEMS, Problem
-from .sources import Failure, Row, collect, cuobjdump_path
+from .sources import Failure, Row, collect, tools
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -52,6 +52,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         names = "; ".join(problem.name for problem in PROBLEMS if problem.op in (options.op or ops))
         parser.error(f"--problem: expected a part of one of: {names}, got {options.problem!r}")
     options.targets = [name for name in TARGETS if name in (options.target or TARGETS)]
+    if not any(name in problem.targets for problem in options.problems for name in options.targets):
+        theirs = ", ".join(sorted({name for problem in options.problems for name in problem.targets}))
+        parser.error(f"--target: expected one of those that such a problem is compiled for, {theirs}")
     options.complete = not (options.target or options.op or options.problem)
     if options.markdown is not None and not options.complete:
         parser.error("--markdown: expected no --target, --op or --problem, for the page shows all of them")
@@ -75,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("Triton is not installed: there are no kernels to report on (pip install triton)", file=sys.stderr)
         return 2
     try:
-        cuobjdump_path()
+        tools()
         known = budgets.load()
         with _progress() as progress:
             results = collect(options.problems, options.targets, options.jobs, progress)

@@ -1,4 +1,4 @@
-"""Reads the machine code of an NVIDIA GPU, as cuobjdump of the CUDA toolkit prints it."""
+"""Reads the machine code of an NVIDIA GPU, as nvdisasm and cuobjdump of the CUDA toolkit print it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 from .flow import Instruction
 
-_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
-_FUNCTION = re.compile(r"^\s*Function : (\S+)\s*$", re.M)
+_LINE = re.compile(r"^(?:(\.L_x_\d+):|\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;\n]*);)", re.M)
+_SECTION = re.compile(r"^\.text\.(\S+):$", re.M)
 _USAGE = re.compile(r"^ Function (\S+):\s*\n(.*)$", re.M)
-_ADDRESS = re.compile(r"0x([0-9a-f]+)")
+_TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 _BARRIER = re.compile(r"\bB\d+\b")
 _TENSOR = re.compile(r"HMMA|HGMMA|IMMA|IGMMA|DMMA|QMMA|QGMMA|OMMA|UTC\w*MMA")
 _NEVER_RETURNS = {"EXIT", "RET", "BRX", "JMX", "BRXU", "JMXU"}
@@ -30,52 +30,63 @@ class Function:
     instructions: tuple[Instruction, ...]
 
 
-def read(cubin: bytes, cuobjdump: str) -> dict[str, Function]:
-    """The kernels of a binary by name. RuntimeError with cuobjdump's message if it fails."""
+def read(cubin: bytes, nvdisasm: str, cuobjdump: str) -> dict[str, Function]:
+    """The kernels of a binary by name. RuntimeError with the message of the tool that fails."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        command = [cuobjdump, "-sass", "-res-usage", str(path)]
-        result = subprocess.run(command, capture_output=True, text=True)
+        # `cuobjdump -sass` would start nvdisasm with its analysis of data flow, which takes half as long again.
+        return parse(_run(nvdisasm, "-c", "-ndf", path), _run(cuobjdump, "-res-usage", path))
+
+
+def _run(tool: str, *arguments) -> str:
+    result = subprocess.run([tool, *map(str, arguments)], capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(f"{cuobjdump}: exit status {result.returncode}: {result.stderr.strip()[:1000]}")
-    return parse(result.stdout)
+        raise RuntimeError(f"{tool}: exit status {result.returncode}: {result.stderr.strip()[:1000]}")
+    return result.stdout
 
 
-def parse(text: str) -> dict[str, Function]:
-    """What `read` makes of the output of `cuobjdump -sass -res-usage`."""
+def parse(code: str, usage: str) -> dict[str, Function]:
+    """What `read` makes of the outputs of `nvdisasm -c -ndf` and `cuobjdump -res-usage`."""
     usages = {name: {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
-              for name, line in _USAGE.findall(text)}  # fmt: skip
+              for name, line in _USAGE.findall(usage)}  # fmt: skip
     # From compute capability 9.0 on the kilobyte that the driver reserves of each block is counted as the kernel's.
-    architecture = re.search(r"code for sm_(\d+)", text)
+    architecture = re.search(r"^\s*\.target\s+sm_(\d+)", code, re.M)
     reserved = 1024 if architecture and int(architecture[1]) >= 90 else 0
-    pieces = _FUNCTION.split(text)
+    pieces = _SECTION.split(code)
     functions = {}
     for name, body in zip(pieces[1::2], pieces[2::2], strict=True):
-        usage = usages[name]
-        shared = max(0, usage["SHARED"] - reserved)
-        functions[name] = Function(usage["REG"], usage["STACK"], shared, tuple(_instructions(body)))
+        used = usages[name]
+        shared = max(0, used["SHARED"] - reserved)
+        functions[name] = Function(used["REG"], used["STACK"], shared, tuple(_instructions(body)))
     return functions
 
 
 def _instructions(body: str) -> list[Instruction]:
-    lines = [(int(address, 16), *rest) for address, *rest in _INSTRUCTION.findall(body)]
-    positions = {address: position for position, (address, *_) in enumerate(lines)}
+    labels: dict[str, int] = {}
+    lines: list[tuple[str, str, str]] = []
+    for label, *line in _LINE.findall(body):
+        if label:
+            labels[label] = len(lines)
+        else:
+            lines.append(tuple(line))
     reconvergence: dict[str, int] = {}  # barrier register -> where the threads that wait at it go on
     instructions = []
-    for position, (_, guard, opcode, operands) in enumerate(lines):
+    for position, (guard, opcode, operands) in enumerate(lines):
         base = opcode.partition(".")[0]
         successors = None
-        target = _ADDRESS.search(operands)
+        target = labels[label[1]] if (label := _TARGET.search(operands)) else None
         barrier = _BARRIER.search(operands)
-        if base == "BSSY" and target and barrier:
-            reconvergence[barrier[0]] = positions.get(int(target[1], 16), position + 1)
+        if base == "BSSY" and barrier and target is not None:
+            reconvergence[barrier[0]] = target
         elif base == "BSYNC" and barrier and barrier[0] in reconvergence:
             successors = {reconvergence[barrier[0]]}
-        elif base in ("BRA", "JMP") and target:
-            successors = {positions.get(int(target[1], 16), position + 1)}
+        elif base in ("BRA", "JMP") and target is not None:
+            successors = {target}
             if "," in operands:  # by a predicate among the operands
                 successors.add(position + 1)
+        elif base == "CALL" and target is not None:
+            successors = {target, position + 1}  # also how ptxas leaves a loop for code far away, never to return
         elif base in _NEVER_RETURNS:
             successors = set()
         if successors is not None and guard:

@@ -101,10 +101,10 @@ class Failure:
     message: str
 
 
-def read(binary: Binary, cuobjdump: str) -> Row:
+def read(binary: Binary, nvdisasm: str, cuobjdump: str) -> Row:
     """Everything that the machine code says. RuntimeError or ValueError if it cannot be read."""
     if TARGETS[binary.target].api == "cuda":
-        function = sass.read(binary.code, cuobjdump)[binary.symbol]
+        function = sass.read(binary.code, nvdisasm, cuobjdump)[binary.symbol]
         module, vector = sass, {"registers": function.registers, "accumulators": 0, "scalars": 0}
     else:
         function = amdgcn.parse(binary.code, binary.symbol)
@@ -193,14 +193,16 @@ def _describe(launch: Launch) -> str:
     return f"{values}; {launch.num_warps} warps, {launch.num_stages} stages"
 
 
-def cuobjdump_path() -> str:
-    """NVIDIA's disassembler, which comes with Triton. RuntimeError if it is missing."""
+def tools() -> tuple[str, str]:
+    """NVIDIA's nvdisasm and cuobjdump, which come with Triton. RuntimeError if one is missing."""
     from triton import knobs
 
-    path = knobs.nvidia.cuobjdump.path
-    if not Path(path).is_file():
-        raise RuntimeError(f"cuobjdump: expected Triton's at {path}, got no file; TRITON_CUOBJDUMP_PATH names another")
-    return path
+    paths = knobs.nvidia.nvdisasm.path, knobs.nvidia.cuobjdump.path
+    for name, path in zip(("nvdisasm", "cuobjdump"), paths, strict=True):
+        if not Path(path).is_file():
+            variable = f"TRITON_{name.upper()}_PATH"
+            raise RuntimeError(f"{name}: expected Triton's at {path}, got no file; {variable} names another")
+    return paths
 
 
 # ---- The whole report
@@ -208,7 +210,7 @@ def cuobjdump_path() -> str:
 
 @functools.cache
 def _read_code(binary: Binary) -> Row:
-    return read(binary, cuobjdump_path())
+    return read(binary, *tools())
 
 
 def rows(problem: Problem, target: str) -> list[Row | Failure]:
@@ -239,7 +241,7 @@ def _root(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _group(names: tuple[str, ...], target: str) -> list[Row | Failure]:
+def _group(names: list[tuple[str, str]], target: str) -> list[Row | Failure]:
     torch.set_num_threads(1)
     return [row for problem in PROBLEMS if problem.key in names for row in rows(problem, target)]
 
@@ -247,19 +249,20 @@ def _group(names: tuple[str, ...], target: str) -> list[Row | Failure]:
 def collect(
     problems: Sequence[Problem], targets: Sequence[str], jobs: int, progress: Callable[[int, int], None]
 ) -> list[Row | Failure]:
-    """The rows of all problems on all targets, compiled by `jobs` processes, in the order of the two arguments.
+    """The rows of all problems on those of `targets` that are theirs, compiled by `jobs` processes.
 
-    `progress` is called with the number of parts done, and of all parts. A part is one raw operator on one target, so
-    that what its problems have in common is compiled once.
+    They come in the order of the two arguments. `progress` is called with the number of parts done, and of all parts. A
+    part is one raw operator on one target, so that what its problems have in common is compiled once.
     """
-    operators: dict[str, list[str]] = {}
-    for problem in problems:
-        operators.setdefault(problem.raw, []).append(problem.key)
+    parts: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for problem, target in itertools.product(problems, targets):
+        if target in problem.targets:
+            parts.setdefault((problem.raw, target), []).append(problem.key)
     # The long ones first: a long one at the end would leave the other processes idle.
-    parts = sorted(itertools.product(operators.values(), targets), key=lambda part: -len(part[0]))
+    order = sorted(parts, key=lambda part: -len(parts[part]))
     results: list[Row | Failure] = []
     with ProcessPoolExecutor(min(jobs, len(parts)), mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_group, tuple(names), target) for names, target in parts]
+        futures = [pool.submit(_group, parts[raw, target], target) for raw, target in order]
         for done, future in enumerate(as_completed(futures), start=1):
             results.extend(future.result())
             progress(done, len(parts))
