@@ -79,26 +79,29 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         tools()
-        known = budgets.load()
+        known, recorded_with = budgets.load()
         with _progress() as progress:
             results = collect(options.problems, options.targets, options.jobs, progress)
-        return _report(options, results, known)
+        return _report(options, results, known, recorded_with)
     except (OSError, RuntimeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
 
 
-def _report(options: argparse.Namespace, results: list[Row | Failure], known: dict[str, dict]) -> int:
+def _report(
+    options: argparse.Namespace, results: list[Row | Failure], known: dict[str, dict], recorded_with: str | None
+) -> int:
+    import triton
+
     console = Console(highlight=False)
     if options.json is not None:
         options.json.write_text(json.dumps(_as_json(options.problems, options.targets, results), indent=1))
     if options.markdown is not None:
         tables.rewrite(options.markdown, tables.markdown(options.problems, options.targets, results))
     if options.update_budgets:
-        import triton
-
+        recorded_with = triton.__version__
         known = budgets.update(results, known, options.complete)
-        budgets.save(known, triton.__version__)
+        budgets.save(known, recorded_with)
     if not options.check:
         if options.markdown is None and not options.update_budgets:
             _print(console, options.problems, options.targets, results)
@@ -110,6 +113,8 @@ def _report(options: argparse.Namespace, results: list[Row | Failure], known: di
     violations = budgets.check(results, known, options.complete)
     for violation in violations:
         console.print(violation, markup=False, soft_wrap=True)
+    if recorded_with not in (None, triton.__version__):
+        console.print(f"the budgets are those of Triton {recorded_with}, this is {triton.__version__}", soft_wrap=True)
     kernels = sum(isinstance(result, Row) for result in results)
     console.print(f"{kernels} kernels for {len(options.targets)} targets: {len(violations) or 'no'} violations")
     return 1 if violations else 0

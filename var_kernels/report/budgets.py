@@ -104,13 +104,16 @@ def allowance(measured: dict) -> dict:
     return budget
 
 
-def load(path: Path = PATH) -> dict[str, dict]:
-    """The committed budgets; none if there is no such file. ValueError if it is damaged."""
+def load(path: Path = PATH) -> tuple[dict[str, dict], str | None]:
+    """The committed budgets, and the version of Triton that they were recorded with.
+
+    No budgets and None if there is no such file. ValueError if it is damaged.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content["budgets"]
+        return content["budgets"], content["triton"]
     except FileNotFoundError:
-        return {}
+        return {}, None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected the budgets that --update-budgets writes, got {error!r}") from error
 

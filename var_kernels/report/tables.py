@@ -47,10 +47,16 @@ def bounds(problems: Sequence[Problem], targets: Sequence[str]) -> Table:
         cells = []
         for target in targets:
             bound = problem_bound(problem, target)
-            cells.append(f"{bound.seconds * 1e6:.3g} {bound.limit[0]}")
-        rows.append((problem.name, f"{size / 1e6:.3g}", f"{operations / 1e9:.3g}", f"{operations / size:.3g}", *cells))
+            cells.append(f"{_short(bound.seconds * 1e6)} {bound.limit[0]}")
+        figures = (size / 1e6, operations / 1e9, operations / size)
+        rows.append((problem.name, *map(_short, figures), *cells))
     header = ("problem", "MB", "GFLOP", "FLOP/byte", *targets)
     return Table("Least time in µs by memory (m), arithmetic (a) or exponentials (e)", header, rows)
+
+
+def _short(value: float) -> str:
+    """Three digits, without an exponent for large ones."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def resources(rows: Sequence[Row], targets: Sequence[str]) -> Table:
