@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-_FLUSH_BYTES = 512 << 20  # larger than the last cache of any GPU so far (B200: 126 MB, MI300X: 256 MB)
+from var_kernels.testing import GPU_CACHE_BYTES, gpu_seconds
 
 
 class CpuClock:
@@ -45,7 +45,7 @@ class CudaClock:
     device = "cuda"
 
     def __init__(self) -> None:
-        self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=self.device)
+        self._flush = torch.empty(GPU_CACHE_BYTES, dtype=torch.uint8, device=self.device)
 
     def place(self, inputs: Any) -> Any:
         """The inputs on the device of this clock, leaves that require gradients as before."""
@@ -55,13 +55,7 @@ class CudaClock:
 
     def seconds(self, call: Callable[[], Any]) -> float:
         """Seconds of one call on the GPU."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return gpu_seconds(call, self._flush)
 
 
 Clock = CpuClock | CudaClock

@@ -65,15 +65,24 @@ def values_and_gradients(op: str, tensors, backend: str, use=(True, True), upstr
     return named | {f"d{name}": grad for name, grad in zip(ARGUMENTS[op], gradients, strict=True)}
 
 
-def assert_op_accurate(op: str, tensors, **options) -> None:
-    actual = values_and_gradients(op, tensors, "cpu", **options)
+def assert_accurate_results(actual, op: str, tensors, *, may_vanish: bool = False, **options) -> None:
+    """Of `actual`, what a kernel made of `values_and_gradients`."""
     same_dtype = values_and_gradients(op, tensors, "reference", **options)
     exact = values_and_gradients(op, [t.double() for t in tensors], "reference", upstream=tensors[0].dtype, **options)
     for name, value in actual.items():
         if same_dtype[name] is None:
             assert value is None or not value.any(), f"{name}: expected no gradient"
         else:
-            assert_accurate(value, same_dtype[name], exact[name], name=name)
+            assert_accurate(value, same_dtype[name], exact[name], name=name, may_vanish=may_vanish)
+
+
+def assert_op_accurate(op: str, tensors, **options) -> None:
+    assert_accurate_results(values_and_gradients(op, tensors, "cpu", **options), op, tensors, **options)
+
+
+def rotated_forms(index: int) -> list[str]:
+    """A form of modulation for each of gate, scale and shift."""
+    return [FORMS[(index + offset) % 4] for offset in (0, 1, 3)]
 
 
 def assert_forward_accurate(tensors, **options) -> None:
@@ -88,8 +97,7 @@ def assert_forward_accurate(tensors, **options) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_accurate_over_shapes(cpu, op, dtype):
     for index, shape in enumerate(SHAPES):
-        forms = [FORMS[(index + offset) % 4] for offset in (0, 1, 3)]
-        assert_op_accurate(op, inputs(op, shape, seed=index, dtype=dtype, forms=forms))
+        assert_op_accurate(op, inputs(op, shape, seed=index, dtype=dtype, forms=rotated_forms(index)))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -97,7 +105,7 @@ def test_accurate_in_brief(cpu, op):
     # What the forced ISA levels run below: a tail, whole vectors, and both, in every dtype.
     for index, dtype in enumerate(DTYPES):
         for channels in (13, 64, 83):
-            forms = [FORMS[(index + offset) % 4] for offset in (0, 1, 3)]
+            forms = rotated_forms(index)
             assert_op_accurate(op, inputs(op, (2, 49, channels), seed=index, dtype=dtype, forms=forms))
 
 

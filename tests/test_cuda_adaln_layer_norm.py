@@ -10,10 +10,17 @@ import pytest
 import torch
 from cuda_emulation import EmulationError, as_backend, build, load, plain_name
 from cuda_emulation.sanitized import run_sanitized
-from test_adaln_layer_norm import FORMS, inputs, outputs, values_and_gradients
+from test_adaln_layer_norm import (
+    FORMS,
+    assert_accurate_results,
+    inputs,
+    outputs,
+    rotated_forms,
+    values_and_gradients,
+)
 
 from var_kernels import _build
-from var_kernels.testing import assert_accurate, modulation, randn
+from var_kernels.testing import modulation, randn
 
 pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
@@ -44,17 +51,7 @@ def run(variant, op, tensors, *, seed=0, executor=None, **options):
 
 def assert_op_accurate(variant, op, tensors, *, seed=0, executor=None, **options):
     actual = run(variant, op, tensors, seed=seed, executor=executor, **options)
-    same_dtype = values_and_gradients(op, tensors, "reference", **options)
-    exact = values_and_gradients(op, [t.double() for t in tensors], "reference", upstream=tensors[0].dtype, **options)
-    for name, value in actual.items():
-        if same_dtype[name] is None:
-            assert value is None or not value.any(), f"{name}: expected no gradient"
-        else:
-            assert_accurate(value, same_dtype[name], exact[name], name=name)
-
-
-def rotated_forms(index):
-    return [FORMS[(index + offset) % 4] for offset in (0, 1, 3)]
+    assert_accurate_results(actual, op, tensors, **options)
 
 
 # ---- accuracy, races, bounds ---------------------------------------------------------------------------------------

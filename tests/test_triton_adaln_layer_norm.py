@@ -12,7 +12,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_adaln_layer_norm import ARGUMENTS, FORMS, OPS, inputs, outputs, values_and_gradients  # noqa: E402
+from test_adaln_layer_norm import (  # noqa: E402
+    ARGUMENTS,
+    OPS,
+    assert_accurate_results,
+    inputs,
+    outputs,
+    rotated_forms,
+    values_and_gradients,
+)
 from triton_executors import executing, interpret, run_ptx  # noqa: E402
 
 from var_kernels import adaln_layer_norm, gated_residual_adaln  # noqa: E402
@@ -52,18 +60,8 @@ def small(execute=interpret):
 def assert_triton_accurate(op: str, tensors, context, **options) -> None:
     with context:
         actual = values_and_gradients(op, tensors, "triton", **options)
-    same_dtype = values_and_gradients(op, tensors, "reference", **options)
-    exact = values_and_gradients(op, [t.double() for t in tensors], "reference", upstream=tensors[0].dtype, **options)
-    for name, value in actual.items():
-        if same_dtype[name] is None:
-            assert value is None or not value.any(), f"{name}: expected no gradient"
-        else:
-            # The norm of one channel is 0 but for rounding.
-            assert_accurate(value, same_dtype[name], exact[name], name=name, may_vanish=tensors[0].shape[-1] == 1)
-
-
-def rotated(index: int) -> list[str]:
-    return [FORMS[(index + offset) % 4] for offset in (0, 1, 3)]
+    # The norm of one channel is 0 but for rounding.
+    assert_accurate_results(actual, op, tensors, may_vanish=tensors[0].shape[-1] == 1, **options)
 
 
 # ---- accuracy ------------------------------------------------------------------------------------------------------
@@ -73,7 +71,7 @@ def rotated(index: int) -> list[str]:
 def test_accurate_over_shapes(op):
     for index, shape in enumerate(SHAPES):
         dtype = torch.float16 if index % 3 == 0 else torch.float32
-        assert_triton_accurate(op, inputs(op, shape, seed=index, dtype=dtype, forms=rotated(index)), small())
+        assert_triton_accurate(op, inputs(op, shape, seed=index, dtype=dtype, forms=rotated_forms(index)), small())
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -260,6 +261,21 @@ def _perturb_malloc() -> bool:
         return False
     m_perturb = -6  # of <malloc.h>; new blocks get the complement of the byte, freed ones the byte itself
     return ctypes.CDLL(None).mallopt(m_perturb, 0x80) == 1
+
+
+GPU_CACHE_BYTES = 512 << 20  # larger than the last cache of any GPU so far (B200: 126 MB, MI300X: 256 MB)
+
+
+def gpu_seconds(call: Callable[[], object], flush: torch.Tensor) -> float:
+    """Seconds of one call between events on the current stream, after a write to `flush`, of GPU_CACHE_BYTES, that
+    evicts its inputs from the caches."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def isa_levels() -> tuple[str, ...]:

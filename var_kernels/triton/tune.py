@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..testing import GPU_CACHE_BYTES, gpu_seconds
 from . import configs, tuned_file
 from .configs import Config
 from .targets import target_of
@@ -98,21 +99,8 @@ def _same(results, expected) -> bool:
 
 def _timer() -> Callable[[Callable[[], object]], float]:
     """Median seconds between events, with the L2 cache flushed before each call."""
-    flush = torch.empty(512 << 20, dtype=torch.uint8, device="cuda")
-
-    def seconds(call) -> float:
-        times = []
-        for _ in range(_ROUNDS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        return statistics.median(times)
-
-    return seconds
+    flush = torch.empty(GPU_CACHE_BYTES, dtype=torch.uint8, device="cuda")
+    return lambda call: statistics.median(gpu_seconds(call, flush) for _ in range(_ROUNDS))
 
 
 def _call(problem) -> Callable[[], tuple]:
