@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, _build, _native, _self_check, backends
+from . import __version__, _build, _native, _self_check, backends, measured_order
 
 
 def main() -> int:
@@ -23,12 +23,12 @@ def main() -> int:
     ).parse_args()
     console = Console(highlight=False)
     try:
-        status = _native.load()
-    except ValueError as error:
+        _print_installation(console, _native.load())
+        _print_backends(console)
+        _print_gpu_order(console)
+    except ValueError as error:  # of a setting, or a damaged file of measurements
         print(error, file=sys.stderr)
         return 1
-    _print_installation(console, status)
-    _print_backends(console)
     return _print_self_check(console)
 
 
@@ -68,7 +68,8 @@ def _print_backends(console: Console) -> None:
     for op in backends.OPS:
         serving = []
         for device in devices:
-            reasons = {name: backends.unavailable_reason(name, device, op) for name in backends.BACKENDS}
+            order = backends.auto_order(op, device)
+            reasons = {name: backends.unavailable_reason(name, device, op) for name in order}
             serving.append(next((name for name, reason in reasons.items() if reason is None), "none"))
             for name, reason in reasons.items():
                 if reason is not None:
@@ -78,6 +79,26 @@ def _print_backends(console: Console) -> None:
     for (name, device, reason), ops in refused.items():
         which = "any op" if len(ops) == len(backends.OPS) else ", ".join(ops)
         console.print(Text(f"{name} does not serve {which} on {device}: {reason}"), soft_wrap=True)
+
+
+def _print_gpu_order(console: Console) -> None:
+    """Which GPU backend "auto" tries first, and why: on this GPU, or on any where there is none."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    choices: dict[tuple[str, backends.Choice], list[str]] = {}
+    for op in backends.OPS:
+        shipped = backends.GPU_ORDER[op]
+        for choice in (backends.gpu_choice(op),) if device else shipped:
+            where = f" on compute capability {', '.join(map(str, choice.majors))}" if choice.majors else ""
+            if not device and not choice.majors and len(shipped) > 1:
+                where = " on others"
+            choices.setdefault((where, choice), []).append(op)
+    console.print("")
+    for (where, choice), ops in choices.items():
+        line = f"auto on cuda tries {choice.first} first for {', '.join(ops)}{where}: {choice.why}"
+        console.print(Text(line), soft_wrap=True)
+    into = f", into {measured_order.path_of(device)}" if device else ""
+    line = f"(not measured unless it says so; pytest benchmarks/ --benchmark-only --device cuda measures{into})"
+    console.print(Text(line), soft_wrap=True)
 
 
 def _print_self_check(console: Console) -> int:

@@ -1,7 +1,7 @@
 """The raw operators. Schemas are defined in Python: importing needs no compiler.
 
 They exist twice, under the same names and schemas: in `torch.ops.var_kernels`, implemented per device by the native
-library, and in `torch.ops.var_kernels_triton`, implemented by Triton kernels, which share devices with CUDA kernels.
+library, and in `torch.ops.var_kernels_triton`, implemented by Triton kernels, which share devices with its CUDA kernels.
 """
 
 import importlib
@@ -15,9 +15,10 @@ NATIVE = torch.library.Library("var_kernels", "DEF")
 TRITON = torch.library.Library("var_kernels_triton", "DEF")
 
 # The namespace that serves each backend.
-NAMESPACES = {"cpu": NATIVE.ns, "triton": TRITON.ns}
+NAMESPACES = {"cpu": NATIVE.ns, "cuda": NATIVE.ns, "triton": TRITON.ns}
 
 _schemas: list[str] = []
+_names: dict[str, list[str]] = {}  # of the raw operators, by the stem of the page that defines them
 _fakes: dict[str, Callable] = {}
 
 
@@ -31,6 +32,7 @@ def define(schema: str, page: str) -> None:
     for library in (NATIVE, TRITON):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
+    _names.setdefault(stem, []).append(name)
 
     def in_triton(*args, **kwargs):
         module = importlib.import_module(f".triton.{stem}", __package__)
@@ -50,6 +52,11 @@ def register_fake(name: str):
         return function
 
     return register
+
+
+def names(stem: str) -> tuple[str, ...]:
+    """The raw operators that the page `stem` defines."""
+    return tuple(_names[stem])
 
 
 def define_again(namespace: str) -> torch.library.Library:

@@ -1,7 +1,8 @@
 """Which backend serves which op on which device: one table, and resolve() which returns a backend or raises.
 
-`"auto"` takes the first backend in the table's order that can serve the call. A backend asked for by name is that
-backend or an error: there is no silent fallback from a named backend.
+`"auto"` takes the first backend in the table's order that can serve the call; on a GPU the order is per op, see
+:data:`GPU_ORDER`. A backend asked for by name is that backend or an error: there is no silent fallback from a named
+backend.
 """
 
 import functools
@@ -11,18 +12,53 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-OPS = ("block_causal_attention", "adaln_layer_norm", "gated_residual_adaln", "nearest_code", "multi_scale_quantize")
+from . import _library
 
-# In the order that "auto" tries them.
-BACKENDS = ("cpu", "triton", "reference")
-_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "reference": None}  # None: any device; "cuda" is AMD's name as well
+OPS = ("block_causal_attention", "adaln_layer_norm", "gated_residual_adaln", "nearest_code", "multi_scale_quantize")
+_PAGES = {"gated_residual_adaln": "adaln_layer_norm"}  # the page that defines the raw ops, where it is not the op's own
+
+# In the order that "auto" tries them, but for the first one on a GPU.
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+GPU_BACKENDS = ("cuda", "triton")
+# None: any device. PyTorch calls AMD's GPUs "cuda" as well.
+_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",), "reference": None}
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float16),
-    "triton": (torch.float32, torch.bfloat16, torch.float16),
-    "reference": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cpu": _KERNEL_DTYPES,
+    "cuda": _KERNEL_DTYPES,
+    "triton": _KERNEL_DTYPES,
+    "reference": (*_KERNEL_DTYPES, torch.float64),
+}
+
+
+class Choice(NamedTuple):
+    """The backend that "auto" tries first on GPUs of these compute capabilities (major numbers; none: of any), and why.
+
+    By static evidence and the cost of a launch; nothing here was measured.
+    """
+
+    first: str
+    why: str
+    majors: tuple[int, ...] = ()
+
+
+_LAUNCH = "a launch costs the host a few µs, through Triton tens"
+_MEMORY = Choice("cuda", f"both are bound by memory, and {_LAUNCH}")
+# The first that names the GPU's compute capability. What the benchmarks measured on a kind of GPU comes before it,
+# see `measured_order.py`.
+GPU_ORDER = {
+    "block_causal_attention": (
+        Choice("triton", "compiled to wgmma or tcgen05, whose peak the mma.sync of cuda does not reach", (9, 10, 11)),
+        Choice("cuda", f"both multiply by mma.sync, and {_LAUNCH}"),
+    ),
+    "adaln_layer_norm": (_MEMORY,),
+    "gated_residual_adaln": (_MEMORY,),
+    "nearest_code": (Choice("cuda", f"both multiply on the fp32 units, and {_LAUNCH}"),),
+    "multi_scale_quantize": (Choice("cuda", "one launch where Triton needs about forty"),),
 }
 
 
@@ -31,6 +67,38 @@ def _native_reason() -> str | None:
 
     status = _native.load()
     return None if status.available else f"the native library is not available: {status.reason}"
+
+
+def _cuda_reason(op: str) -> str | None:
+    return _found_cuda_reason(op)  # a plain function, as torch.compile wants it
+
+
+@functools.cache
+def _found_cuda_reason(op: str) -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA GPUs, and this torch is a build for AMD's"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "its kernels need a GPU of compute capability 8.0 or newer"
+    if (reason := _native_reason()) is not None:
+        return reason
+    from . import _native
+
+    toolkit = _native.load().build_info["cuda"]
+    if toolkit is None:
+        return (
+            "the native library was built without CUDA kernels: install the CUDA toolkit (nvcc), then "
+            "python -m var_kernels._build --mode cuda"
+        )
+    driver = torch._C._cuda_getDriverVersion() // 1000
+    if driver < int(toolkit.partition(".")[0]):
+        return f"the native library was built with CUDA {toolkit}, which a driver for CUDA {driver} cannot run"
+    missing = [
+        name for name in _library.names(_PAGES.get(op, op))
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{_library.NATIVE.ns}::{name}", "CUDA")
+    ]  # fmt: skip
+    return f"the native library has no CUDA kernel for {', '.join(missing)}" if missing else None
 
 
 def _triton_reason() -> str | None:
@@ -59,9 +127,28 @@ def _launches_elsewhere() -> bool:
     return launch is not None and launch.has_executor()
 
 
+@functools.cache
+def gpu_choice(op: str) -> Choice:
+    """The choice for `op` on the current GPU: what was measured on its kind, else the row of :data:`GPU_ORDER`."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return Choice("triton", "the only one without an NVIDIA GPU")
+    from . import measured_order
+
+    major, device = torch.cuda.get_device_capability()[0], torch.cuda.get_device_name()
+    shipped = next(choice for choice in GPU_ORDER[op] if not choice.majors or major in choice.majors)
+    measured = measured_order.read(device).get(op)
+    if measured is None:
+        return shipped
+    return Choice(measured.first(shipped.first), f"measured on this kind of GPU: {measured}")
+
+
+def _first_on_gpu(op: str) -> str:
+    return gpu_choice(op).first  # a plain function, as torch.compile wants it
+
+
 # What torch.compiler.assume_constant_result does; calling it would import all of torch._dynamo, which takes seconds
 # and edits the environment.
-for _function in (_native_reason, _triton_reason, _launches_elsewhere):
+for _function in (_native_reason, _cuda_reason, _triton_reason, _launches_elsewhere, _first_on_gpu):
     _function._dynamo_marked_constant = True
 
 
@@ -72,7 +159,17 @@ def unavailable_reason(backend: str, device_type: str, op: str) -> str | None:
         return f"runs on {', '.join(devices)} tensors only"
     if backend == "cpu":
         return _native_reason()
+    if backend == "cuda":
+        return _cuda_reason(op)
     return _triton_reason() if backend == "triton" else None
+
+
+def auto_order(op: str, device_type: str) -> tuple[str, ...]:
+    """The backends in the order that "auto" tries them for `op` on this device."""
+    if device_type != "cuda":
+        return BACKENDS
+    first = _first_on_gpu(op)
+    return (first, *[name for name in BACKENDS if name != first])
 
 
 def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
@@ -81,7 +178,7 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     Raises ValueError if `backend` is unknown, or names one that cannot serve `op` on this device and dtype.
     """
     if backend == "auto":
-        for name in BACKENDS:
+        for name in auto_order(op, device_type):
             if dtype in _DTYPES[name] and unavailable_reason(name, device_type, op) is None:
                 return name
         raise ValueError(f"{op}: no backend serves {dtype} on {device_type}")

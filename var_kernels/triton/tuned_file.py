@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .._build import cache_root
+from .. import _device_file
 
 _FIELDS = {"tiles": dict, "num_warps": int, "num_stages": int, "options": dict, "table": str}
 
@@ -24,19 +21,13 @@ class Key(NamedTuple):
     itemsize: int
 
 
-def path_of(device: str) -> Path:
-    """Where the configurations of a GPU of this name are kept: in the cache, beside the compiled kernels."""
-    return cache_root() / f"tuned-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
-
-
 def read(device: str) -> dict[Key, dict[str, Any]]:
     """The fields of each configuration; empty if nothing was measured, or nothing can be read. ValueError for a file
     that is not ours."""
-    try:
-        path = path_of(device)
-        text = path.read_text()
-    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
+    text = _device_file.read_text("tuned", device)
+    if text is None:
         return {}
+    path = _device_file.path_of("tuned", device)
     try:
         entries = json.loads(text)["configs"]
         found = {Key(e["kernel"], e["size"], e["itemsize"]): {f: e[f] for f in _FIELDS} for e in entries}
@@ -53,15 +44,5 @@ def read(device: str) -> dict[Key, dict[str, Any]]:
 
 def write(device: str, configs: Mapping[Key, Mapping[str, Any]]) -> Path:
     """Replaces the file of this GPU, whole or not at all, and returns its path."""
-    path = path_of(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
     entries = [{**key._asdict(), **values} for key, values in sorted(configs.items())]
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump({"device": device, "configs": entries}, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
+    return _device_file.replace("tuned", device, {"device": device, "configs": entries})
