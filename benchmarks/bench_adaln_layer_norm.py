@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from var_kernels import adaln_layer_norm, gated_residual_adaln
 from var_kernels.testing import modulation, randn
 
-from .harness import Call, Case, Judge, compiled, judge_floats, kernel_backend, only_on
+from .harness import Call, Case, Judge, compiled, judge_floats, only_on, our_providers
 from .table import Work
 
 
@@ -56,10 +56,8 @@ def _function(inputs: Inputs):
     return composition if len(inputs.tensors) == 3 else gated_composition
 
 
-def ours(inputs: Inputs) -> Call:
-    gated = _function(inputs) is gated_composition
-    op = gated_residual_adaln if gated else adaln_layer_norm
-    backend = kernel_backend(op.__name__, inputs.tensors[0].device)
+def ours(inputs: Inputs, backend: str) -> Call:
+    op = gated_residual_adaln if _function(inputs) is gated_composition else adaln_layer_norm
     return timed(functools.partial(op, backend=backend), inputs)
 
 
@@ -90,7 +88,7 @@ def liger(inputs: Inputs) -> Call:
     return timed(gated if _function(inputs) is gated_composition else modulated, inputs)
 
 
-PROVIDERS = {"var_kernels": ours, "eager": eager, "torch.compile": torch_compile, "Liger LayerNorm": liger}
+PEERS = {"eager": eager, "torch.compile": torch_compile, "Liger LayerNorm": liger}
 
 
 def judge(inputs: Inputs) -> Judge:
@@ -118,10 +116,11 @@ def case(tier, shape, dtype, *, gated=False, backward=False, **options) -> Case:
         name=f"({batch}, {length}, {channels}) {str(dtype).removeprefix('torch.')}",
         tier=tier,
         inputs=functools.partial(make_inputs, batch, length, channels, dtype, gated, backward),
-        providers=PROVIDERS,
+        providers={**our_providers(ours, op), **PEERS},
         baseline="eager",
         judge=judge,
         work=Work(streams * batch * length * channels * dtype.itemsize, "B", "copy"),
+        op=op,
         **options,
     )
 

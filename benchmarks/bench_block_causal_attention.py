@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from var_kernels import block_causal_attention
 from var_kernels.testing import attention_inputs, randn, scale_lens
 
-from .harness import Call, Case, Judge, compiled, judge_floats, kernel_backend, only_on
+from .harness import Call, Case, Judge, compiled, judge_floats, only_on, our_providers
 from .table import Work
 
 
@@ -52,8 +52,7 @@ def timed(attention, inputs: Inputs) -> Call:
     return step
 
 
-def ours(inputs: Inputs) -> Call:
-    backend = kernel_backend("block_causal_attention", inputs.q.device)
+def ours(inputs: Inputs, backend: str) -> Call:
     return timed(lambda q, k, v: block_causal_attention(q, k, v, inputs.lens, backend=backend), inputs)
 
 
@@ -133,8 +132,9 @@ def flex(inputs: Inputs) -> Call:
     return timed(lambda q, k, v: attention(q, k, v, block_mask=block_mask), inputs)
 
 
+_OURS = our_providers(ours, "block_causal_attention")
 PROVIDERS = {
-    "var_kernels": ours,
+    **_OURS,
     "masked SDPA, bool": sdpa_bool,
     "masked SDPA, additive": sdpa_additive,
     "K prefix SDPA calls": prefix_calls,
@@ -144,14 +144,14 @@ PROVIDERS = {
     "FlexAttention, compiled": flex,
 }
 STEP_PROVIDERS = {
-    "var_kernels": ours,
+    **_OURS,
     "SDPA": sdpa_bool,
     "eager composition": eager,
     "torch.compile of it": torch_compile,
     "FlexAttention, compiled": flex,
 }
 # The composition holds (L, L) tensors per head: several gigabytes at 1024 px.
-LONG_PROVIDERS = {name: PROVIDERS[name] for name in ("var_kernels", "masked SDPA, bool", "K prefix SDPA calls")}
+LONG_PROVIDERS = {name: PROVIDERS[name] for name in (*_OURS, "masked SDPA, bool", "K prefix SDPA calls")}
 LONG_MISSING = {name: "left out at this length" for name, provider in PROVIDERS.items()
                 if name not in LONG_PROVIDERS and not hasattr(provider, "device")}  # fmt: skip
 
@@ -202,6 +202,7 @@ def case(tier, lens, dtype, *, batch=2, heads=16, head_dim=64, backward=False, q
         inputs=functools.partial(make_inputs, batch, heads, head_dim, lens, dtype, backward, queries),
         judge=judge,
         work=Work(flops, "FLOP", "bf16" if dtype == torch.bfloat16 else "fp32"),
+        op="block_causal_attention",
         **{"providers": providers, "baseline": "masked SDPA, bool" if queries is None else "SDPA", **options},
     )
 

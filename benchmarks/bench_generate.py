@@ -10,7 +10,7 @@ import torch
 import var
 from var.checkpoints import WEIGHTS
 
-from .harness import Call, Case, Judge, Unavailable, judge_floats, kernel_backend
+from .harness import Call, Case, Judge, Unavailable, judge_floats, our_providers
 from .table import Work
 
 _OPS = ("block_causal_attention", "adaln_layer_norm", "gated_residual_adaln", "multi_scale_quantize")
@@ -29,7 +29,7 @@ def make_inputs(model, batch) -> Inputs:
     return Inputs(model, torch.arange(batch) % 10)
 
 
-@functools.lru_cache(maxsize=2)  # one model, with either backend
+@functools.lru_cache(maxsize=4)  # one model, with each backend
 def load(model: str, backend: str, device: torch.device) -> var.Pipeline:
     """The embedded model, or one of a released shape with random weights, the same for every backend."""
     if model == "embedded":
@@ -52,16 +52,11 @@ def _generate(inputs: Inputs, backend: str) -> Call:
     return lambda: tuple(var.generate(pipeline.var, pipeline.vqvae, inputs.labels, **options))
 
 
-def ours(inputs: Inputs) -> Call:
-    (backend,) = {kernel_backend(op, inputs.labels.device) for op in _OPS}
-    return _generate(inputs, backend)
-
-
 def reference(inputs: Inputs) -> Call:
     return _generate(inputs, "reference")
 
 
-PROVIDERS = {"var_kernels": ours, "plain PyTorch (backend='reference')": reference}
+PROVIDERS = {**our_providers(_generate, *_OPS), "plain PyTorch (backend='reference')": reference}
 
 
 def judge(inputs: Inputs) -> Judge:

@@ -13,7 +13,7 @@ from var_kernels.multi_scale_quantize import phi_index
 from var_kernels.testing import SCHEDULES, randn
 
 from .bench_nearest_code import by_addmm
-from .harness import Call, Case, Judge, compiled, judge_floats, kernel_backend
+from .harness import Call, Case, Judge, compiled, judge_floats, our_providers
 from .table import Work
 
 
@@ -40,9 +40,7 @@ def make_inputs(batch, codes, channels, patch_nums) -> Inputs:
     )
 
 
-def ours(inputs: Inputs) -> Call:
-    backend = kernel_backend("multi_scale_quantize", inputs.f.device)
-
+def ours(inputs: Inputs, backend: str) -> Call:
     def quantize():
         found = multi_scale_quantize(*inputs, backend=backend)
         return found.tokens, found.f_hat
@@ -87,7 +85,11 @@ def torch_compile(inputs: Inputs) -> Call:
     return _with(torch.compile(composition(inputs.patch_nums), dynamic=False), inputs)
 
 
-PROVIDERS = {"var_kernels": ours, "eager loop": eager, "torch.compile of it": torch_compile}
+PROVIDERS = {
+    **our_providers(ours, "multi_scale_quantize"),
+    "eager loop": eager,
+    "torch.compile of it": torch_compile,
+}
 MISSING = {
     "faiss-cpu": "searches one codebook only, see nearest_code",
     "vector-quantize-pytorch": "has no residual quantizer over token maps of growing size, see nearest_code",
@@ -128,6 +130,7 @@ def case(tier, batch, codes, schedule, channels=32, **options) -> Case:
         judge=judge,
         work=Work(batch * per_image, "FLOP", "fp32"),
         missing=MISSING,
+        op="multi_scale_quantize",
         **options,
     )
 

@@ -10,7 +10,7 @@ import torch
 from var_kernels import nearest_code
 from var_kernels.testing import assert_accurate, randn
 
-from .harness import Call, Case, Judge, compiled, kernel_backend, only_on
+from .harness import Call, Case, Judge, compiled, only_on, our_providers
 from .table import Work
 
 
@@ -25,8 +25,7 @@ def make_inputs(rows, codes, channels) -> Inputs:
     return Inputs(randn(rows, channels, seed=0), randn(codes, channels, seed=1))
 
 
-def ours(inputs: Inputs) -> Call:
-    backend = kernel_backend("nearest_code", inputs.z.device)
+def ours(inputs: Inputs, backend: str) -> Call:
     return lambda: nearest_code(inputs.z, inputs.codebook, backend=backend)
 
 
@@ -77,7 +76,7 @@ def vector_quantize(inputs: Inputs) -> Call:
 
 
 PROVIDERS = {
-    "var_kernels": ours,
+    **our_providers(ours, "nearest_code"),
     "eager addmm + argmax": eager,
     "torch.compile of it": torch_compile,
     "torch.cdist + argmin": cdist,
@@ -118,6 +117,7 @@ def case(tier, rows, codes, channels=32, **options) -> Case:
         baseline="eager addmm + argmax",
         judge=judge,
         work=Work(2 * rows * codes * channels, "FLOP", "fp32"),
+        op="nearest_code",
         **options,
     )
 

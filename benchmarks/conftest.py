@@ -21,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="all shapes, and more rounds")
     group.addoption("--smoke", action="store_true", help="tiny shapes, nothing compiled: a check of the benchmarks")
     group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (cuda: AMD GPUs as well)")
+    group.addoption("--no-record", action="store_true", help="on a GPU: do not let the result change the order of auto")
     group.addoption("--bench-threads", type=_positive, metavar="N", help="threads of torch (default: its own choice)")
 
 

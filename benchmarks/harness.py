@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from var_kernels import backends
 from var_kernels.testing import assert_accurate, max_error
@@ -43,7 +44,8 @@ class Unavailable(Exception):
 class Case:
     """One piece of work that several providers do.
 
-    `tier` is the smallest run that includes the case ("smoke" cases belong to ``--smoke`` alone). `inputs` makes the
+    `tier` is the smallest run that includes the case ("smoke" cases belong to ``--smoke`` alone). `op` is the one whose
+    GPU backends the case compares ("": it is not about one op). `inputs` makes the
     inputs, once, on the CPU; `judge`, given them, makes the judge of results. `missing` says why a known peer is no
     provider. `devices` are those on which it is worth its time.
     """
@@ -59,6 +61,7 @@ class Case:
     headline: bool = False
     missing: Mapping[str, str] = field(default_factory=dict)
     devices: tuple[str, ...] = ("cpu",)
+    op: str = ""
 
     def __post_init__(self) -> None:
         if self.tier not in TIERS:
@@ -99,13 +102,43 @@ def kernel_backend(op: str, device: str | torch.device) -> str:
     """The backend that "auto" takes for `op` on `device`; Unavailable where that is the reference, which is never timed
     under our name."""
     reasons = []
-    for name in backends.BACKENDS:
-        reason = backends.unavailable_reason(name, torch.device(device).type, op)
+    device_type = torch.device(device).type
+    for name in backends.auto_order(op, device_type):
+        reason = backends.unavailable_reason(name, device_type, op)
         if reason is None and name != "reference":
             return name
         if reason is not None:
             reasons.append(f"{name}: {reason}")
     raise Unavailable("; ".join(reasons))
+
+
+def by_backend(backend: str) -> str:
+    """The name of our provider that runs one GPU backend, whatever "auto" takes."""
+    return f"{OURS} ({backend})"
+
+
+OUR_PROVIDERS = (OURS, *map(by_backend, backends.GPU_BACKENDS))
+
+
+def our_providers(ours: Callable[[Any, str], Call], *ops: str) -> dict[str, Provider]:
+    """`ours(inputs, backend)` as providers: what "auto" takes for these ops and, on a GPU, each backend by name."""
+
+    def auto(inputs):
+        (device,) = {leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)}
+        for op in ops:
+            kernel_backend(op, device)
+        return ours(inputs, "auto")
+
+    def named(backend: str) -> Provider:
+        def provider(inputs):
+            for op in ops:
+                if (reason := backends.unavailable_reason(backend, "cuda", op)) is not None:
+                    raise Unavailable(reason)
+            return ours(inputs, backend)
+
+        return only_on("cuda")(provider)
+
+    return {OURS: auto, **{by_backend(backend): named(backend) for backend in backends.GPU_BACKENDS}}
 
 
 def judge_floats(exact: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]) -> Judge:
@@ -145,7 +178,7 @@ def first_result(case: Case, provider: str, call: Call) -> Any:
     except Unavailable:
         raise
     except Exception as error:
-        if provider in (OURS, case.baseline):
+        if provider in (*OUR_PROVIDERS, case.baseline):
             raise
         message = " ".join(str(error).split()) or "no message"
         raise Unavailable(f"{type(error).__name__}: {message[:160]}") from error
@@ -229,7 +262,7 @@ class Duel:
         try:
             self._load(case)
             call = prepare(case, provider, self._inputs, smoke=self.tier == "smoke")
-            error = self._judge(first_result(case, provider, call), peer=provider != OURS)
+            error = self._judge(first_result(case, provider, call), peer=provider not in OUR_PROVIDERS)
         except Unavailable as reason:
             rows.append(Row(provider, note=f"not measured: {reason}"))
             raise

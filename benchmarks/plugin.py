@@ -9,7 +9,7 @@ import torch
 
 from var_kernels import _native
 
-from . import fair_malloc, plain_mode
+from . import fair_malloc, plain_mode, ranking
 from .clock import clock_for
 from .harness import OURS, Case, Duel, Unavailable
 from .peaks import Peaks
@@ -34,6 +34,8 @@ class BenchmarkPlugin:
         self.tier = "full" if option.full else "smoke" if option.smoke else "quick"
         self.duel_of_session = Duel(tier=self.tier, budget=_SECONDS[self.tier], clock=clock_for(self.device))
         self.peaks = Peaks(self.duel_of_session.clock)
+        self.no_record = "--smoke" if option.smoke else "--no-record" if option.no_record else None
+        self.cases: list[Case] = []  # of this run, whether or not their tests are selected
         self.modules: dict[str, str] = {}  # by title of the case
         self.plain: dict[str, dict] = {}
 
@@ -42,12 +44,9 @@ class BenchmarkPlugin:
         cases = getattr(metafunc.module, "CASES", None)
         if cases is None or "duel" not in metafunc.fixturenames:
             return
-        pairs = [
-            (case, provider)
-            for case in cases
-            if case.runs_in(self.tier, self.device)
-            for provider in case.providers_on(self.device)
-        ]
+        cases = [case for case in cases if case.runs_in(self.tier, self.device)]
+        self.cases += cases
+        pairs = [(case, provider) for case in cases for provider in case.providers_on(self.device)]
         ids = [f"{case.title}-{provider}".replace(" ", "_") for case, provider in pairs]
         metafunc.parametrize("duel", pairs, ids=ids, indirect=True)
 
@@ -118,3 +117,13 @@ class BenchmarkPlugin:
                 reporter.line(line)
             if title in self.plain:
                 reporter.line(plain_mode.line(self.plain[title], case.baseline))
+        if self.device == "cuda":
+            self._report_ranking(reporter)
+
+    def _report_ranking(self, reporter: pytest.TerminalReporter) -> None:
+        ranked, unranked = ranking.rank(self.cases, self.duel_of_session.rows)
+        reporter.line("")
+        for line in ranking.lines(ranked, unranked):
+            reporter.line(line)
+        why_not = self.no_record if ranked else "nothing was ranked"
+        reporter.line(ranking.record(ranked) if why_not is None else f"not recorded: {why_not}")

@@ -328,7 +328,7 @@ def test_providers_and_cases_of_one_device_stay_there():
 def test_the_reference_is_never_timed_under_our_name(monkeypatch):
     only_reference = {"reference": None}
     monkeypatch.setattr("var_kernels.backends.unavailable_reason", lambda name, *_: only_reference.get(name, "no"))
-    with pytest.raises(harness.Unavailable, match="cpu: no; triton: no"):
+    with pytest.raises(harness.Unavailable, match="cpu: no; cuda: no"):
         harness.kernel_backend("nearest_code", "cuda")
 
 

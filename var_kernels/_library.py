@@ -1,7 +1,7 @@
 """The raw operators. Schemas are defined in Python: importing needs no compiler.
 
 They exist twice, under the same names and schemas: in `torch.ops.var_kernels`, implemented per device by the native
-library, and in `torch.ops.var_kernels_triton`, implemented by Triton kernels, which share devices with its CUDA kernels.
+library, and in `torch.ops.var_kernels_triton`, implemented by Triton kernels, which share devices with CUDA kernels.
 """
 
 import importlib

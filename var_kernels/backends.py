@@ -127,16 +127,20 @@ def _launches_elsewhere() -> bool:
     return launch is not None and launch.has_executor()
 
 
+def shipped_choice(op: str, major: int) -> Choice:
+    """The row of :data:`GPU_ORDER` for `op` on NVIDIA GPUs of this compute capability."""
+    return next(choice for choice in GPU_ORDER[op] if not choice.majors or major in choice.majors)
+
+
 @functools.cache
 def gpu_choice(op: str) -> Choice:
-    """The choice for `op` on the current GPU: what was measured on its kind, else the row of :data:`GPU_ORDER`."""
+    """The choice for `op` on the current GPU: what was measured on its kind, else the shipped one."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return Choice("triton", "the only one without an NVIDIA GPU")
     from . import measured_order
 
-    major, device = torch.cuda.get_device_capability()[0], torch.cuda.get_device_name()
-    shipped = next(choice for choice in GPU_ORDER[op] if not choice.majors or major in choice.majors)
-    measured = measured_order.read(device).get(op)
+    shipped = shipped_choice(op, torch.cuda.get_device_capability()[0])
+    measured = measured_order.read(torch.cuda.get_device_name()).get(op)
     if measured is None:
         return shipped
     return Choice(measured.first(shipped.first), f"measured on this kind of GPU: {measured}")

@@ -1,7 +1,7 @@
-"""How fast each GPU backend did each op on one kind of GPU: a file that the benchmarks write and :mod:`.backends` reads.
+"""How fast each GPU backend does each op on one kind of GPU: written by the benchmarks, read by :mod:`.backends`.
 
-``pytest benchmarks/ --benchmark-only --device cuda`` writes it. Only what was measured with the kernels, the torch and
-the Triton of this process counts. Deleting the file restores the shipped order.
+``pytest benchmarks/ --benchmark-only --device cuda`` writes the file. Only what was measured with the kernels, the
+torch and the Triton of this process counts. Deleting the file restores the shipped order.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def write(device: str, results: Mapping[str, Speeds]) -> Path:
 
 @functools.cache
 def present() -> dict[str, str | None]:
-    """What a measurement depends on: the sources of all kernels, by their hash, and the versions of torch and Triton."""
+    """What a measurement depends on: the sources of the kernels, by a hash, and the versions of torch and Triton."""
     digest = hashlib.sha256(_build.source_hash().encode())
     for path in sorted((_build.PACKAGE / "triton").glob("*.py")):
         digest.update(path.read_bytes())

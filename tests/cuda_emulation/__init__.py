@@ -175,11 +175,9 @@ def _places(path: Path, addresses: Sequence[int]) -> list[tuple[str, str]]:
 @contextlib.contextmanager
 def as_backend(emulation: Emulation) -> Iterator[None]:
     """Inside this context ``backend="cuda"`` of the public functions is the emulation, on CPU tensors."""
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
     with (
-        mock.patch.object(backends, "BACKENDS", tuple(dict.fromkeys((*backends.BACKENDS, "cuda")))),
         mock.patch.dict(backends._DEVICES, cuda=("cpu",)),
-        mock.patch.dict(backends._DTYPES, cuda=dtypes),
+        mock.patch.object(backends, "_cuda_reason", lambda op: None),
         mock.patch.dict(_library.NAMESPACES, cuda=emulation.namespace),
     ):
         yield
