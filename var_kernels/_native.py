@@ -1,4 +1,4 @@
-"""Finds, or builds once, and loads the native library; called at the first op that wants the ``cpu`` backend.
+"""Finds, or builds once, and loads the native library; called at the first op that wants the backend ``cpu`` or ``cuda``.
 
 A library is loaded only if the source hash embedded in it is that of the sources present now: a changed file under
 ``csrc/`` means a new build, never stale kernels. The order is: the library built ahead of time beside this file, the
@@ -75,7 +75,8 @@ def _load() -> NativeStatus:
     except (_build.BuildUnavailable, _build.BuildFailed, OSError) as error:
         reason = str(error)
     warnings.warn(
-        f"var_kernels: the native CPU kernels are not available, plain PyTorch serves instead (slower): {reason} "
+        "var_kernels: the native kernels are not available: for CPU tensors plain PyTorch serves instead (slower), for "
+        f"GPU tensors Triton where it can: {reason} "
         "(VAR_KERNELS_BUILD=none silences this)",
         RuntimeWarning,
         stacklevel=2,
@@ -162,7 +163,7 @@ def _exclusive(found: _build.TorchInstall):
         try:
             return lock.acquire(timeout=0)
         except filelock.Timeout:
-            _progress("another process is compiling the CPU kernels; waiting for it")
+            _progress("another process is compiling the kernels; waiting for it")
         return lock.acquire()
     except filelock.Timeout as error:
         message = f"another process has held {lock.lock_file} for {_LOCK_TIMEOUT_S} s"

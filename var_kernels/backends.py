@@ -5,6 +5,7 @@
 backend.
 """
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -19,7 +20,7 @@ import torch
 from . import _library
 
 OPS = ("block_causal_attention", "adaln_layer_norm", "gated_residual_adaln", "nearest_code", "multi_scale_quantize")
-_PAGES = {"gated_residual_adaln": "adaln_layer_norm"}  # the page that defines the raw ops, where it is not the op's own
+_PAGES = {"gated_residual_adaln": "adaln_layer_norm"}  # of ops without a page of their own
 
 # In the order that "auto" tries them, but for the first one on a GPU.
 BACKENDS = ("cpu", "cuda", "triton", "reference")
@@ -62,6 +63,11 @@ GPU_ORDER = {
 }
 
 
+def page_of(op: str) -> str:
+    """The stem of the page that defines the raw ops of `op`."""
+    return _PAGES.get(op, op)
+
+
 def _native_reason() -> str | None:
     from . import _native  # imported at the first op call: importing var_kernels loads and builds nothing
 
@@ -91,14 +97,20 @@ def _found_cuda_reason(op: str) -> str | None:
             "the native library was built without CUDA kernels: install the CUDA toolkit (nvcc), then "
             "python -m var_kernels._build --mode cuda"
         )
-    driver = torch._C._cuda_getDriverVersion() // 1000
-    if driver < int(toolkit.partition(".")[0]):
+    if (driver := _driver_cuda()) < int(toolkit.partition(".")[0]):
         return f"the native library was built with CUDA {toolkit}, which a driver for CUDA {driver} cannot run"
     missing = [
-        name for name in _library.names(_PAGES.get(op, op))
+        name for name in _library.names(page_of(op))
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{_library.NATIVE.ns}::{name}", "CUDA")
     ]  # fmt: skip
     return f"the native library has no CUDA kernel for {', '.join(missing)}" if missing else None
+
+
+def _driver_cuda() -> int:
+    """The major version of CUDA that the driver is for."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value // 1000
 
 
 def _triton_reason() -> str | None:
