@@ -53,7 +53,7 @@ def kernel_faults(library: Path) -> Iterator[str]:
             yield f"kernels for {key}: expected {sorted(wanted)}, got {sorted(found)}"
     # Through the library's own dependencies, as the loader binds the weak symbol.
     if hasattr(ctypes.CDLL(str(library)), STREAM) != (torch.version.cuda is not None):
-        yield f"{STREAM}: expected to be found with a CUDA build of torch, and with that only; torch {torch.__version__}"
+        yield f"{STREAM}: expected with a CUDA build of torch, and with that only; this is {torch.__version__}"
 
 
 def call_faults() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Finds, or builds once, and loads the native library; called at the first op that wants the backend ``cpu`` or ``cuda``.
+"""Finds, or builds once, and loads the native library; called at the first op that wants ``cpu`` or ``cuda``.
 
 A library is loaded only if the source hash embedded in it is that of the sources present now: a changed file under
 ``csrc/`` means a new build, never stale kernels. The order is: the library built ahead of time beside this file, the
