@@ -24,10 +24,9 @@ from var_kernels.testing import SCHEDULES, assert_accurate, attention_inputs, mo
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OURS = [name for name in backends.BACKENDS if name not in ("cpu", "reference")]
 
 
-@pytest.fixture(params=OURS)
+@pytest.fixture(params=backends.GPU_BACKENDS)
 def gpu(request):
     """The name of each GPU backend."""
     if not torch.cuda.is_available():
@@ -154,12 +153,14 @@ def test_multi_scale_quantize(gpu, batch):
 # ---- what only a GPU can show ----------------------------------------------------------------------------------------
 
 
+def gated_attention(q, k, v, x, gate, scale, shift, backend):
+    out = block_causal_attention(q, k, v, scale_lens("256px"), backend=backend)
+    return gated_residual_adaln(x, out.transpose(1, 2).flatten(2), gate, scale, shift, backend=backend)
+
+
 def block(q, k, v, x, gate, scale, shift, backend):
     """One of each op of a transformer block."""
-    lens = scale_lens("256px")
-    out = block_causal_attention(q, k, v, lens, backend=backend)
-    branch = out.transpose(1, 2).flatten(2)
-    residual, y = gated_residual_adaln(x, branch, gate, scale, shift, backend=backend)
+    residual, y = gated_attention(q, k, v, x, gate, scale, shift, backend)
     return residual, adaln_layer_norm(y, scale, shift, backend=backend)
 
 
@@ -195,40 +196,108 @@ def test_cuda_graphs_of_inductor(gpu):
                 assert torch.equal(a, b)
 
 
-def test_graph_capture(gpu):
-    inputs = block_inputs()
+def captured(step, inputs, fresh) -> tuple:
+    """The results of `step(*inputs)` as a graph, replayed after `fresh` was written into the inputs."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.no_grad(), torch.cuda.stream(side):
+    with torch.cuda.stream(side):
         for _ in range(3):
-            block(*inputs, backend=gpu)
+            step(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        outputs = block(*inputs, backend=gpu)
-    fresh = block_inputs(seed=100)
-    for static, new in zip(inputs, fresh, strict=True):
-        static.copy_(new)
-    graph.replay()
+    with torch.cuda.graph(graph):
+        outputs = step(*inputs)
     with torch.no_grad():
-        for found, expected in zip(outputs, block(*fresh, backend=gpu), strict=True):
+        for static, new in zip(inputs, fresh, strict=True):
+            static.copy_(new)
+    graph.replay()
+    return outputs
+
+
+def with_gradients(call, cotangents):
+    """`call` and the gradients of its outputs under `cotangents`, in its arguments that require them."""
+
+    def step(*tensors):
+        outputs = call(*tensors)
+        return *outputs, *torch.autograd.grad(outputs, [t for t in tensors if t.requires_grad], cotangents)
+
+    return step
+
+
+def leaves(tensors):
+    return [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def test_graph_capture(gpu):
+    fresh = block_inputs(seed=100)
+    call = functools.partial(block, backend=gpu)
+    with torch.no_grad():
+        for found, expected in zip(captured(call, block_inputs(), fresh), call(*fresh), strict=True):
             assert torch.equal(found, expected)
 
 
+def test_graph_capture_of_a_training_step(gpu):
+    cotangents = [randn(2, 680, 256, seed=60 + i, dtype=torch.bfloat16).to(DEVICE) for i in range(2)]
+    step = with_gradients(functools.partial(block, backend=gpu), cotangents)
+    fresh = leaves(block_inputs(seed=100))
+    for found, expected in zip(captured(step, leaves(block_inputs()), fresh), step(*fresh), strict=True):
+        assert torch.equal(found, expected)
+
+
+def quantizer_inputs(seed=0):
+    tensors = (randn(2, 32, 16, 16, seed=seed), randn(512, 32, seed=seed + 1),
+               randn(4, 32, 32, 3, 3, seed=seed + 2, std=0.05), randn(4, 32, seed=seed + 3, std=0.01))  # fmt: skip
+    return [tensor.to(DEVICE) for tensor in tensors]
+
+
 def test_graph_capture_of_the_quantizer(gpu):
-    patch_nums = SCHEDULES["256px"]
-    f, codebook = randn(2, 32, 16, 16, seed=0).to(DEVICE), randn(512, 32, seed=1).to(DEVICE)
-    weight, bias = randn(4, 32, 32, 3, 3, seed=2, std=0.05).to(DEVICE), randn(4, 32, seed=3, std=0.01).to(DEVICE)
+    def encode(*tensors):
+        return multi_scale_quantize(*tensors, SCHEDULES["256px"], backend=gpu)[:2]
+
+    fresh = quantizer_inputs(seed=100)
     with torch.no_grad():
-        expected = [multi_scale_quantize(x, codebook, weight, bias, patch_nums, backend=gpu)[:2] for x in (f, 2 * f)]
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = multi_scale_quantize(f, codebook, weight, bias, patch_nums, backend=gpu)[:2]
-        for factor, results in zip((1, 2), expected, strict=True):
-            f.mul_(factor)
-            graph.replay()
-            assert all(torch.equal(a, b) for a, b in zip(found, results, strict=True))
+        for found, expected in zip(captured(encode, quantizer_inputs(), fresh), encode(*fresh), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_graph_capture_of_a_training_step_of_the_quantizer(gpu):
+    def encode(*tensors):
+        return multi_scale_quantize(*tensors, SCHEDULES["256px"], backend=gpu)[1:]
+
+    step = with_gradients(encode, [randn(2, 32, 16, 16, seed=60).to(DEVICE), torch.tensor(0.5, device=DEVICE)])
+    fresh = leaves(quantizer_inputs(seed=100))
+    for found, expected in zip(captured(step, leaves(quantizer_inputs()), fresh), step(*fresh), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(gpu, dtype):
+    """Results and gradients are those of inputs cast by hand; gradients have the dtype of the leaves."""
+    q, k, v, x, *modulations = leaves(t.to(DEVICE) for t in block_inputs(torch.float32))
+    x = x.detach().to(dtype).requires_grad_()
+    inputs = (q, k, v, x, *modulations)
+
+    def by_hand(*tensors):
+        return gated_attention(*(tensor.to(dtype) for tensor in tensors), backend=gpu)
+
+    cotangents = [randn(2, 680, 256, seed=60 + i, dtype=dtype).to(DEVICE) for i in range(2)]
+    expected = with_gradients(by_hand, cotangents)(*inputs)
+    with torch.autocast(DEVICE, dtype=dtype):
+        found = with_gradients(functools.partial(gated_attention, backend=gpu), cotangents)(*inputs)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_autocast_never_lowers_a_search(gpu):
+    f, codebook, weight, bias = quantizer_inputs()
+    z = f.movedim(1, -1)
+    low = [tensor.bfloat16() for tensor in (f, codebook)]
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        tokens = nearest_code(z.bfloat16(), codebook, backend=gpu)
+        quantized = multi_scale_quantize(low[0], low[1], weight, bias, SCHEDULES["256px"], backend=gpu)
+    assert torch.equal(tokens, nearest_code(z.bfloat16().float(), codebook, backend=gpu))
+    wide = multi_scale_quantize(*(t.float() for t in low), weight, bias, SCHEDULES["256px"], backend=gpu)
+    assert all(torch.equal(a, b) for a, b in zip(quantized, wide, strict=True))
 
 
 def test_side_stream(gpu):
@@ -260,7 +329,7 @@ def test_second_device(gpu):
 def test_auto_is_a_kernel(gpu):
     for op in backends.OPS:
         for dtype in DTYPES:
-            assert backends.resolve(op, "auto", "cuda", dtype) in OURS
+            assert backends.resolve(op, "auto", "cuda", dtype) in backends.GPU_BACKENDS
 
 
 def test_generation_with_the_embedded_model(gpu):
