@@ -134,7 +134,7 @@ def block_causal_attention(
         inputs). An empty batch or Lq = 0 gives empty results.
 
     The three tensors share dtype (float32, bfloat16, float16; float64 by the reference) and device. Any strides are
-    taken without a copy if the last dimension is dense. Arithmetic is float32 (on a GPU, products of float32 are TF32
+    taken without a copy if the last dimension is dense. Arithmetic is float32 (in Triton, products of float32 are TF32
     where PyTorch's own are allowed to be), and the result does not depend on the number of threads. Under autocast q,
     k and v are cast to the autocast dtype, as for scaled_dot_product_attention. NaN and infinite values propagate as in
     PyTorch. First derivatives only.
