@@ -1,9 +1,9 @@
 """Installs this package beside a CUDA build of torch in a fresh environment, and checks its library there.
 
-    python tests/check_cuda_torch.py [--torch torch==2.14.1] [--keep DIRECTORY]
+    python tests/check_cuda_torch.py [--torch torch==2.14.1] [--archs 80] [--keep DIRECTORY]
 
-Needs nvcc, the package index (a CUDA build of torch is about 5 GB), some minutes, and no GPU. Exit status 1 if a check
-of `tests/check_cuda_library.py` fails.
+Needs nvcc, the package index (a CUDA build of torch is about 5 GB), some minutes (most for compiling, fewer with
+`--archs`), and no GPU. Exit status 1 if a check of `tests/check_cuda_library.py` fails.
 """
 
 import argparse
@@ -23,31 +23,36 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> None:
     subprocess.run(command, cwd=cwd, env=kept | environment, check=True)
 
 
-def check(directory: Path, torch: str) -> None:
+def check(directory: Path, torch: str, archs: str | None) -> None:
     """Everything, in `directory`."""
+    cache = {"VAR_KERNELS_CACHE": str(directory / "cache")}
     run(sys.executable, "-m", "venv", "venv", cwd=directory)
     python = directory / "venv/bin/python"
     pip = (python, "-m", "pip", "install", "--quiet", "--no-cache-dir")
     run(*pip, torch, cwd=directory)
     run(python, "-c", "import torch; assert torch.version.cuda, f'{torch.__version__} is no CUDA build'", cwd=directory)
-    run(*pip, ROOT, cwd=directory, VAR_KERNELS_BUILD="cuda")  # a missing or failing nvcc is an error
+    # Mode cuda: a missing or failing nvcc is an error.
+    run(*pip, ROOT, cwd=directory, VAR_KERNELS_BUILD="none" if archs else "cuda")
+    if archs:
+        run(python, "-m", "var_kernels._build", "--mode", "cuda", "--archs", archs, cwd=directory, **cache)
     for arguments in ((ROOT / "tests/check_cuda_library.py",), ("-m", "var_kernels")):
-        run(python, *arguments, cwd=directory, VAR_KERNELS_CACHE=str(directory / "cache"))
+        run(python, *arguments, cwd=directory, **cache)
 
 
 def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch", default="torch", help="what pip installs (default: the newest torch)")
+    parser.add_argument("--archs", help="compile for these only, as in python -m var_kernels._build")
     parser.add_argument("--keep", type=Path, help="a directory to work in, which stays (default: a temporary one)")
     options = parser.parse_args()
     try:
         if options.keep:
             options.keep.mkdir(parents=True, exist_ok=True)
-            check(options.keep.resolve(), options.torch)
+            check(options.keep.resolve(), options.torch, options.archs)
         else:
             with tempfile.TemporaryDirectory() as directory:
-                check(Path(directory), options.torch)
+                check(Path(directory), options.torch, options.archs)
     except subprocess.CalledProcessError as error:
         print(f"failed with status {error.returncode}: {' '.join(map(str, error.cmd))}", file=sys.stderr)
         return 1

@@ -34,10 +34,8 @@ TINY_ISA = """
 static_assert(!__FINITE_MATH_ONLY__, "NaN and infinity must behave");
 namespace var_kernels::VAR_ISA {
 int value() { return TINY_VALUE; }
-int macro(int i) {
-  const int macros[] = {__AVX2__, __FMA__, __F16C__, __AVX512DQ__, __AVX512BF16__};
-  return macros[i];
-}
+// Data, which every machine can read; code for another instruction set it may not run.
+extern const int macros[] = {__AVX2__, __FMA__, __F16C__, __AVX512DQ__, __AVX512BF16__};
 }
 """
 TINY_DISPATCH = """
@@ -47,8 +45,8 @@ TINY_DISPATCH = """
 #define LEVELS(X) X(portable)
 #endif
 #define EXPORT extern "C" __attribute__((visibility("default")))
-#define LEVEL(name) namespace var_kernels::name { int value(); int macro(int); } \\
-  EXPORT int macro_##name(int i) { return var_kernels::name::macro(i); }
+#define LEVEL(name) namespace var_kernels::name { int value(); extern const int macros[]; } \\
+  EXPORT int macro_##name(int i) { return var_kernels::name::macros[i]; }
 LEVELS(LEVEL)
 EXPORT int tiny_value() { return var_kernels::portable::value(); }
 EXPORT const char* var_kernels_isa() { return "portable"; }
