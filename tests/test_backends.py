@@ -4,7 +4,10 @@ import json
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import var_kernels
 from var_kernels import _library, _native, backends, measured_order
 from var_kernels.measured_order import Speeds
 
@@ -137,6 +140,42 @@ def test_the_order_is_a_constant_of_compiled_code(monkeypatch):
     forget()
 
 
+def test_auto_runs_the_cuda_kernels(monkeypatch):
+    """On fake CUDA tensors, which have a device and no memory, the public functions call the library's operators."""
+    forget()
+    with monkeypatch.context() as patches:  # fake tensors would ask the stand-in for more than it has
+        StandIn(patches)
+        assert {backends.resolve(op, "auto", "cuda", torch.float32) for op in backends.OPS} == {"cuda"}
+    called = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Recorded():
+        q, x, scale, z, f, codes, weight, bias = (
+            torch.empty(shape, device="cuda")
+            for shape in (
+                (1, 2, 5, 16), (2, 7, 8), (2, 8), (6, 8), (2, 8, 2, 2), (2, 1, 8), (1, 8, 8, 3, 3), (1, 8),
+            )  # fmt: skip
+        )
+        results = [
+            var_kernels.block_causal_attention(q, q, q, (1, 4)),
+            var_kernels.adaln_layer_norm(x, scale, scale),
+            *var_kernels.gated_residual_adaln(x, x, scale, scale, scale),
+            var_kernels.nearest_code(x, z),
+            *var_kernels.multi_scale_quantize(f, z, weight, bias, (1, 2)),
+            *var_kernels.next_scale_input(f, codes, weight, bias, (1, 2), 0),
+        ]
+    assert {result.device.type for result in results} == {"cuda"}
+    raw = {f"var_kernels::{name}" for op in backends.OPS for name in _library.names(backends.page_of(op))}
+    assert {name for name in called if name.startswith("var_kernels")} == {
+        name for name in raw if not name.endswith("_backward")  # autograd wants a real device
+    }
+    forget()
+
+
 # ---- what was measured -----------------------------------------------------------------------------------------------
 
 
@@ -202,3 +241,13 @@ def test_the_report_says_which_backend_and_why(gpu, monkeypatch, capsys):
     assert "tries triton first for nearest_code: measured on this kind of GPU: cuda 1×, triton 2× (4 cases)" in printed
     assert "tries triton first for block_causal_attention on compute capability 9, 10, 11: compiled to wgmma" in printed
     assert str(measured_order.path_of(NAME)) in printed
+
+
+def test_the_report_names_a_damaged_file(gpu, monkeypatch, capsys):
+    from var_kernels import __main__
+
+    measured_order.path_of(NAME).write_text("{")
+    monkeypatch.setattr(__main__, "_print_installation", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["var_kernels"])
+    assert __main__.main() == 1
+    assert "backends-stand-in-gpu-9000-x.json: expected what" in capsys.readouterr().err
