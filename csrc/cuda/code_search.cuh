@@ -94,7 +94,7 @@ __device__ __forceinline__ void start_chunk(float* tile, int count, const Matrix
 template <class Tile>
 __device__ __forceinline__ void multiply_chunk(float (&sums)[Tile::kThreadRows][Tile::kThreadCodes], const float* z,
                                                int pitch, const float* codes) {
-#pragma unroll 2
+#pragma unroll 1  // twice as many operands would take the registers of a third block
   for (int piece = 0; piece < kChunk; piece += 4) {
     float4 a[Tile::kThreadRows];
 #pragma unroll

@@ -10,9 +10,20 @@ constexpr int kSearchThreads = 128;
 template <int kThreadRows>
 using NearestTile = SearchTile<kThreadRows, 8, 2, 2>;
 
+// Where the code of vector `row` goes: those of an image are consecutive, `stride` after those of the one before.
+struct TokenPlaces {
+  int64_t* tokens;
+  int per_image;
+  int64_t stride;
+
+  __device__ __forceinline__ int64_t& of(int row) const {
+    return tokens[row / per_image * stride + row % per_image];
+  }
+};
+
 struct NearestCode {
   Matrix z, codebook;
-  int64_t* best;          // (rows)
+  TokenPlaces places;
   Candidate* candidates;  // (splits, rows), if there are several splits
   int split_codes;        // a multiple of the tile
   bool cosine;
@@ -45,19 +56,19 @@ __global__ void __launch_bounds__(kSearchThreads, 3) nearest_code_kernel(Nearest
   const int row = first_row + int(threadIdx.x);
   if (int(threadIdx.x) >= Tile::kRows || row >= a.z.rows) return;
   if (gridDim.y == 1)
-    a.best[row] = best.index;
+    a.places.of(row) = best.index;
   else
     a.candidates[int64_t(blockIdx.y) * a.z.rows + row] = best;
 }
 
 // In the order of the splits, so that of equal scores the lowest index wins.
 __global__ void __launch_bounds__(kSearchThreads)
-    best_candidate_kernel(const Candidate* candidates, int splits, int rows, int64_t* best) {
+    best_candidate_kernel(const Candidate* candidates, int splits, int rows, TokenPlaces places) {
   const int row = int(blockIdx.x) * kSearchThreads + int(threadIdx.x);
   if (row >= rows) return;
   Candidate winner = kNoCandidate;
   for (int split = 0; split < splits; ++split) winner = better(winner, candidates[int64_t(split) * rows + row]);
-  best[row] = winner.index;
+  places.of(row) = winner.index;
 }
 
 }  // namespace
