@@ -1,7 +1,6 @@
 // Nearest codes of a tile of vectors: the search that nearest_code and multi_scale_quantize share.
 //
-//   score(z, c) = z·c - |c|²/2, which is -|z - c|²/2 without what all codes have in common, or with cosine
-//   score(z, c) = z·c · (1 / max(|c|, 1e-12))
+//   score(z, c) = z·c - |c|²/2, which is -|z - c|²/2 without what all codes have in common; of normalised codes z·c
 // The largest score wins, the lowest index among equals. Sums are fp32 multiply-adds over the channels in their order,
 // whatever the tile: equal codes have equal scores, and a vector's code does not depend on what it is searched with.
 //
@@ -44,6 +43,13 @@ struct Matrix {
   int64_t stride;
   int rows, channels;
 };
+
+constexpr int64_t kMostRows = int64_t(1) << 30;  // so that 32-bit numbers count them, and the tiles behind their end
+
+// Whether rows of fp32 consist of aligned pieces of 16 bytes.
+inline bool vectors_fit(const Matrix& matrix) {
+  return reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && matrix.stride % 4 == 0 && matrix.channels % 4 == 0;
+}
 
 struct Candidate {
   float score;
@@ -120,11 +126,9 @@ __device__ __forceinline__ void add_squares(float4& squares, const float* code) 
   }
 }
 
-// What makes a product a score: added, or with cosine multiplied. A code that does not exist is never chosen.
-__device__ __forceinline__ float score_term(const float4& squares, bool cosine, bool exists) {
-  const float sum = (squares.x + squares.y) + (squares.z + squares.w);
-  if (!exists) return -INFINITY;
-  return cosine ? 1.0f / fmaxf(sqrtf(sum), 1e-12f) : -0.5f * sum;
+// What makes a product a score. A code that does not exist is never chosen.
+__device__ __forceinline__ float score_term(const float4& squares, bool exists) {
+  return exists ? -0.5f * ((squares.x + squares.y) + (squares.z + squares.w)) : -INFINITY;
 }
 
 // The best of codes [begin, end) for vector threadIdx.x of the tile, in its first kRows threads.
@@ -134,7 +138,7 @@ __device__ __forceinline__ float score_term(const float4& squares, bool cosine, 
 // threads, when the block has waited for its copies and met a barrier. No thread reads either after this has returned.
 template <class Tile, class Z, class Start>
 __device__ __forceinline__ Candidate search_codes(SearchMemory<Tile>& memory, int begin, int end, int channels,
-                                                  bool cosine, int pitch, const Z& z, const Start& start) {
+                                                  bool normalised, int pitch, const Z& z, const Start& start) {
   const int thread = int(threadIdx.x), chunks = (channels + kChunk - 1) / kChunk;
   const int steps = (end - begin + Tile::kCodes - 1) / Tile::kCodes * chunks;
   const auto start_step = [&](int step) {
@@ -153,11 +157,11 @@ __device__ __forceinline__ Candidate search_codes(SearchMemory<Tile>& memory, in
     __syncthreads();  // this step's tile has landed, and every warp is done with the other one
     start_step(step + 1);
     const float* const codes = memory.codes[step % 2];
-    if (thread < Tile::kCodes) add_squares(squares, codes + thread * kChunkPitch);
+    if (thread < Tile::kCodes && !normalised) add_squares(squares, codes + thread * kChunkPitch);
     multiply_chunk<Tile>(sums, z(step, chunk) + Tile::first_row() * pitch, pitch,
                          codes + Tile::first_code() * kChunkPitch);
     if (++chunk < chunks) continue;
-    if (thread < Tile::kCodes) memory.terms[thread] = score_term(squares, cosine, code + thread < end);
+    if (thread < Tile::kCodes) memory.terms[thread] = score_term(squares, code + thread < end);
     __syncthreads();
 #pragma unroll
     for (int j = 0; j < Tile::kThreadCodes; ++j) {
@@ -165,7 +169,7 @@ __device__ __forceinline__ Candidate search_codes(SearchMemory<Tile>& memory, in
       const int index = code + Tile::first_code() + 8 * j;
 #pragma unroll
       for (int i = 0; i < Tile::kThreadRows; ++i) {
-        const float score = cosine ? sums[i][j] * term : sums[i][j] + term;
+        const float score = sums[i][j] + term;
         if (score > best[i].score) best[i] = {score, index};  // never for NaN; a thread's indices rise
         sums[i][j] = 0.0f;
       }

@@ -50,6 +50,16 @@ struct OnDevice {
   }
 };
 
+// f of a zero of the type of a tensor's elements, which are fp32, bf16 or fp16.
+template <class F>
+void with_dtype(const torch::stable::Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case torch::headeronly::ScalarType::Float: return f(float());
+    case torch::headeronly::ScalarType::BFloat16: return f(bf16());
+    default: return f(fp16());
+  }
+}
+
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;  // dynamic shared memory

@@ -1,10 +1,13 @@
 // The launchers and the doors of multi_scale_quantize and next_scale_input on CUDA devices.
+#include "multi_scale_quantize.cuh"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <tuple>
 
 #include "multi_scale_quantize_launch.h"
+#include "nearest_code_launch.h"
 
 namespace var_kernels {
 namespace {
@@ -53,9 +56,9 @@ void quantize_stepwise(const OnDevice& device, Quantize arguments, const Schedul
            scale.height, scale.width, pooled);
     VAR_CHECK(images * scale.tokens() <= kMostRows, "f", "at most 2^30 tokens of a scale", images * scale.tokens());
     search<float>(device, {{pooled, shape.channels, int(images * scale.tokens()), shape.channels},
-                           {arguments.codebook, shape.channels, arguments.codes, shape.channels},
+                           {arguments.searched, shape.channels, arguments.codes, shape.channels},
                            {arguments.tokens + scale.first_token, scale.tokens(), arguments.length},
-                           nullptr, 0, arguments.cosine});
+                           nullptr, 0, arguments.normalised});
     with_vectors(vectors, [&](auto fit) {
       launch(device, "multi_scale_quantize update", quantize_update_kernel<decltype(fit)::value>,
              tile_grid(shape, images), arguments, scale, k);
@@ -81,13 +84,16 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& f, const Tensor& codeb
   Tensor errors = device.empty({images, scales}, ScalarType::Float);
   if (images == 0) return {tokens, out, errors};
   Tensor f_hat = device.empty({scales > 1 ? images : 0, shape.floats()}, ScalarType::Float);  // between two scales
+  const float* const codes = codebook.const_data_ptr<float>();
+  const Matrix rows = {codes, shape.channels, int(codebook.size(0)), shape.channels};
+  const Tensor searched = cosine ? normalised_codes<float>(device, rows) : codebook;
   const Quantize arguments = {
-      image_maps(f), codebook.const_data_ptr<float>(),
+      image_maps(f), codes, searched.const_data_ptr<float>(),
       {phi_weight.const_data_ptr<float>(), phi_bias.const_data_ptr<float>(), float(phi_ratio)},
       f_hat.mutable_data_ptr<float>(), nullptr, out.mutable_data_ptr<float>(), tokens.mutable_data_ptr<int64_t>(),
-      errors.mutable_data_ptr<float>(), shape, int(codebook.size(0)), int(images), int(schedule.length), int(scales),
+      errors.mutable_data_ptr<float>(), shape, rows.rows, int(images), int(schedule.length), int(scales),
       cosine};
-  const bool vectors = vectors_fit(arguments.codebook, shape.channels, shape.channels);
+  const bool vectors = vectors_fit(rows);
   const bool resident = resident_shared_bytes(shape, int(schedule.largest)) <= kMostSharedBytes &&
                         resident_is_cheaper(arguments, schedule, device);
   resident ? quantize_resident(device, arguments, schedule, vectors)
@@ -115,7 +121,8 @@ std::tuple<Tensor, Tensor> next_scale_input(const Tensor& f_hat, const Tensor& c
       image_maps(f_hat), codes.const_data_ptr<float>(), codes.stride(0), codes.stride(1),
       {phi_weight.const_data_ptr<float>(), phi_bias.const_data_ptr<float>(), float(phi_ratio)},
       out.mutable_data_ptr<float>(), next_tokens > 0 ? map.mutable_data_ptr<float>() : nullptr, shape};
-  const bool vectors = vectors_fit(arguments.codes, codes.stride(1), shape.channels) && codes.stride(0) % 4 == 0;
+  const Matrix rows = {arguments.codes, codes.stride(1), int(height * width), shape.channels};
+  const bool vectors = vectors_fit(rows) && codes.stride(0) % 4 == 0;
   with_vectors(vectors, [&](auto fit) {
     launch(device, "next_scale_input", add_scale_kernel<decltype(fit)::value>, tile_grid(shape, images), arguments,
            make_scale(shape, height, width, phi_index, 0));

@@ -13,37 +13,9 @@
 namespace var_kernels {
 namespace {
 
-constexpr int kMostScales = 64;
-
-// f (B, C, H, W) of any strides, in elements.
-struct ImageMaps {
-  const float* data;
-  int64_t image, channel, row, column;
-
-  __device__ __forceinline__ const float* at(int64_t image_index, int y, int x) const {
-    return data + image_index * image + y * row + x * column;
-  }
-  __device__ __forceinline__ float4 load(int64_t image_index, int y, int x, int c, int channels) const {
-    const float* const pixel = at(image_index, y, x);
-    float v[4] = {};
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (c + i < channels) v[i] = pixel[(c + i) * channel];
-    return {v[0], v[1], v[2], v[3]};
-  }
-};
-
-// Stores channels [c, c + 4) of a pixel of a dense (C, H, W) map.
-__device__ __forceinline__ void store_channels(float* out, const MapShape& shape, int pixel, int c, const float4& v) {
-  const float values[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (c + i < shape.channels) out[int64_t(c + i) * shape.pixels() + pixel] = values[i];
-}
-
 struct Quantize {
   ImageMaps f;
-  const float* codebook;  // (codes, channels) dense
+  const float *codebook, *searched;  // (codes, channels) dense; the same, or normalised
   Phi phi;
   float *f_hat, *rest;    // (images) maps; rest only stepwise
   float* out;             // (images, channels, height, width) dense
@@ -51,15 +23,8 @@ struct Quantize {
   float* errors;          // resident: (images, scales); stepwise: of every tile, (images, scales, tiles)
   MapShape shape;
   int codes, images, length, scales;
-  bool cosine;
+  bool normalised;
 };
-
-__device__ __forceinline__ float4 load_bias(const Phi& phi, int convolution, const MapShape& shape, int c) {
-  return load_channels<false>(phi.bias + int64_t(convolution) * shape.channels, c, shape.channels);
-}
-__device__ __forceinline__ const float* weight_of(const Phi& phi, int convolution, const MapShape& shape) {
-  return phi.weight + int64_t(convolution) * shape.channels * shape.channels * 9;
-}
 
 // f_hat and rest of a thread's part of a tile after scale k, and the sum of its rest². `map` is the image's residual
 // map; f_hat ends in `out`, NaN where f is not finite.
@@ -131,9 +96,9 @@ __device__ __forceinline__ void search_tokens(const Quantize& a, unsigned char* 
     *reinterpret_cast<float4*>(z + row * pitch + c) =
         exists ? pooled(a.shape, rest, scale.height, scale.width, first + row, c) : float4{};
   }
-  const Matrix codebook = {a.codebook, a.shape.channels, a.codes, a.shape.channels};
+  const Matrix codebook = {a.searched, a.shape.channels, a.codes, a.shape.channels};
   const Candidate best = search_codes<Tile>(
-      memory, 0, a.codes, a.shape.channels, a.cosine, pitch, [&](int, int chunk) { return z + chunk * kChunk; },
+      memory, 0, a.codes, a.shape.channels, a.normalised, pitch, [&](int, int chunk) { return z + chunk * kChunk; },
       [&](int, int code, int channel, float* target) {
         start_chunk<float, kVectors>(target, Tile::kCodes, codebook, code, channel);
       });
@@ -187,17 +152,6 @@ __global__ void __launch_bounds__(kMapThreads, 1)
 }
 
 // ---- stepwise -----------------------------------------------------------------------------------------------------
-
-// A thread's part of an image's work: `count` threads for each of `images`, as a grid of whole blocks.
-struct ImagePart {
-  int64_t image;
-  int index;
-  bool exists;
-};
-__device__ __forceinline__ ImagePart my_part(int count, int images) {
-  const int64_t i = int64_t(blockIdx.x) * kMapThreads + threadIdx.x, image = i / count;
-  return {image, int(i - image * count), image < images};
-}
 
 // The images' maps (images, pixels, pitch) of f.
 __global__ void __launch_bounds__(kMapThreads) load_maps_kernel(ImageMaps f, MapShape shape, int images, float* maps) {

@@ -25,7 +25,7 @@ void run(const OnDevice& device, const QuantizeBackward& a) {
   const MapShape& shape = a.shape;
   const LaunchShape tiles = tile_grid(shape, int64_t(a.images) * a.scales);
   const int64_t parts = shape.channel_tiles(), tokens = int64_t(a.images) * a.length, warps = kMapThreads / 32;
-  with_vectors(vectors_fit(a.codebook, shape.channels, shape.channels), [&](auto fit) {
+  with_vectors(vectors_fit(Matrix{a.codebook, shape.channels, a.codes, shape.channels}), [&](auto fit) {
     constexpr bool kVectors = decltype(fit)::value;
     launch(device, "multi_scale_quantize backward, maps", scale_maps_kernel<kVectors>, tiles, a);
     launch(device, "multi_scale_quantize backward, sums", suffix_sums_kernel,

@@ -9,7 +9,7 @@
 // The scales no longer wait for one another: each kernel takes all scales of all images. Two maps per image and scale
 // are kept, h, which becomes S, and du; u is upsampled again. All sums have one order, without atomics.
 #pragma once
-#include "multi_scale_quantize.cuh"
+#include "multi_scale_quantize_map.cuh"
 
 namespace var_kernels {
 namespace {

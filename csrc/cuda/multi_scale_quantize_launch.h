@@ -1,10 +1,13 @@
 // What the doors of multi_scale_quantize on CUDA devices share: tensors as kernels see them, schedules and grids.
 #pragma once
+#include <algorithm>
 #include <limits>
+#include <type_traits>
+#include <vector>
 
 #include "../multi_scale_quantize_checks.h"
-#include "multi_scale_quantize.cuh"
-#include "nearest_code_launch.h"
+#include "launch.h"
+#include "multi_scale_quantize_map.cuh"
 
 namespace var_kernels {
 namespace {
@@ -59,11 +62,6 @@ inline Schedule make_schedule(const MapShape& shape, const Sizes& heights, const
     VAR_CHECK(schedule.length < kMostRows, "heights, widths", "less than 2^30 tokens", schedule.length);
   }
   return schedule;
-}
-
-// Whether rows of `channels` floats from `data` on are aligned pieces of 16 bytes, `stride` apart.
-inline bool vectors_fit(const float* data, int64_t stride, int channels) {
-  return vectors_fit(Matrix{data, stride, 0, channels});
 }
 
 template <class F>

@@ -39,6 +39,8 @@ struct Scale {
   __host__ __device__ int tokens() const { return height * width; }
 };
 
+constexpr int kMostScales = 64;  // of a schedule, which is an argument of the kernels
+
 // The convolutions of all scales: (n, channels, channels, 3, 3) and (n, channels), dense.
 struct Phi {
   const float *weight, *bias;
@@ -75,6 +77,52 @@ __device__ __forceinline__ void add_scaled(float4& sum, float factor, const floa
   sum.y = fmaf(factor, v.y, sum.y);
   sum.z = fmaf(factor, v.z, sum.z);
   sum.w = fmaf(factor, v.w, sum.w);
+}
+
+__device__ __forceinline__ float4 load_bias(const Phi& phi, int convolution, const MapShape& shape, int c) {
+  return load_channels<false>(phi.bias + int64_t(convolution) * shape.channels, c, shape.channels);
+}
+__device__ __forceinline__ const float* weight_of(const Phi& phi, int convolution, const MapShape& shape) {
+  return phi.weight + int64_t(convolution) * shape.channels * shape.channels * 9;
+}
+
+// ---- images -------------------------------------------------------------------------------------------------------
+
+// f (B, C, H, W) of any strides, in elements.
+struct ImageMaps {
+  const float* data;
+  int64_t image, channel, row, column;
+
+  __device__ __forceinline__ const float* at(int64_t image_index, int y, int x) const {
+    return data + image_index * image + y * row + x * column;
+  }
+  __device__ __forceinline__ float4 load(int64_t image_index, int y, int x, int c, int channels) const {
+    const float* const pixel = at(image_index, y, x);
+    float v[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (c + i < channels) v[i] = pixel[(c + i) * channel];
+    return {v[0], v[1], v[2], v[3]};
+  }
+};
+
+// Stores channels [c, c + 4) of a pixel of a dense (C, H, W) map.
+__device__ __forceinline__ void store_channels(float* out, const MapShape& shape, int pixel, int c, const float4& v) {
+  const float values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (c + i < shape.channels) out[int64_t(c + i) * shape.pixels() + pixel] = values[i];
+}
+
+// A thread's part of an image's work: `count` threads for each of `images`, as a grid of whole blocks.
+struct ImagePart {
+  int64_t image;
+  int index;
+  bool exists;
+};
+__device__ __forceinline__ ImagePart my_part(int count, int images) {
+  const int64_t i = int64_t(blockIdx.x) * kMapThreads + threadIdx.x, image = i / count;
+  return {image, int(i - image * count), image < images};
 }
 
 // ---- bicubic upsampling -------------------------------------------------------------------------------------------

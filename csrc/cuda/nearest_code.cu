@@ -24,14 +24,18 @@ Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) 
   const OnDevice device(z_in);
   Tensor best = device.empty({z_in.size(0)}, ScalarType::Long);
   if (z_in.size(0) == 0) return best;
-  const Tensor z = dense_rows(z_in), codebook = dense_rows(codebook_in);
-  const NearestCode arguments = {matrix_of("z", z), matrix_of("codebook", codebook),
-                                 {best.mutable_data_ptr<int64_t>(), int(z.size(0)), 0}, nullptr, 0, cosine};
-  switch (z.scalar_type()) {
-    case ScalarType::Float: search<float>(device, arguments); break;
-    case ScalarType::BFloat16: search<bf16>(device, arguments); break;
-    default: search<fp16>(device, arguments);
-  }
+  // Normalised codes are fp32: so are the vectors then.
+  const Tensor z = dense_rows(cosine ? torch::stable::to(z_in, ScalarType::Float) : z_in);
+  const Tensor codebook = dense_rows(codebook_in);
+  NearestCode arguments = {matrix_of("z", z), matrix_of("codebook", codebook),
+                           {best.mutable_data_ptr<int64_t>(), int(z.size(0)), 0}, nullptr, 0, cosine};
+  with_dtype(codebook, [&](auto zero) {
+    using T = decltype(zero);
+    if (!cosine) return search<T>(device, arguments);
+    const Tensor codes = normalised_codes<T>(device, arguments.codebook);
+    arguments.codebook = matrix_of("codebook", codes);
+    search<float>(device, arguments);
+  });
   return best;
 }
 

@@ -26,7 +26,7 @@ struct NearestCode {
   TokenPlaces places;
   Candidate* candidates;  // (splits, rows), if there are several splits
   int split_codes;        // a multiple of the tile
-  bool cosine;
+  bool normalised;  // the codes
 };
 
 template <class Tile>
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kSearchThreads, 3) nearest_code_kernel(Nearest
   const bool streams = a.z.channels > kChunk;
   const auto z_tile = [&](int step) { return z_tiles + (streams ? step % 2 * Tile::kRows * kChunkPitch : 0); };
   const Candidate best = search_codes<Tile>(
-      memory, begin, end, a.z.channels, a.cosine, kChunkPitch, [&](int step, int) { return z_tile(step); },
+      memory, begin, end, a.z.channels, a.normalised, kChunkPitch, [&](int step, int) { return z_tile(step); },
       [&](int step, int code, int channel, float* target) {
         if (streams || step == 0) start_chunk<T, kVectors>(z_tile(step), Tile::kRows, a.z, first_row, channel);
         start_chunk<T, kVectors>(target, Tile::kCodes, a.codebook, code, channel);
@@ -59,6 +59,21 @@ __global__ void __launch_bounds__(kSearchThreads, 3) nearest_code_kernel(Nearest
     a.places.of(row) = best.index;
   else
     a.candidates[int64_t(blockIdx.y) * a.z.rows + row] = best;
+}
+
+// Codes over max(|c|, 1e-12), dense: a warp each. Divided before they are multiplied, as in the specification, because
+// codes that point the same way are equal then, and the lowest index is theirs.
+template <class T>
+__global__ void __launch_bounds__(kSearchThreads) normalise_codes_kernel(Matrix codebook, float* out) {
+  const int code = int(blockIdx.x) * (kSearchThreads / 32) + int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  if (code >= codebook.rows) return;  // the whole warp
+  const T* const row = static_cast<const T*>(codebook.data) + code * codebook.stride;
+  float sum = 0.0f;
+  for (int c = lane; c < codebook.channels; c += 32) sum = fmaf(to_float(row[c]), to_float(row[c]), sum);
+  float norm = sqrtf(warp_sum(sum));
+  if (norm < 1e-12f) norm = 1e-12f;  // a NaN stays
+  for (int c = lane; c < codebook.channels; c += 32)
+    out[int64_t(code) * codebook.channels + c] = to_float(row[c]) / norm;
 }
 
 // In the order of the splits, so that of equal scores the lowest index wins.

@@ -13,8 +13,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kMostRows = int64_t(1) << 30;  // and tiles of them: indices are 32-bit numbers
-
 struct SearchSplits {
   int count, codes;  // codes of each split, a multiple of the tile; the last one may have fewer
 };
@@ -44,11 +42,6 @@ void with_thread_rows(int64_t rows, const F& f) {
   return f(std::integral_constant<int, 1>());
 }
 
-// Whether rows of fp32 consist of aligned pieces of 16 bytes.
-inline bool vectors_fit(const Matrix& matrix) {
-  return reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && matrix.stride % 4 == 0 && matrix.channels % 4 == 0;
-}
-
 template <class T, bool kVectors>
 void search_with(const OnDevice& device, NearestCode arguments) {
   with_thread_rows(arguments.z.rows, [&](auto thread_rows) {
@@ -67,6 +60,17 @@ void search_with(const OnDevice& device, NearestCode arguments) {
              {dim3(unsigned((rows + kSearchThreads - 1) / kSearchThreads)), dim3(kSearchThreads)},
              arguments.candidates, splits.count, rows, arguments.places);
   });
+}
+
+// The codes of a codebook of T, dense and normalised.
+template <class T>
+Tensor normalised_codes(const OnDevice& device, const Matrix& codebook) {
+  Tensor codes = device.empty({codebook.rows, codebook.channels}, ScalarType::Float);
+  constexpr int kCodes = kSearchThreads / 32;
+  launch(device, "nearest_code normalised", normalise_codes_kernel<T>,
+         {dim3(unsigned((codebook.rows + kCodes - 1) / kCodes)), dim3(kSearchThreads)}, codebook,
+         codes.mutable_data_ptr<float>());
+  return codes;
 }
 
 // Vectors of T, at least one.
