@@ -27,12 +27,12 @@ def _kernels(source: Path, arch: str) -> dict[str, ptx_interpreter.Kernel]:
     return dict(zip(nvcc.plain_names(list(kernels)), kernels.values(), strict=True))
 
 
-def execute_ptx_of(source: Path, arch: str = "sm_80"):
-    """An executor of this file's kernels."""
+def execute_ptx_of(*sources: Path, arch: str = "sm_80"):
+    """An executor of these files' kernels."""
     written: dict[tuple[int, int], np.ndarray] = {}  # by a buffer's bounds, what the previous launch left defined
 
     def execute(launch: Launch) -> None:
-        kernel = _kernels(source, arch)[launch.kernel]
+        kernel = next(found[launch.kernel] for source in sources if launch.kernel in (found := _kernels(source, arch)))
         memory, undefined = _memory(launch, written)
         ptx_interpreter.run(
             kernel, launch.parameters,
