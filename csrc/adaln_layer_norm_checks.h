@@ -19,7 +19,10 @@ inline int dtype_index(const torch::stable::Tensor& x) {
   VAR_CHECK(false, "x", "float32, bfloat16 or float16", torch::headeronly::toString(x.scalar_type()));
 }
 
-inline void check_x(const torch::stable::Tensor& x) { VAR_CHECK(x.dim() == 3, "x", "3 dimensions", x.dim()); }
+inline void check_x(const torch::stable::Tensor& x) {
+  VAR_CHECK(x.dim() == 3, "x", "3 dimensions", x.dim());
+  dtype_index(x);
+}
 
 inline void check_like(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& x) {
   VAR_CHECK(tensor.scalar_type() == x.scalar_type(), name, torch::headeronly::toString(x.scalar_type()),

@@ -14,6 +14,18 @@ def cpu():
         pytest.skip(reason)
 
 
+@pytest.fixture
+def selected(request):
+    """The values of one parameter of the test with which this run calls it: what is slow to make, compiled code say, is
+    made for all of them together."""
+
+    def values(parameter):
+        items = (item for item in request.session.items if getattr(item, "function", None) is request.function)
+        return tuple(dict.fromkeys(item.callspec.params[parameter] for item in items))
+
+    return values
+
+
 @pytest.fixture(params=["cpu", "reference"])
 def backend(request):
     if request.param == "cpu":

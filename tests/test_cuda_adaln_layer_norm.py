@@ -3,12 +3,11 @@ that nvcc writes, never on a GPU; what nvcc makes of them; and that planted faul
 
 import functools
 import itertools
-import shutil
-import subprocess
 
 import pytest
 import torch
-from cuda_emulation import EmulationError, as_backend, build, load, plain_name
+from cuda_emulation import EmulationError, as_backend, build, load, machine_code
+from cuda_emulation.mutants import Mutant, load_mutant
 from cuda_emulation.sanitized import run_sanitized
 from test_adaln_layer_norm import (
     FORMS,
@@ -26,7 +25,7 @@ pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
-SOURCES = (_build.CSRC / "cuda" / "adaln_layer_norm.cu",)
+SOURCE = _build.CSRC / "cuda" / "adaln_layer_norm.cu"
 OPS = ("adaln", "gated")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,7 +38,7 @@ LONG_SHAPE = (1, 2, 4104)  # too many channels for the registers of backward
 
 @functools.cache
 def emulated(variant):
-    return load(variant, SOURCES)
+    return load(variant, [SOURCE])
 
 
 def run(variant, op, tensors, *, seed=0, executor=None, **options):
@@ -101,7 +100,7 @@ def test_mean_far_from_zero(dtype):
 
 
 def test_sanitizers_are_silent():
-    build.build("sanitized", SOURCES)
+    build.build("sanitized", [SOURCE])
     answer = run_sanitized("""
         import torch
         import test_cuda_adaln_layer_norm as tests
@@ -219,99 +218,76 @@ def test_ptx_is_accurate(op, dtype):
     """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same door."""
     from cuda_emulation.ptx import execute_ptx_of
 
-    executor = execute_ptx_of(SOURCES[0])
+    executor = execute_ptx_of(SOURCE)
     for index, shape in enumerate([(1, 3, 264), (2, 5, 40), (1, 2, 33), (3, 5, 7)]):
         tensors = inputs(op, shape, seed=index, dtype=dtype, forms=rotated_forms(index))
         assert_op_accurate("fast", op, tensors, executor=executor)
 
 
-# Registers that leave room for what the partition of the work assumes, per kernel and element type; the rest: 128.
+# Registers that leave room for what the partition of the work assumes, per kernel and element type.
 REGISTERS = {
-    "forward_kernel<__nv_bfloat16, false, 2>": 88,
-    "forward_kernel<__nv_bfloat16, true, 2>": 112,
-    "backward_kernel<__nv_bfloat16, false, 1>": 96,
+    "forward_kernel<bf16, false, 2>": 88,
+    "forward_kernel<bf16, true, 2>": 112,
+    "backward_kernel<bf16, false, 1>": 96,
     "sum_partials_kernel": 40,
+    "": 128,
 }
 
 
-@needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"])
-def test_machine_code(arch):
-    pytest.importorskip("triton")  # brings nvdisasm and cuobjdump
-    from cuda_emulation.ptx import nvcc_output
-
-    from var_kernels.report import sass
-    from var_kernels.report.sources import tools
-
-    functions = sass.read(nvcc_output(SOURCES[0], arch, "cubin").read_bytes(), *tools())
-    assert len(functions) == 33
-    for mangled, function in functions.items():
-        name = demangled(mangled)
-        opcodes = [instruction.opcode for instruction in function.instructions]
-        assert function.stack == 0 and not any(opcode.startswith(("LDL", "STL")) for opcode in opcodes), name
-        budget = next((limit for prefix, limit in REGISTERS.items() if name.startswith(prefix)), 128)
-        assert function.registers <= budget, f"{name}: {function.registers} registers"
-        loads = [opcode for opcode in opcodes if opcode.startswith("LDG")]
-        stores = [opcode for opcode in opcodes if opcode.startswith("STG")]
-        if name.startswith(("forward_kernel", "backward_kernel")):
-            narrow_loads = 2 if name.startswith("backward") else 0  # mean and rstd
+@pytest.mark.parametrize("arch", machine_code.ARCHS)
+def test_machine_code(arch, selected):
+    kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
+    assert len(kernels) == 33
+    for kernel in kernels:
+        machine_code.assert_resources(kernel, REGISTERS)
+        if kernel.name.startswith(("forward_kernel", "backward_kernel")):
+            narrow_loads = 2 if kernel.name.startswith("backward") else 0  # mean and rstd
             narrow_stores = 2 - narrow_loads
-            assert sum("128" not in opcode for opcode in loads) <= narrow_loads, f"{name}: {loads}"
-            assert sum("128" not in opcode for opcode in stores) <= narrow_stores, f"{name}: {stores}"
-
-
-def demangled(name):
-    answer = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True)
-    return plain_name(answer.stdout.strip()).removeprefix("var_kernels::")
+            assert len(kernel.narrow("LDG")) <= narrow_loads, f"{kernel.name}: {kernel.having('LDG')}"
+            assert len(kernel.narrow("STG")) <= narrow_stores, f"{kernel.name}: {kernel.having('STG')}"
 
 
 # ---- planted faults -----------------------------------------------------------------------------------------------
 
 HEADER, DOOR = "adaln_layer_norm.cuh", "adaln_layer_norm.cu"
-# file, what is replaced, by what, the variant that must find it, and as what (None: wrong values).
 MUTANTS = {
-    "no barrier in the sum": (
+    "no barrier in the sum": Mutant(
         HEADER, "  __syncthreads();\n#pragma unroll\n  for (int i = 0; i < N; ++i) v[i] = 0.0f;",
-        "#pragma unroll\n  for (int i = 0; i < N; ++i) v[i] = 0.0f;", "race", "race"),
-    "one buffer for both sums": (HEADER, "sum_over_row(sum, exchange[1])", "sum_over_row(sum, exchange[0])",
-                                 "race", "race"),
-    "one buffer for all tokens": (HEADER, "exchange[token & 1]", "exchange[0]", "race", "race"),
-    "no guard on the columns": (HEADER, "c < channels && rows.data != nullptr", "rows.data != nullptr",
-                                "race", "out_of_bounds"),
-    "no guard on the workers": (HEADER, "if (sample >= partition.samples)", "if (sample < 0)", "race", "out_of_bounds"),
-    "one row of partial sums": (HEADER, "grad.partial + int64_t(worker) * channels", "grad.partial",
-                                "race", "cross_block_race"),
-    "padding in the variance": (HEADER, "exists ? (v[j] - mean) * (v[j] - mean) : 0.0f",
-                                "exists | true ? (v[j] - mean) * (v[j] - mean) : 0.0f", "fast", None),
-    "modulation of the first token": (HEADER, "if (first || a.scale.per_token != 0)", "if (first)", "fast", None),
-    "no check of the alignment": (DOOR, "reinterpret_cast<uintptr_t>(rows->data) % 16 == 0 && ", "",
-                                  "fast", "misaligned"),
+        "#pragma unroll\n  for (int i = 0; i < N; ++i) v[i] = 0.0f;", "race"),
+    "one buffer for both sums": Mutant(
+        HEADER, "sum_over_row(sum, exchange[1])", "sum_over_row(sum, exchange[0])", "race", 2),
+    "one buffer for all tokens": Mutant(HEADER, "exchange[token & 1]", "exchange[0]", "race", 2),
+    "no guard on the columns": Mutant(
+        HEADER, "c < channels && rows.data != nullptr", "rows.data != nullptr", "out_of_bounds"),
+    "no guard on the workers": Mutant(HEADER, "if (sample >= partition.samples)", "if (sample < 0)", "out_of_bounds"),
+    "one row of partial sums": Mutant(
+        HEADER, "grad.partial + int64_t(worker) * channels", "grad.partial", "cross_block_race"),
+    "padding in the variance": Mutant(
+        HEADER, "exists ? (v[j] - mean) * (v[j] - mean) : 0.0f",
+        "exists | true ? (v[j] - mean) * (v[j] - mean) : 0.0f", "values"),
+    "modulation of the first token": Mutant(HEADER, "if (first || a.scale.per_token != 0)", "if (first)", "values", 2),
+    "no check of the alignment": Mutant(
+        DOOR, "reinterpret_cast<uintptr_t>(rows->data) % 16 == 0 && ", "", "misaligned"),
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_planted_faults_are_found(name, tmp_path):
-    file, old, new, variant, kind = MUTANTS[name]
-    shutil.copytree(_build.CSRC, tmp_path / "csrc")
-    path = tmp_path / "csrc" / "cuda" / file
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-    label = f"mutant{list(MUTANTS).index(name)}"
-    emulation = load(variant, (tmp_path / "csrc" / "cuda" / DOOR,), label)
+def test_planted_faults_are_found(name, selected):
+    layer = MUTANTS[name].layer
+    emulation = load_mutant(SOURCE, MUTANTS[name], [MUTANTS[each] for each in selected("name")])
     found = []
     for index, shape in enumerate([(1, 9, 264), (1, 9, 1032), (3, 5, 40)]):
         tensors = inputs("adaln", shape, seed=index, dtype=torch.bfloat16, forms=("(B,C)", "(B,L,C)", "(B,1,C)"))
-        if kind == "misaligned":
+        if layer == "misaligned":
             tensors[0] = torch.nn.functional.pad(tensors[0], (1, 7))[..., 1:-7]
-        elif kind is not None:
+        elif layer != "values":
             tensors[1] = tensors[1][:, :1]  # so that dscale is summed as well
         try:
             assert_op_accurate(emulation, "adaln", tensors, seed=index)
         except EmulationError as error:
             found += [report.kind for report in error.reports]
         except AssertionError:
-            found.append(None)
-    assert kind in found
+            found.append("values")
+    assert layer in found

@@ -3,12 +3,11 @@ never on a GPU; what nvcc makes of them; and that planted faults are found."""
 
 import contextlib
 import functools
-import shutil
-import subprocess
 
 import pytest
 import torch
-from cuda_emulation import EmulationError, as_backend, build, load, plain_name
+from cuda_emulation import EmulationError, as_backend, build, load, machine_code
+from cuda_emulation.mutants import Mutant, load_mutant
 from cuda_emulation.sanitized import run_sanitized
 from test_block_causal_attention import check as check_values_and_gradients
 from test_block_causal_attention import with_grads
@@ -287,103 +286,70 @@ def test_ptx_is_accurate(dim, dtype, lens, heads, queries):
 
 # Registers of a thread: of 64 columns three blocks of 128 threads fit on a multiprocessor, else two.
 REGISTERS = {
-    "attention_forward_kernel<__nv_bfloat16, 64>": 168,
-    "attention_forward_kernel<__half, 64>": 168,
+    "attention_forward_kernel<bf16, 64>": 168,
+    "attention_forward_kernel<fp16, 64>": 168,
     "attention_": 255,
     "plain_attention_": 255,
     "write_schedule_kernel": 40,
 }
-
-
 # Up to 4 registers, for compute capability 8.x: 64 KB of fp32 sums in 128 threads leave no more.
-FEW_SPILLS = {"plain_attention_backward_keys_kernel<float, 256>"}
+STACK = {"plain_attention_backward_keys_kernel<float, 256>": 16}
 
 
-@needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120"])
-def test_machine_code(arch):
-    pytest.importorskip("triton")  # brings nvdisasm and cuobjdump
-    from cuda_emulation.ptx import nvcc_output
-
-    from var_kernels.report import sass
-    from var_kernels.report.sources import tools
-
-    functions = sass.read(nvcc_output(SOURCE, arch, "cubin").read_bytes(), *tools())
-    assert len(functions) == 6 * 3 + 9 * 3 + 1
-    for mangled, function in functions.items():
-        name = demangled(mangled)
-        opcodes = [instruction.opcode for instruction in function.instructions]
-        if name not in FEW_SPILLS:
-            assert function.stack == 0 and not any(opcode.startswith(("LDL", "STL")) for opcode in opcodes), name
-        assert function.stack <= 16, name
-        budget = next(limit for prefix, limit in REGISTERS.items() if name.startswith(prefix))
-        assert function.registers <= budget, f"{name}: {function.registers} registers"
-        if name.startswith("attention_"):
-            copies = [opcode for opcode in opcodes if opcode.startswith("LDGSTS")]
-            stores = [opcode for opcode in opcodes if opcode.startswith("STG")]
-            assert copies and all("128" in opcode for opcode in copies), name
-            narrow = 0 if "keys" in name else 2  # lse, or delta, of two rows
-            assert sum("128" not in opcode for opcode in stores) <= narrow, f"{name}: {stores}"
-            assert any(opcode.startswith("HMMA.16816.F32") for opcode in opcodes), name
-
-
-def demangled(name):
-    answer = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True)
-    return plain_name(answer.stdout.strip()).removeprefix("var_kernels::")
+@pytest.mark.parametrize("arch", machine_code.ARCHS)
+def test_machine_code(arch, selected):
+    kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
+    assert len(kernels) == 6 * 3 + 9 * 3 + 1
+    for kernel in kernels:
+        machine_code.assert_resources(kernel, REGISTERS, STACK.get(kernel.name, 0))
+        if kernel.name.startswith("attention_"):
+            assert kernel.having("LDGSTS") and not kernel.narrow("LDGSTS"), kernel.name
+            narrow = 0 if "keys" in kernel.name else 2  # lse, or delta, of two rows
+            assert len(kernel.narrow("STG")) <= narrow, f"{kernel.name}: {kernel.having('STG')}"
+            assert any(opcode.startswith("HMMA.16816.F32") for opcode in kernel.opcodes), kernel.name
 
 
 # ---- planted faults ------------------------------------------------------------------------------------------------
 
-# Each in a copy of the sources: (file, what is there, what is put in its place, the layer that must find it).
+FORWARD, BACKWARD, DEVICE = (
+    "block_causal_attention.cuh", "block_causal_attention_backward.cuh", "attention_device.cuh",
+)  # fmt: skip
 FAULTS = {
-    "waits for too little": (
-        "block_causal_attention.cuh", "cp_async_wait<1>();  // the keys", "cp_async_wait<2>();  // the keys",
-        "in_flight"),
-    "no barrier before the scores": (
-        "block_causal_attention.cuh", "__syncthreads();          // and every warp", "// and every warp", "race"),
-    "no barrier before the values": (
-        "block_causal_attention.cuh", "__syncthreads();\n  stages.start_values(block + 1)",
-        "stages.start_values(block + 1)", "race"),
-    "no warp barrier in the results": ("attention_device.cuh", "  __syncwarp();\n", "", "race"),
-    "keys past the end": ("attention_device.cuh", "first + row + r < limit && (c", "(c", "out_of_bounds"),
-    "columns past the end": ("attention_device.cuh", " && (c + chunk) * 8 < dim", "", "out_of_bounds"),
-    "no swizzle": ("attention_device.cuh", "chunk ^ (row & 7) : ", "chunk : ", "conflicts"),
-    "copied without the swizzle": (
-        "attention_device.cuh", "target = tile + swizzled<kDim>(row, chunk)", "target = tile + row * kDim + chunk * 8",
-        "values"),
-    "sees one key too many": ("block_causal_attention.cuh", "% 2 >= visible", "% 2 > visible", "values"),
-    "what was summed is not rescaled": (
-        "block_causal_attention.cuh", "rows.acc[n][2 * half] *= factor", "rows.acc[n][2 * half] *= 1.0f", "values"),
-    "backward waits for too little": (
-        "block_causal_attention_backward.cuh", "cp_async_wait<1>();\n  stages.store_statistic",
+    "waits for too little": Mutant(
+        FORWARD, "cp_async_wait<1>();  // the keys", "cp_async_wait<2>();  // the keys", "in_flight"),
+    "no barrier before the scores": Mutant(
+        FORWARD, "__syncthreads();          // and every warp", "// and every warp", "race"),
+    "no barrier before the values": Mutant(
+        FORWARD, "__syncthreads();\n  stages.start_values(block + 1)", "stages.start_values(block + 1)", "race"),
+    "no warp barrier in the results": Mutant(DEVICE, "  __syncwarp();\n", "", "race"),
+    "keys past the end": Mutant(DEVICE, "first + row + r < limit && (c", "(c", "out_of_bounds"),
+    "columns past the end": Mutant(DEVICE, " && (c + chunk) * 8 < dim", "", "out_of_bounds"),
+    "no swizzle": Mutant(DEVICE, "chunk ^ (row & 7) : ", "chunk : ", "conflicts"),
+    "copied without the swizzle": Mutant(
+        DEVICE, "target = tile + swizzled<kDim>(row, chunk)", "target = tile + row * kDim + chunk * 8", "values"),
+    "sees one key too many": Mutant(FORWARD, "% 2 >= visible", "% 2 > visible", "values"),
+    "what was summed is not rescaled": Mutant(
+        FORWARD, "rows.acc[n][2 * half] *= factor", "rows.acc[n][2 * half] *= 1.0f", "values"),
+    "backward waits for too little": Mutant(
+        BACKWARD, "cp_async_wait<1>();\n  stages.store_statistic",
         "cp_async_wait<2>();\n  stages.store_statistic", "in_flight"),
-    "no barrier after the statistics": (
-        "block_causal_attention_backward.cuh", "step, statistic, masked);\n  __syncthreads();",
-        "step, statistic, masked);", "race"),
-    "values overtake out": (
-        "block_causal_attention_backward.cuh", "__syncthreads();  // the warps are done with out", "", "race"),
-    "a key is seen too early": (
-        "block_causal_attention_backward.cuh", "8 >= stages.statistics.visible", "8 > stages.statistics.visible",
-        "values"),
-    "a warp diverges": (
-        "block_causal_attention.cuh", "    total += __shfl_xor_sync(kFullWarp, total, 2);",
+    "no barrier after the statistics": Mutant(
+        BACKWARD, "step, statistic, masked);\n  __syncthreads();", "step, statistic, masked);", "race"),
+    "values overtake out": Mutant(BACKWARD, "__syncthreads();  // the warps are done with out", "", "race"),
+    "a key is seen too early": Mutant(
+        BACKWARD, "8 >= stages.statistics.visible", "8 > stages.statistics.visible", "values"),
+    "a warp diverges": Mutant(
+        FORWARD, "    total += __shfl_xor_sync(kFullWarp, total, 2);",
         "    if (row + 8 * half < tile.count) total += __shfl_xor_sync(kFullWarp, total, 2);", "divergence"),
 }  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(fault, tmp_path):
-    name, there, instead, layer = FAULTS[fault]
-    shutil.copytree(_build.CSRC, tmp_path / "csrc")
-    changed = tmp_path / "csrc" / "cuda" / name
-    text = changed.read_text()
-    assert text.count(there) == 1
-    changed.write_text(text.replace(there, instead))
-    variant = "fast" if layer in ("values", "conflicts", "divergence") else "race"
-    label = f"attention_fault{list(FAULTS).index(fault)}"
-    faulty = load(variant, [tmp_path / "csrc" / "cuda" / SOURCE.name], label)
+def test_planted_faults_are_found(fault, selected):
+    layer = FAULTS[fault].layer
+    faulty = load_mutant(SOURCE, FAULTS[fault], [FAULTS[each] for each in selected("fault")])
     dim = 40 if fault == "columns past the end" else 64
     inputs = attention_inputs(1, 1, 135, dim, seed=1, dtype=torch.bfloat16)
     dout, lens = randn(1, 1, 135, dim, seed=4, dtype=torch.bfloat16), (65, 1, 69)

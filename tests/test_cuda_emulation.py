@@ -229,7 +229,7 @@ def test_report_says_who_and_where():
     if shutil.which("addr2line"):
         line = int(report.where.removeprefix("micro.cu:"))
         assert "s[" in SOURCES[0].read_text().splitlines()[line - 1]
-        assert report.kernel == "var_kernels::reverse_in_block<true, false>"
+        assert report.kernel == "reverse_in_block<true, false>"
     assert report.where in str(caught.value)
 
 

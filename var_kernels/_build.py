@@ -320,13 +320,11 @@ def _ninja_file(
 ) -> str:
     """The ninja plan: one object per door, one per vector file and ISA level, one per CUDA file, one link."""
     include = f"-I{shlex.quote(str(CSRC))}"
-    stable_abi = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
-    for directory in ("include", "include/torch/csrc/api/include"):
-        stable_abi += f" -isystem {shlex.quote(str(torch.path / directory))}"
+    stable_abi = stable_abi_flags(torch)
     flags = f"{COMMON_FLAGS} {include} -ffile-prefix-map={shlex.quote(str(CSRC.parent))}=."  # no local paths inside
     rules = {"cxx": f"{compiler.command} -MMD -MF $out.d {flags} {os.environ.get('CXXFLAGS', '')}"}
     if nvcc:
-        rules["nvcc"] = _nvcc_command(nvcc, info["cuda_archs"], f"{include} {stable_abi}", report)
+        rules["nvcc"] = _nvcc_rule(nvcc, info["cuda_archs"], f"{include} {stable_abi}", report)
     lines = ["ninja_required_version = 1.5"]
     for name, command in rules.items():
         # The key is a shell comment: it makes ninja compile again whenever a file's content changed, also where a
@@ -376,12 +374,24 @@ def _with_includes(source: Path, found: list[Path]) -> list[Path]:
     return found
 
 
-def _nvcc_command(nvcc: Nvcc, archs: Iterable[str], flags: str, report: bool) -> str:
+def stable_abi_flags(torch: TorchInstall) -> str:
+    """What a door needs to find torch's headers, and to use no more of them than its stable ABI."""
+    places = (torch.path / directory for directory in ("include", "include/torch/csrc/api/include"))
+    includes = (f"-isystem {shlex.quote(str(place))}" for place in places)
+    return " ".join((f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *includes))
+
+
+def nvcc_command(nvcc: Nvcc) -> str:
+    """nvcc with the options that decide what its code is."""
     # nvcc picks its own host compiler unless the user named one.
-    host = f"-ccbin {shlex.quote(os.environ['CXX'])} " if os.environ.get("CXX") else ""
+    host = f" -ccbin {shlex.quote(os.environ['CXX'])}" if os.environ.get("CXX") else ""
+    return f"{shlex.quote(nvcc.command)}{host} -O3 -std=c++20"
+
+
+def _nvcc_rule(nvcc: Nvcc, archs: Iterable[str], flags: str, report: bool) -> str:
     codes = " ".join("-gencode " + shlex.quote(CUDA_ARCHS[arch]) for arch in archs)
     return (
-        f"{shlex.quote(nvcc.command)} {host}-MMD -MF $out.d -O3 -std=c++20 -lineinfo --threads 2 "
+        f"{nvcc_command(nvcc)} -MMD -MF $out.d -lineinfo --threads 2 "
         f"-Xcompiler -fPIC,-fvisibility=hidden {'-Xptxas -v ' if report else ''}{codes} {flags}"
     )
 

@@ -161,13 +161,9 @@ std::tuple<Tensor, Tensor> next_scale_input(const Tensor& f_hat, const Tensor& c
                                             double phi_ratio) {
   const MapShape shape = map_shape(f_hat, "f_hat");
   const int64_t batch = f_hat.size(0), channels = shape.channels;
-  check_float(codes_in, "codes", 3);
+  check_step(codes_in, batch, channels, height, width, next_height, next_width);
   check_phi(phi_weight_in, phi_bias_in, channels);
   check_phi_index({phi_index}, 1, phi_weight_in.size(0));
-  VAR_CHECK(height > 0 && width > 0, "height, width", "positive sizes", height, " and ", width);
-  VAR_CHECK(next_height >= 0 && next_width >= 0, "next_height, next_width", "sizes", next_height, " and ", next_width);
-  VAR_CHECK(codes_in.size(0) == batch && codes_in.size(1) == height * width && codes_in.size(2) == channels, "codes",
-            "shape (B, height * width, C)", "another shape");
   const Tensor codes = channels == 1 || codes_in.stride(2) == 1 ? codes_in : torch::stable::contiguous(codes_in);
   const Tensor phi_weight = dense(phi_weight_in), phi_bias = dense(phi_bias_in);
   const int64_t next_tokens = next_height * next_width;

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../checks.h"
+#include "../multi_scale_quantize_checks.h"
 #include "dispatch.h"
 #include "multi_scale_quantize.h"
 #include "nearest_code.h"
@@ -19,10 +19,6 @@ VAR_DECLARE_ISA_TABLES(QuantizeBackwardTable, quantize_backward)
 VAR_DECLARE_ISA_TABLES(NearestCodeTable, nearest_code_table)
 
 namespace multi_scale {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Sizes = std::vector<int64_t>;
 
 // PyTorch's cubic convolution, A = -0.75 and align_corners = False, in its own fp32 arithmetic: the weights are the
 // same bit by bit where this file is compiled without fused multiply-add.
@@ -66,44 +62,15 @@ struct Schedule {
 };
 
 inline Schedule make_schedule(const MapShape& shape, const Sizes& heights, const Sizes& widths) {
-  VAR_CHECK(!heights.empty() && heights.size() == widths.size(), "heights, widths", "one entry per scale",
-            heights.size(), " and ", widths.size());
+  check_sizes(heights, widths, shape.height, shape.width);
   Schedule schedule;
   for (size_t k = 0; k < heights.size(); ++k) {
-    VAR_CHECK(heights[k] > 0 && widths[k] > 0, "heights, widths", "positive sizes", heights[k], " and ", widths[k]);
     schedule.scales.push_back(make_scale(shape, heights[k], widths[k], schedule.tokens));
     const int64_t tokens = heights[k] * widths[k];
     schedule.tokens += tokens;
     schedule.largest = std::max(schedule.largest, tokens);
   }
-  VAR_CHECK(heights.back() == shape.height && widths.back() == shape.width, "heights, widths",
-            "the full size as last entry", heights.back(), " and ", widths.back());
   return schedule;
-}
-
-inline void check_float(const Tensor& tensor, const char* argument, int64_t dimensions) {
-  VAR_CHECK(tensor.scalar_type() == ScalarType::Float, argument, "float32",
-            torch::headeronly::toString(tensor.scalar_type()));
-  VAR_CHECK(tensor.dim() == dimensions, argument, dimensions, tensor.dim(), " dimensions");
-}
-
-inline void check_phi(const Tensor& weight, const Tensor& bias, int64_t channels) {
-  check_float(weight, "phi_weight", 5);
-  check_float(bias, "phi_bias", 2);
-  VAR_CHECK(weight.size(1) == channels && weight.size(2) == channels && weight.size(3) == 3 && weight.size(4) == 3,
-            "phi_weight", "shape (n, C, C, 3, 3)", "another shape");
-  VAR_CHECK(bias.size(0) == weight.size(0) && bias.size(1) == channels, "phi_bias", "shape (n, C)", "another shape");
-}
-
-inline void check_phi_index(const Sizes& phi_index, size_t scales, int64_t convolutions) {
-  VAR_CHECK(phi_index.size() == scales, "phi_index", scales, phi_index.size(), " entries");
-  for (const int64_t i : phi_index)
-    VAR_CHECK(i >= 0 && i < convolutions, "phi_index", "an index of phi_weight", i);
-}
-
-inline void check_codebook(const Tensor& codebook, int64_t channels) {
-  check_float(codebook, "codebook", 2);
-  VAR_CHECK(codebook.size(0) > 0 && codebook.size(1) == channels, "codebook", "shape (V, C)", "another shape");
 }
 
 inline MapShape map_shape(const Tensor& f, const char* argument) {
@@ -120,10 +87,6 @@ inline int64_t map_floats(const MapShape& shape) { return shape.height * shape.w
 
 inline Image image_of(const Tensor& f, int64_t index) {
   return {f.const_data_ptr<float>() + index * f.stride(0), f.stride(1), f.stride(2), f.stride(3)};
-}
-
-inline Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 // Memory that the threads share, unspecified contents. (thread_scratch belongs to the tasks.)

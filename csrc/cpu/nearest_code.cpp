@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../checks.h"
+#include "../nearest_code_checks.h"
 #include "dispatch.h"
 
 namespace var_kernels {
@@ -33,16 +33,8 @@ Tensor dense_fp32(const Tensor& tensor) {
 }
 
 Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) {
-  VAR_CHECK(z_in.dim() == 2, "z", "2 dimensions", z_in.dim());
-  VAR_CHECK(codebook_in.dim() == 2, "codebook", "2 dimensions", codebook_in.dim());
+  check_nearest_code(z_in, codebook_in);
   const int64_t rows = z_in.size(0), channels = z_in.size(1), codes = codebook_in.size(0);
-  VAR_CHECK(codebook_in.size(1) == channels, "codebook", channels, codebook_in.size(1), " channels");
-  VAR_CHECK(codes > 0, "codebook", "at least one code", codes);
-  const ScalarType dtype = z_in.scalar_type();
-  VAR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "z",
-            "float32, bfloat16 or float16", torch::headeronly::toString(dtype));
-  VAR_CHECK(codebook_in.scalar_type() == dtype, "codebook", torch::headeronly::toString(dtype),
-            torch::headeronly::toString(codebook_in.scalar_type()));
   Tensor best = empty_cpu({rows}, ScalarType::Long);
   if (rows == 0) return best;
 

@@ -68,15 +68,6 @@ Tiling tiling(const Tensor& x, int elements, std::initializer_list<const Rows*> 
   return {elements, int((channels + per_warp - 1) / per_warp) * 32};
 }
 
-template <class F>
-void with_dtype(const Tensor& x, const F& f) {
-  switch (dtype_index(x)) {
-    case 0: return f(float());
-    case 1: return f(bf16());
-    default: return f(fp16());
-  }
-}
-
 // ---- launchers ----------------------------------------------------------------------------------------------------
 
 template <class T, bool kGated>

@@ -45,15 +45,6 @@ Tensor empty_as(const OnDevice& device, const Tensor& x) {
   return torch::stable::empty_like(x);
 }
 
-template <class F>
-void with_dtype(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::BFloat16: return f(bf16());
-    default: return f(fp16());
-  }
-}
-
 // The width that kernels are compiled for which serves head dimension `dim`.
 constexpr int kMaxTensorCoreDim = 128;
 template <class F>

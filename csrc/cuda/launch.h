@@ -50,6 +50,16 @@ struct OnDevice {
   }
 };
 
+// f of a zero of the type of a tensor's elements, which are fp32, bf16 or fp16.
+template <class F>
+void with_dtype(const torch::stable::Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case torch::headeronly::ScalarType::Float: return f(float());
+    case torch::headeronly::ScalarType::BFloat16: return f(bf16());
+    default: return f(fp16());
+  }
+}
+
 struct LaunchShape {
   dim3 grid, block;
   size_t shared_bytes = 0;  // dynamic shared memory
@@ -62,6 +72,17 @@ inline void check_cuda(cudaError_t error, const char* kernel, const LaunchShape&
   STD_TORCH_CHECK(false, "var_kernels: kernel ", kernel, ": ", cudaGetErrorString(error), " (grid ", grid.x, "x",
                   grid.y, "x", grid.z, ", block ", block.x, "x", block.y, "x", block.z, ", ", shape.shared_bytes,
                   " bytes of shared memory, device ", device, ")");
+}
+
+// How many blocks can be worked on at the same time, one each.
+inline int multiprocessors(const OnDevice& device) {
+  static std::mutex mutex;
+  static std::map<int32_t, int> counts;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& count = counts[device.index];
+  if (count == 0)
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index), "(none)", {}, device.index);
+  return count;
 }
 
 // Above 48 KiB a kernel must be told so on each device; never less than before, or an earlier shape would fail.

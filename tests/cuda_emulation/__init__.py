@@ -25,12 +25,13 @@ from unittest import mock
 import torch
 
 from var_kernels import _build, _library, backends
+from var_kernels.report.nvcc import plain_name
 
 from . import build
 
 __all__ = [
     "Emulation", "EmulationError", "Executor", "Launch", "Report", "Run", "as_backend", "kernel_sources", "load",
-    "plain_name",
+    "load_built",
 ]  # fmt: skip
 
 
@@ -153,11 +154,6 @@ class Emulation:
         return reports
 
 
-def plain_name(symbol: str) -> str:
-    """A demangled function without its return type, its parameters, and the namespaces that compilers make up."""
-    return re.sub(r"^void |\(anonymous namespace\)::|\(.*", "", symbol)
-
-
 @functools.lru_cache(maxsize=1024)
 def _places(path: Path, addresses: Sequence[int]) -> list[tuple[str, str]]:
     """(function, "file:line") of each address in the library."""
@@ -201,8 +197,11 @@ def load(variant: str, sources: Sequence[Path], label: str = "") -> Emulation:
 
     A `label` keeps the operators apart from those of other modules of the variant in this process.
     """
-    namespace = build.namespace(variant, label)
-    path = build.build(variant, sources, label)
+    return load_built(build.build(variant, sources, label), build.namespace(variant, label))
+
+
+def load_built(path: Path, namespace: str) -> Emulation:
+    """Loads a module that was built for this namespace."""
     if path not in _loaded:
         _defined(namespace)
         # Extension modules are remembered by name: each library needs its own.

@@ -86,7 +86,8 @@ def build(variant: str, sources: Sequence[Path], label: str = "") -> Path:
     Raises RuntimeError with the compiler's output where that fails.
     """
     kernel_flags, runtime_flags = VARIANTS[variant]
-    includes = f"-I{_build.CSRC} -I{HERE} {_torch_includes()} -isystem {_cuda_headers()}"
+    torch = _build.require_torch(_build.find_torch())
+    includes = f"-I{_build.CSRC} -I{HERE} {_build.stable_abi_flags(torch)} -isystem {_cuda_headers()}"
     emulate = f"-DVAR_EMULATE -DVAR_OPS_NAMESPACE={namespace(variant, label)} -DVAR_OPS_KEY=CPU"
     emulate += f" -include {HERE / 'cuda_emu.h'} -x c++"
     python = f"-isystem {sysconfig.get_path('include')} -isystem {_pybind11_include()}"
@@ -98,16 +99,9 @@ def build(variant: str, sources: Sequence[Path], label: str = "") -> Path:
     tasks += [(source, f"{_COMMON} {kernel_flags} {includes} {emulate}") for source in sources]
     directory = _build.cache_root() / "cuda_emulation"
     directory.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(str(directory / "lock")):
-        with ThreadPoolExecutor(max(1, min(2, os.cpu_count() or 1))) as pool:
-            objects = list(pool.map(lambda task: _compile(*task, directory), tasks))
-        return _link(variant, objects, directory)
-
-
-def _torch_includes() -> str:
-    torch = _build.require_torch(_build.find_torch())
-    paths = (torch.path / "include", torch.path / "include/torch/csrc/api/include")
-    return f"-DTORCH_TARGET_VERSION={_build.TORCH_TARGET_VERSION} " + " ".join(f"-isystem {path}" for path in paths)
+    with ThreadPoolExecutor(max(1, min(2, os.cpu_count() or 1))) as pool:
+        objects = list(pool.map(lambda task: _compile(*task, directory), tasks))
+    return _link(variant, objects, directory)
 
 
 def _pybind11_include() -> str:
@@ -122,9 +116,7 @@ def _compile(source: Path, flags: str, directory: Path) -> Path:
     for path in (*_build._with_includes(source, []), *sorted(HERE.glob("*.h"))):
         digest.update(path.read_bytes())
     output = directory / f"{source.stem}-{digest.hexdigest()[:20]}.o"
-    if not output.is_file():
-        _run(f"{command} -c {source} -o", output)
-    return output
+    return _make(f"{command} -c {source} -o", output)
 
 
 def _link(variant: str, objects: Sequence[Path], directory: Path) -> Path:
@@ -135,15 +127,18 @@ def _link(variant: str, objects: Sequence[Path], directory: Path) -> Path:
     names = " ".join(map(str, objects))
     key = hashlib.sha256(f"{names} {flags}".encode()).hexdigest()[:20]
     output = directory / f"{variant}-{key}" / f"{MODULE}.so"
-    if not output.is_file():
-        output.parent.mkdir(exist_ok=True)
-        _run(f"{_build.find_compiler().command} -shared {names} {flags} -o", output)
+    output.parent.mkdir(exist_ok=True)
+    return _make(f"{_build.find_compiler().command} -shared {names} {flags} -o", output)
+
+
+def _make(command: str, output: Path) -> Path:
+    """`output`, made by `command` if it is not there; by one process or thread at a time."""
+    with filelock.FileLock(f"{output}.lock"):
+        if output.is_file():
+            return output
+        temporary = output.with_name(f".{os.getpid()}-{output.name}")
+        answer = subprocess.run([*shlex.split(command), str(temporary)], capture_output=True, text=True)
+        if answer.returncode:
+            raise RuntimeError(f"{command} failed:\n{answer.stderr[-6000:]}")
+        os.replace(temporary, output)
     return output
-
-
-def _run(command: str, output: Path) -> None:
-    temporary = output.with_name(f".{os.getpid()}-{output.name}")
-    answer = subprocess.run([*shlex.split(command), str(temporary)], capture_output=True, text=True)
-    if answer.returncode:
-        raise RuntimeError(f"{command} failed:\n{answer.stderr[-6000:]}")
-    os.replace(temporary, output)

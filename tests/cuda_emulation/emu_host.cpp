@@ -15,6 +15,9 @@ int open_device_guards;
 std::map<const void*, int> shared_limits;
 constexpr int kDefaultShared = 48 << 10, kOptInShared = 99 << 10;  // the least of compute capabilities 8.0 ... 12.0
 
+// Few, so that small problems are enough for some choices and too much for others.
+constexpr int kMultiprocessors = 6;
+
 struct Shape {
   std::string text = "tensor (";
   size_t bytes = 0;  // from the first element to the last, with what lies between
@@ -111,6 +114,12 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
+  *value = emu::kMultiprocessors;
+  return cudaSuccess;
+}
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorInvalidValue;

@@ -106,7 +106,7 @@ def _encode_arguments(kernel: Kernel, arguments: list) -> list[bytes]:
             words.append(_FLOATS[kind](value).tobytes())
         elif kind in SCALAR_BYTES and kind not in _FLOATS and isinstance(value, numbers.Integral):
             words.append((int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little"))
-        elif kind not in SCALAR_BYTES and isinstance(value, bytes) and len(value) == size:
+        elif isinstance(value, bytes) and len(value) == size:
             words.append(value)
         else:
             raise PtxError(f"parameter {name} of kernel {kernel.name} is .{kind}, got {value!r}")

@@ -1,0 +1,90 @@
+// nearest_code on CUDA devices: a block searches the codes of up to 64 vectors, in all of the codebook or, where there
+// are too few vectors to keep the GPU busy, in one of several splits of it, whose winners a second kernel compares.
+#pragma once
+#include "code_search.cuh"
+
+namespace var_kernels {
+namespace {
+
+constexpr int kSearchThreads = 128;
+template <int kThreadRows>
+using NearestTile = SearchTile<kThreadRows, 8, 2, 2>;
+
+// Where the code of vector `row` goes: those of an image are consecutive, `stride` after those of the one before.
+struct TokenPlaces {
+  int64_t* tokens;
+  int per_image;
+  int64_t stride;
+
+  __device__ __forceinline__ int64_t& of(int row) const {
+    return tokens[row / per_image * stride + row % per_image];
+  }
+};
+
+struct NearestCode {
+  Matrix z, codebook;
+  TokenPlaces places;
+  Candidate* candidates;  // (splits, rows), if there are several splits
+  int split_codes;        // a multiple of the tile
+  bool normalised;  // the codes
+};
+
+template <class Tile>
+constexpr size_t nearest_code_shared_bytes(int channels) {
+  const int z_stages = channels > kChunk ? 2 : 1;
+  return sizeof(SearchMemory<Tile>) + sizeof(float) * z_stages * Tile::kRows * kChunkPitch;
+}
+
+// A grid of tiles of vectors by splits. Vectors of one chunk stay in shared memory; longer ones stream like the codes.
+template <class T, bool kVectors, int kThreadRows>
+__global__ void __launch_bounds__(kSearchThreads, 3) nearest_code_kernel(NearestCode a) {
+  using Tile = NearestTile<kThreadRows>;
+  static_assert(Tile::kThreads == kSearchThreads);
+  VAR_DYN_SMEM(shared);
+  auto& memory = *reinterpret_cast<SearchMemory<Tile>*>(shared);
+  float* const z_tiles = reinterpret_cast<float*>(&memory + 1);
+  const int first_row = int(blockIdx.x) * Tile::kRows, begin = int(blockIdx.y) * a.split_codes;
+  const int end = min(begin + a.split_codes, a.codebook.rows);
+  const bool streams = a.z.channels > kChunk;
+  const auto z_tile = [&](int step) { return z_tiles + (streams ? step % 2 * Tile::kRows * kChunkPitch : 0); };
+  const Candidate best = search_codes<Tile>(
+      memory, begin, end, a.z.channels, a.normalised, kChunkPitch, [&](int step, int) { return z_tile(step); },
+      [&](int step, int code, int channel, float* target) {
+        if (streams || step == 0) start_chunk<T, kVectors>(z_tile(step), Tile::kRows, a.z, first_row, channel);
+        start_chunk<T, kVectors>(target, Tile::kCodes, a.codebook, code, channel);
+      });
+  const int row = first_row + int(threadIdx.x);
+  if (int(threadIdx.x) >= Tile::kRows || row >= a.z.rows) return;
+  if (gridDim.y == 1)
+    a.places.of(row) = best.index;
+  else
+    a.candidates[int64_t(blockIdx.y) * a.z.rows + row] = best;
+}
+
+// Codes over max(|c|, 1e-12), dense: a warp each. Divided before they are multiplied, as in the specification, because
+// codes that point the same way are equal then, and the lowest index is theirs.
+template <class T>
+__global__ void __launch_bounds__(kSearchThreads) normalise_codes_kernel(Matrix codebook, float* out) {
+  const int code = int(blockIdx.x) * (kSearchThreads / 32) + int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  if (code >= codebook.rows) return;  // the whole warp
+  const T* const row = static_cast<const T*>(codebook.data) + code * codebook.stride;
+  float sum = 0.0f;
+  for (int c = lane; c < codebook.channels; c += 32) sum = fmaf(to_float(row[c]), to_float(row[c]), sum);
+  float norm = sqrtf(warp_sum(sum));
+  if (norm < 1e-12f) norm = 1e-12f;  // a NaN stays
+  for (int c = lane; c < codebook.channels; c += 32)
+    out[int64_t(code) * codebook.channels + c] = to_float(row[c]) / norm;
+}
+
+// In the order of the splits, so that of equal scores the lowest index wins.
+__global__ void __launch_bounds__(kSearchThreads)
+    best_candidate_kernel(const Candidate* candidates, int splits, int rows, TokenPlaces places) {
+  const int row = int(blockIdx.x) * kSearchThreads + int(threadIdx.x);
+  if (row >= rows) return;
+  Candidate winner = kNoCandidate;
+  for (int split = 0; split < splits; ++split) winner = better(winner, candidates[int64_t(split) * rows + row]);
+  places.of(row) = winner.index;
+}
+
+}  // namespace
+}  // namespace var_kernels

@@ -1,0 +1,85 @@
+// The launcher of nearest_code, for the doors that search: into how many splits a search of the codebook is divided,
+// and how many vectors a thread takes.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "launch.h"
+#include "nearest_code.cuh"
+
+namespace var_kernels {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct SearchSplits {
+  int count, codes;  // codes of each split, a multiple of the tile; the last one may have fewer
+};
+
+// The fewest splits that make the busiest multiprocessor's work least. A block's start and end, and the second kernel,
+// cost about as much as two tiles of the codebook.
+inline SearchSplits search_splits(int64_t row_tiles, int64_t codes, int64_t tile_codes, const OnDevice& device) {
+  constexpr int64_t kOverhead = 2, kMostSplits = 128;
+  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t tiles = ceil_div(codes, tile_codes), processors = multiprocessors(device);
+  int64_t best = 1, least = ceil_div(row_tiles, processors) * (tiles + kOverhead);
+  for (int64_t splits = 2; splits <= std::min(tiles, kMostSplits); ++splits) {
+    const int64_t work =
+        ceil_div(row_tiles * splits, processors) * (ceil_div(tiles, splits) + kOverhead) + kOverhead;
+    if (work < least) best = splits, least = work;
+  }
+  const int64_t split_tiles = ceil_div(tiles, best);
+  return {int(ceil_div(tiles, split_tiles)), int(split_tiles * tile_codes)};
+}
+
+// f of the vectors of a thread, eight times as many of the block: 8, or so few that half of them exist.
+template <class F>
+void with_thread_rows(int64_t rows, const F& f) {
+  if (rows > 32) return f(std::integral_constant<int, 8>());
+  if (rows > 16) return f(std::integral_constant<int, 4>());
+  if (rows > 8) return f(std::integral_constant<int, 2>());
+  return f(std::integral_constant<int, 1>());
+}
+
+template <class T, bool kVectors>
+void search_with(const OnDevice& device, NearestCode arguments) {
+  with_thread_rows(arguments.z.rows, [&](auto thread_rows) {
+    constexpr int kThreadRows = decltype(thread_rows)::value;
+    using Tile = NearestTile<kThreadRows>;
+    const int rows = arguments.z.rows, row_tiles = (rows + Tile::kRows - 1) / Tile::kRows;
+    const SearchSplits splits = search_splits(row_tiles, arguments.codebook.rows, Tile::kCodes, device);
+    Tensor candidates = device.empty({splits.count > 1 ? 2 * int64_t(splits.count) * rows : 0}, ScalarType::Float);
+    arguments.split_codes = splits.codes;
+    arguments.candidates = reinterpret_cast<Candidate*>(candidates.mutable_data_ptr<float>());
+    const LaunchShape shape = {dim3(unsigned(row_tiles), unsigned(splits.count)), dim3(kSearchThreads),
+                               nearest_code_shared_bytes<Tile>(arguments.z.channels)};
+    launch(device, "nearest_code", nearest_code_kernel<T, kVectors, kThreadRows>, shape, arguments);
+    if (splits.count > 1)
+      launch(device, "nearest_code splits", best_candidate_kernel,
+             {dim3(unsigned((rows + kSearchThreads - 1) / kSearchThreads)), dim3(kSearchThreads)},
+             arguments.candidates, splits.count, rows, arguments.places);
+  });
+}
+
+// The codes of a codebook of T, dense and normalised.
+template <class T>
+Tensor normalised_codes(const OnDevice& device, const Matrix& codebook) {
+  Tensor codes = device.empty({codebook.rows, codebook.channels}, ScalarType::Float);
+  constexpr int kCodes = kSearchThreads / 32;
+  launch(device, "nearest_code normalised", normalise_codes_kernel<T>,
+         {dim3(unsigned((codebook.rows + kCodes - 1) / kCodes)), dim3(kSearchThreads)}, codebook,
+         codes.mutable_data_ptr<float>());
+  return codes;
+}
+
+// Vectors of T, at least one.
+template <class T>
+void search(const OnDevice& device, const NearestCode& arguments) {
+  if constexpr (sizeof(T) == 4)
+    if (vectors_fit(arguments.z) && vectors_fit(arguments.codebook)) return search_with<T, true>(device, arguments);
+  search_with<T, false>(device, arguments);
+}
+
+}  // namespace
+}  // namespace var_kernels
