@@ -59,7 +59,9 @@ GPU_ORDER = {
     "adaln_layer_norm": (_MEMORY,),
     "gated_residual_adaln": (_MEMORY,),
     "nearest_code": (Choice("cuda", f"both multiply on the fp32 units, and {_LAUNCH}"),),
-    "multi_scale_quantize": (Choice("cuda", "one launch where Triton needs about forty"),),
+    "multi_scale_quantize": (
+        Choice("cuda", f"one launch for many images, else about forty as in Triton, and {_LAUNCH}"),
+    ),
 }
 
 
