@@ -114,8 +114,11 @@ def load(path: Path = PATH) -> tuple[dict[str, dict], dict[str, str]]:
 
 
 def save(budgets: dict[str, dict], releases: Mapping[str, str], path: Path = PATH) -> None:
-    """Writes a line per kernel, problem and target, all or nothing."""
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(budget)}" for key, budget in budgets.items())
+    """Writes a line per kernel, problem and target, all or nothing, in an order that does not depend on when each of
+    them was updated."""
+    targets = list(TARGETS)
+    keys = sorted(budgets, key=lambda key: (*key.split(_SEPARATOR)[:-1], targets.index(key.split(_SEPARATOR)[-1])))
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(budgets[key])}" for key in keys)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     text = f'{{\n "recorded with": {json.dumps(dict(releases))},\n "budgets": {{\n{lines}\n }}\n}}\n'
     try:
