@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 from var_kernels.report import __main__ as command
-from var_kernels.report import bounds, budgets, occupancy, tables
+from var_kernels.report import bounds, budgets, cuda_source, occupancy, tables
 from var_kernels.report.problems import PROBLEMS
-from var_kernels.report.sources import Failure, Row, record, rows
+from var_kernels.report.rows import Failure, Row
+from var_kernels.report.sources import SOURCES, rows
+from var_kernels.report.triton_source import record
 from var_kernels.triton.targets import TARGETS
 
 # ---- Bounds
@@ -58,10 +60,13 @@ def test_loop_bound():
 
 # ---- Budgets
 
+ALL = ("triton",)  # backends of which nothing is left out
+
 
 def _row(**changes):
     row = Row(
-        op="op", problem="d16", kernel="stem.forward", target="sm_80", config="", programs=1, threads=128, launches=1,
+        op="op", problem="d16", backend="triton", kernel="stem.forward", target="sm_80", config="", programs=1,
+        threads=128, launches=1,
         registers=100, accumulators=0, scalars=0, spills=0, stack=0, shared_memory=40960, has_16bit_products=True,
         occupancy=occupancy.Occupancy(4, 0.25, "registers"), loop=None,
         counts={"loads": 10, "loads wide": 10, "stores": 4, "stores wide": 3, "tensor HMMA": 64},
@@ -73,17 +78,17 @@ def _counts(**changes):
     return {**_row().counts, **{name.replace("_", " "): value for name, value in changes.items()}}
 
 
-BUDGETS = budgets.update([_row()], {}, complete=True)
+BUDGETS = budgets.update([_row()], {}, complete=ALL)
 
 
 def test_budget_of_a_kernel():
     assert BUDGETS == {
-        "op | d16 | stem.forward | sm_80": {
+        "op | d16 | triton | stem.forward | sm_80": {
             "registers": 104, "shared_memory": 40960, "loads": 0.95, "stores": 0.7, "tensor": ["HMMA"],
         }
     }  # fmt: skip
-    assert budgets.check([_row()], BUDGETS, complete=True) == []
-    assert budgets.check([_row(registers=104, counts=_counts(loads=10, stores=4))], BUDGETS, complete=True) == []
+    assert budgets.check([_row()], BUDGETS, complete=ALL) == []
+    assert budgets.check([_row(registers=104, counts=_counts(loads=10, stores=4))], BUDGETS, complete=ALL) == []
 
 
 @pytest.mark.parametrize(
@@ -102,53 +107,62 @@ def test_budget_of_a_kernel():
     ],
 )
 def test_violation(changes, violation):
-    assert budgets.check([_row(**changes)], BUDGETS, complete=True) == [f"op, d16, stem.forward, sm_80: {violation}"]
+    found = budgets.check([_row(**changes)], BUDGETS, complete=ALL)
+    assert found == [f"op, d16, triton, stem.forward, sm_80: {violation}"]
 
 
 def test_lost_tensor_cores():
     counts = {"loads": 10, "loads wide": 10, "stores": 4, "stores wide": 4}
-    assert budgets.check([_row(counts=counts)], BUDGETS, complete=True) == [
-        "op, d16, stem.forward, sm_80: tensor cores: expected instructions for the products of 16-bit matrices, "
-        "got none",
-        "op, d16, stem.forward, sm_80: tensor cores: expected instructions HMMA, got none",
+    assert budgets.check([_row(counts=counts)], BUDGETS, complete=ALL) == [
+        "op, d16, triton, stem.forward, sm_80: tensor cores: expected instructions for the products of 16-bit "
+        "matrices, got none",
+        "op, d16, triton, stem.forward, sm_80: tensor cores: expected instructions HMMA, got none",
     ]
     # The budget knows which kind, so that a fall from wgmma to mma is seen.
     hopper = _row(target="sm_90", counts={**counts, "tensor HGMMA": 8})
     fallen = _row(target="sm_90", counts={**counts, "tensor HMMA": 64})
-    assert budgets.check([fallen], budgets.update([hopper], {}, complete=True), complete=True) == [
-        "op, d16, stem.forward, sm_90: tensor cores: expected instructions HGMMA, got HMMA"
+    assert budgets.check([fallen], budgets.update([hopper], {}, complete=ALL), complete=ALL) == [
+        "op, d16, triton, stem.forward, sm_90: tensor cores: expected instructions HGMMA, got HMMA"
     ]
 
 
 def test_more_shared_memory_than_the_card_has():
     row = _row(target="sm_86", shared_memory=102400)
-    assert budgets.check([row], budgets.update([row], {}, complete=True), complete=True) == [
-        "op, d16, stem.forward, sm_86: shared memory: expected at most the card's 101376 bytes, got 102400"
+    assert budgets.check([row], budgets.update([row], {}, complete=ALL), complete=ALL) == [
+        "op, d16, triton, stem.forward, sm_86: shared memory: expected at most the card's 101376 bytes, got 102400"
     ]
 
 
 def test_scratch_of_amd_is_a_spill():
     row = _row(target="gfx942", stack=16)
-    assert budgets.check([row], budgets.update([row], {}, complete=True), complete=True) == [
-        "op, d16, stem.forward, gfx942: spills: expected none, got 0, 16 bytes of scratch per thread"
+    assert budgets.check([row], budgets.update([row], {}, complete=ALL), complete=ALL) == [
+        "op, d16, triton, stem.forward, gfx942: spills: expected none, got 0, 16 bytes of scratch per thread"
     ]
 
 
 def test_kernels_without_budget_and_budgets_without_kernel():
     other = _row(problem="d36")
-    assert budgets.check([other], BUDGETS, complete=True) == [
-        "op, d36, stem.forward, sm_80: has no budget; --update-budgets records one",
-        "op, d16, stem.forward, sm_80: is launched no more; --update-budgets forgets it",
+    assert budgets.check([other], BUDGETS, complete=ALL) == [
+        "op, d36, triton, stem.forward, sm_80: has no budget; --update-budgets records one",
+        "op, d16, triton, stem.forward, sm_80: is launched no more; --update-budgets forgets it",
     ]
-    assert len(budgets.check([other], BUDGETS, complete=False)) == 1
-    assert set(budgets.update([other], BUDGETS, complete=False)) == {*BUDGETS, "op | d36 | stem.forward | sm_80"}
-    assert set(budgets.update([other], BUDGETS, complete=True)) == {"op | d36 | stem.forward | sm_80"}
+    assert len(budgets.check([other], BUDGETS, complete=())) == 1
+    assert set(budgets.update([other], BUDGETS, complete=())) == {*BUDGETS, "op | d36 | triton | stem.forward | sm_80"}
+    assert set(budgets.update([other], BUDGETS, complete=ALL)) == {"op | d36 | triton | stem.forward | sm_80"}
+
+
+def test_budgets_of_a_backend_that_was_not_looked_at_stay():
+    other = _row(backend="cuda", kernel="stem.forward_kernel<bf16>")
+    both = budgets.update([other], BUDGETS, complete=("cuda",))
+    assert [key.split(" | ")[2] for key in both] == ["triton", "cuda"]
+    assert budgets.check([_row()], both, complete=ALL) == budgets.check([other], both, complete=("cuda",)) == []
+    assert budgets.update([_row()], both, complete=ALL) == both
 
 
 def test_failure_to_compile_is_a_violation():
-    failure = Failure("op", "d16", "sm_80", "CompilationError: at 1:2")
-    assert budgets.check([failure], BUDGETS, complete=True) == [
-        "op, d16 on sm_80: does not compile: CompilationError: at 1:2"
+    failure = Failure("op", "d16", "triton", "sm_80", "CompilationError: at 1:2")
+    assert budgets.check([failure], BUDGETS, complete=ALL) == [
+        "op, d16, triton on sm_80: does not compile: CompilationError: at 1:2"
     ]
 
 
@@ -160,9 +174,11 @@ def test_the_worst_specialisation_counts():
 
 def test_budget_file(tmp_path):
     path = tmp_path / "budgets.json"
-    assert budgets.load(path) == ({}, None)
-    budgets.save(BUDGETS, "3.9.0", path)
-    assert budgets.load(path) == (BUDGETS, "3.9.0") and [entry.name for entry in tmp_path.iterdir()] == ["budgets.json"]
+    releases = {"Triton": "3.9.0", "nvcc": "13.0"}
+    assert budgets.load(path) == ({}, {})
+    budgets.save(BUDGETS, releases, path)
+    assert budgets.load(path) == (BUDGETS, releases)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["budgets.json"]
     path.write_text("{")
     with pytest.raises(ValueError, match="budgets.json: expected the budgets that --update-budgets writes, got"):
         budgets.load(path)
@@ -170,9 +186,11 @@ def test_budget_file(tmp_path):
 
 def test_committed_budgets_cover_every_problem_and_target():
     keys = [key.split(" | ") for key in budgets.load()[0]]
-    assert {(op, problem, target) for op, problem, _, target in keys} == {
-        (*problem.key, target) for problem in PROBLEMS for target in problem.targets
-    }
+    assert {(op, problem, backend, target) for op, problem, backend, _, target in keys} == {
+        (*problem.key, backend, target)
+        for backend, source in SOURCES.items() for problem in PROBLEMS for target in problem.targets
+        if source.unit(problem, target) is not None
+    }  # fmt: skip
 
 
 # ---- Page and command
@@ -201,6 +219,8 @@ def test_problems_have_names_of_their_own():
         (["--op", "softmax"], "--op: expected one of block_causal_attention, .*, got 'softmax'"),
         (["--problem", "d99"], "--problem: expected a part of one of: d16 bf16 forward; .*, got 'd99'"),
         (["--problem", "D 72", "--target", "sm_89"], "--target: expected one of those that .*, gfx942, sm_100, "),
+        (["--backend", "cutlass"], "--backend: expected one of triton, cuda, got 'cutlass'"),
+        (["--backend", "cuda", "--target", "gfx942"], "--target: expected one of those that .*, sm_100, sm_120, "),
         (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
         (["--markdown", "x.md", "--target", "sm_80"], "--markdown: expected no --target"),
     ],
@@ -235,8 +255,8 @@ def test_without_a_disassembler(tool, monkeypatch, capsys, tmp_path):
 def test_a_real_kernel(target):
     pytest.importorskip("triton")
     problem = _problem("adaln_layer_norm", "d16 bf16 forward")
-    (row,) = rows(problem, target)
-    assert row.key == ("adaln_layer_norm", problem.name, "adaln_layer_norm.adaln_forward", target)
+    (row,) = rows(problem, target, "triton")
+    assert row.key == ("adaln_layer_norm", problem.name, "triton", "adaln_layer_norm.adaln_forward", target)
     assert row.programs == record(problem, target)[0].grid[0] and row.launches == 1
     assert not row.spills and 16 <= row.registers <= 255 and row.counts["instructions"] > 100
     assert 0 <= row.wide_share("loads") <= 1 and 0 <= row.wide_share("stores") <= 1
@@ -248,7 +268,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("COLUMNS", "250")
     file = tmp_path / "report.json"
-    options = ["--op", "adaln_layer_norm", "--problem", "d16 bf16 forward", "--target", "sm_80"]
+    options = ["--op", "adaln_layer_norm", "--problem", "d16 bf16 forward", "--target", "sm_80", "--backend", "triton"]
     assert command.main([*options, "--json", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "not measurements" in printed and "adaln_forward" in printed
@@ -256,7 +276,54 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     (kernel,) = report["kernels"]
     assert kernel["kernel"] == "adaln_layer_norm.adaln_forward" and kernel["occupancy"]["blocks"] >= 1
     assert report["problems"][0]["static_bounds"]["sm_80"]["limit"] == "memory"
-    monkeypatch.setattr(budgets, "load", lambda: ({}, "2.1.0"))
+    monkeypatch.setattr(budgets, "load", lambda: ({}, {"Triton": "2.1.0"}))
     assert command.main([*options, "--check"]) == 1
     printed = capsys.readouterr().out
     assert "has no budget" in printed and "the budgets are those of Triton 2.1.0, this is" in printed
+
+
+# ---- CUDA C++
+
+
+def test_a_gpu_runs_the_newest_code_of_its_generation():
+    archs = {name: cuda_source.arch_of(name) for name, target in TARGETS.items() if target.api == "cuda"}
+    assert archs == {
+        "sm_80": "sm_80", "sm_86": "sm_80", "sm_89": "sm_80",
+        "sm_90": "sm_90a", "sm_100": "sm_100a", "sm_120": "sm_120",
+    }  # fmt: skip
+
+
+@pytest.mark.slow  # compiles a file that the tests of its op compile as well
+def test_a_real_cuda_kernel():
+    pytest.importorskip("triton")
+    if reason := cuda_source.unavailable_reason():
+        pytest.skip(reason)
+    problem = _problem("adaln_layer_norm", "d16 bf16 backward")
+    backward, sums = rows(problem, "sm_86", "cuda")
+    assert backward.key[2:] == ("cuda", "adaln_layer_norm.backward_kernel<bf16, false, 1>", "sm_86")
+    assert sums.kernel.startswith("adaln_layer_norm.sum_partials_kernel")
+    for row in (backward, sums):
+        assert not row.spills and not row.stack and 16 <= row.registers <= 128 and row.counts["instructions"] > 50
+        assert row.occupancy.blocks >= 1 and row.programs >= 8 and row.config == "code for sm_80"
+
+
+def test_what_is_not_looked_at_is_said(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(cuda_source, "unavailable_reason", lambda: "nvcc is not installed")
+    sentence = "the cuda kernels and their budgets were not looked at: nvcc is not installed"
+    options = ["--op", "adaln_layer_norm", "--problem", "d16 bf16 forward", "--target", "sm_80"]
+    monkeypatch.setenv("COLUMNS", "250")
+    assert command.main([*options, "--check"]) == 0
+    assert sentence in capsys.readouterr().out
+    file = tmp_path / "report.json"
+    assert command.main([*options, "--json", str(file)]) == 0
+    assert sentence in capsys.readouterr().out
+    assert json.loads(file.read_text())["not looked at"] == {"cuda": "nvcc is not installed"}
+    for arguments in ([*options, "--backend", "cuda"], ["--markdown", "page.md"]):
+        assert command.main(arguments) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_without_a_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(cuda_source, "_EMULATION", tmp_path)
+    assert "an installed package does not have" in cuda_source.unavailable_reason.__wrapped__()

@@ -28,12 +28,12 @@ struct Quantize {
 
 // f_hat and rest of a thread's part of a tile after scale k, and the sum of its rest². `map` is the image's residual
 // map; f_hat ends in `out`, NaN where f is not finite.
-template <bool kVectors, class Code>
+template <bool kVectors, bool kAhead, class Code>
 __device__ __forceinline__ float update_tile(const Quantize& a, ConvolutionMemory& memory, int image, int k,
                                              const Scale& scale, const MapTile& tile, float* map, const Code& code) {
   const MapShape& shape = a.shape;
   ConvolvedPixels h;
-  convolve_tile<false>(h, memory, shape, tile, weight_of(a.phi, scale.phi, shape), [&](int y, int x, int c) {
+  convolve_tile<false, kAhead>(h, memory, shape, tile, weight_of(a.phi, scale.phi, shape), [&](int y, int x, int c) {
     return upsampled<kVectors>(shape, scale, y, x, c, code);
   });
   const int c = tile.channel + thread_channel();
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kMapThreads, 1)
     }
     float squares = 0.0f;
     for (int index = 0; index < shape.tiles() * shape.channel_tiles(); ++index)
-      squares += update_tile<kVectors>(
+      squares += update_tile<kVectors, true>(
           a, *reinterpret_cast<ConvolutionMemory*>(step), image, k, scale,
           tile_at(shape, index / shape.channel_tiles(), index % shape.channel_tiles()), rest,
           [&](int q) { return a.codebook + int64_t(tokens[q]) * shape.channels; });
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kMapThreads, 2)
   __shared__ float exchange[kMapThreads / 32];
   const int tiles = a.shape.tiles(), image = int(blockIdx.x) / tiles, tile = int(blockIdx.x) % tiles;
   const int64_t* const tokens = a.tokens + int64_t(image) * a.length + scale.first_token;
-  const float squares = update_tile<kVectors>(
+  const float squares = update_tile<kVectors, false>(
       a, *reinterpret_cast<ConvolutionMemory*>(shared), image, k, scale, tile_at(a.shape, tile, blockIdx.y),
       a.rest + image * a.shape.floats(), [&](int q) { return a.codebook + tokens[q] * a.shape.channels; });
   const float error = block_sum(squares, exchange);
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kMapThreads, 2) add_scale_kernel(const __grid_
   const MapTile tile = tile_at(shape, int(blockIdx.x) % tiles, blockIdx.y);
   const float* const codes = a.codes + image * a.image_stride;
   ConvolvedPixels h;
-  convolve_tile<false>(h, *reinterpret_cast<ConvolutionMemory*>(shared), shape, tile,
+  convolve_tile<false, false>(h, *reinterpret_cast<ConvolutionMemory*>(shared), shape, tile,
                        weight_of(a.phi, scale.phi, shape), [&](int y, int x, int c) {
                          return upsampled<kVectors>(shape, scale, y, x, c,
                                                     [&](int q) { return codes + q * a.row_stride; });

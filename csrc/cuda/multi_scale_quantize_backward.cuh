@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kMapThreads, 2) scale_maps_kernel(const __grid
   const MapPlace place = my_map(a);
   const Scale& scale = a.schedule[place.k];
   ConvolvedPixels h;
-  convolve_tile<false>(h, *reinterpret_cast<ConvolutionMemory*>(shared), a.shape, place.tile,
+  convolve_tile<false, false>(h, *reinterpret_cast<ConvolutionMemory*>(shared), a.shape, place.tile,
                        weight_of(a.phi, scale.phi, a.shape),
                        [&](int y, int x, int c) { return code_pixel<kVectors>(a, place.image, scale, y, x, c); });
   store_mixed(a, place, h, load_bias(a.phi, scale.phi, a.shape, place.tile.channel + thread_channel()), a.maps);
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kMapThreads, 2) code_maps_kernel(const __grid_
   const MapPlace place = my_map(a);
   const float* const map = a.maps + place.map * a.shape.floats();
   ConvolvedPixels du;
-  convolve_tile<true>(du, *reinterpret_cast<ConvolutionMemory*>(shared), a.shape, place.tile,
+  convolve_tile<true, false>(du, *reinterpret_cast<ConvolutionMemory*>(shared), a.shape, place.tile,
                       weight_of(a.phi, a.schedule[place.k].phi, a.shape),
                       [&](int y, int x, int c) { return load_pixel(map, a.shape, y, x, c); });
   store_mixed(a, place, du, {}, a.dmaps);
@@ -207,10 +207,10 @@ __global__ void __launch_bounds__(kMapThreads, 2) code_maps_kernel(const __grid_
 
 // The weight of pixel `at` of the full axis in pixel `index` of one of `size` pixels.
 __device__ __forceinline__ float cubic_weight(int index, int at, int size, float ratio) {
-  const CubicTaps taps = cubic_taps(at, size, ratio);
+  const CubicPosition position = cubic_position(at, size, ratio);
   float weight = 0.0f;
 #pragma unroll
-  for (int tap = 0; tap < 4; ++tap) weight += taps.index(tap, size) == index ? taps.weight[tap] : 0.0f;
+  for (int tap = 0; tap < 4; ++tap) weight += position.index(tap, size) == index ? position.weight(tap) : 0.0f;
   return weight;
 }
 

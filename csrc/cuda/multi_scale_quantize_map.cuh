@@ -127,22 +127,24 @@ __device__ __forceinline__ ImagePart my_part(int count, int images) {
 
 // ---- bicubic upsampling -------------------------------------------------------------------------------------------
 
-// Where pixel `at` of the full axis lies on an axis of `size` pixels: the pixel below, and the weights of the four
-// pixels from the one before that on. PyTorch's cubic convolution, A = -0.75 and align_corners = False.
-struct CubicTaps {
+// Where pixel `at` of the full axis lies on an axis of `size` pixels: four pixels from `first` on have a weight in it, and
+// it is `t` behind the second of them. PyTorch's cubic convolution, A = -0.75 and align_corners = False.
+struct CubicPosition {
   int first;
-  float weight[4];
+  float t;
 
   __device__ __forceinline__ int index(int tap, int size) const { return min(max(first + tap, 0), size - 1); }
+  __device__ __forceinline__ float weight(int tap) const {
+    const float x = tap < 2 ? t + float(1 - tap) : float(tap - 1) - t;
+    if (tap == 1 || tap == 2) return (1.25f * x - 2.25f) * x * x + 1.0f;
+    return ((-0.75f * x + 3.75f) * x - 6.0f) * x + 3.0f;
+  }
 };
 
-__device__ __forceinline__ CubicTaps cubic_taps(int at, int size, float ratio) {
-  const auto near = [](float x) { return (1.25f * x - 2.25f) * x * x + 1.0f; };
-  const auto far = [](float x) { return ((-0.75f * x + 3.75f) * x - 6.0f) * x + 3.0f; };
+__device__ __forceinline__ CubicPosition cubic_position(int at, int size, float ratio) {
   const float position = ratio * (float(at) + 0.5f) - 0.5f;
   const int below = min(int(floorf(position)), size - 1);
-  const float t = fminf(fmaxf(position - float(below), 0.0f), 1.0f);
-  return {below - 1, {far(t + 1.0f), near(t), near(1.0f - t), far(2.0f - t)}};
+  return {below - 1, fminf(fmaxf(position - float(below), 0.0f), 1.0f)};
 }
 
 // Channels [c, c + 4) of pixel (y, x) of a scale's code map at full size. code(q): the row of code q of that map.
@@ -151,18 +153,18 @@ __device__ __forceinline__ float4 upsampled(const MapShape& shape, const Scale& 
                                             const Code& code) {
   if (scale.height == shape.height && scale.width == shape.width)
     return load_channels<kVectors>(code(y * shape.width + x), c, shape.channels);
-  const CubicTaps rows = cubic_taps(y, scale.height, scale.ratio_y);
-  const CubicTaps columns = cubic_taps(x, scale.width, scale.ratio_x);
+  const CubicPosition rows = cubic_position(y, scale.height, scale.ratio_y);
+  const CubicPosition columns = cubic_position(x, scale.width, scale.ratio_x);
   float4 result = {};
-#pragma unroll
+#pragma unroll 1  // sixteen codes at once would take the registers of a second block
   for (int i = 0; i < 4; ++i) {
     const int row = rows.index(i, scale.height) * scale.width;
     float4 line = {};
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      add_scaled(line, columns.weight[j],
+      add_scaled(line, columns.weight(j),
                  load_channels<kVectors>(code(row + columns.index(j, scale.width)), c, shape.channels));
-    add_scaled(result, rows.weight[i], line);
+    add_scaled(result, rows.weight(i), line);
   }
   return result;
 }
@@ -247,7 +249,7 @@ struct ConvolvedPixels {
 __device__ __forceinline__ void convolve_step(float (&sums)[kThreadPixels][kThreadChannels], const float* pixels,
                                               const float* weights) {
   const float* const first = pixels + (thread_row() * kBorderedSide + thread_column()) * kTileChannels;
-#pragma unroll
+#pragma unroll 1  // and the pixels of two rows at once
   for (int ky = 0; ky < 3; ++ky) {
     float v[kThreadPixels + 2][kStepInputs];
 #pragma unroll
@@ -275,7 +277,10 @@ __device__ __forceinline__ void convolve_step(float (&sums)[kThreadPixels][kThre
 // A thread's part of the convolution of a tile; `weight`: (channels, channels, 3, 3). The channels of the tile itself
 // come last, so that they are in `memory` at the end. The first barrier lies before anything is written to `memory`;
 // another must follow before something else is.
-template <bool kTransposed, class Pixel>
+//
+// kAhead: the weights of the next step are asked for before a step is computed, which hides their latency where no other
+// block of the multiprocessor does, and takes registers that two blocks do not have.
+template <bool kTransposed, bool kAhead, class Pixel>
 __device__ __forceinline__ void convolve_tile(ConvolvedPixels& out, ConvolutionMemory& memory, const MapShape& shape,
                                               const MapTile& tile, const float* weight, const Pixel& pixel) {
 #pragma unroll
@@ -294,8 +299,9 @@ __device__ __forceinline__ void convolve_tile(ConvolvedPixels& out, ConvolutionM
       float* const weights = memory.weights[i / kStepInputs % 2];
       step.store(weights);
       __syncthreads();
-      if (i + kStepInputs < end) step.load(weight, shape.channels, input + i + kStepInputs, tile.channel);
+      if (kAhead) step.load(weight, shape.channels, input + i + kStepInputs, tile.channel);
       convolve_step(out.sums, memory.pixels + i, weights);
+      if (!kAhead) step.load(weight, shape.channels, input + i + kStepInputs, tile.channel);
     }
   }
   out.middle =

@@ -35,6 +35,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+# Few, so that a door meets shapes that fill the device and shapes that do not in small tests.
+MULTIPROCESSORS = 6
+
+
 @dataclass(frozen=True)
 class Report:
     """One finding.
@@ -106,16 +110,25 @@ class Emulation:
 
     @contextlib.contextmanager
     def run(
-        self, *, seed: int = 0, late_copies: bool = True, executor: Executor | None = None, **buffers: torch.Tensor
+        self,
+        *,
+        seed: int = 0,
+        late_copies: bool = True,
+        executor: Executor | None = None,
+        multiprocessors: int = MULTIPROCESSORS,
+        fill_outputs: bool = True,
+        **buffers: torch.Tensor,
     ) -> Iterator[Run]:
         """Kernels inside this block run in the order that `seed` says: 0 in order, 1 in reverse, else at random.
 
         `late_copies`: cp.async lands when it is waited for, else when it is issued. `executor`: executes the launches
-        instead of fibers. `buffers`: memory that kernels use without the door of an op, by name. Raises EmulationError
-        for what was found, and what the executor raised.
+        instead of fibers. `multiprocessors`: those of the device, which doors may ask for. `fill_outputs`: with NaN
+        before kernels write them. `buffers`: memory that kernels use without the door of an op, by name. Raises
+        EmulationError for what was found, and what the executor raised.
         """
         failures: list[Exception] = []
-        self.module.begin(seed, late_copies, self._guard(executor, failures) if executor else None)
+        guarded = self._guard(executor, failures) if executor else None
+        self.module.begin(seed, late_copies, multiprocessors, fill_outputs, guarded)
         for name, tensor in buffers.items():
             self.module.add_buffer(tensor.data_ptr(), tensor.untyped_storage().nbytes(), name)
         run, problem = Run(), None
@@ -132,6 +145,14 @@ class Emulation:
             raise EmulationError(self._resolve(found)) from problem
         if problem is not None:
             raise problem
+
+    def record(self, call: Callable[[], object], multiprocessors: int) -> list[Launch]:
+        """The launches of `call` on a device with so many multiprocessors. Nothing is run, and tensors are not touched:
+        they cost address space only, whatever their size."""
+        launches: list[Launch] = []
+        with self.run(executor=launches.append, multiprocessors=multiprocessors, fill_outputs=False):
+            call()
+        return launches
 
     def _guard(self, executor: Executor, failures: list[Exception]) -> Callable[[dict], bool]:
         def execute(launch: dict) -> bool:

@@ -46,7 +46,8 @@ VARIANTS = {
 # The doors call these through the runtime, see emu_host.cpp.
 _WRAPPED = (
     "aoti_torch_empty_strided", "torch_get_mutable_data_ptr", "torch_get_const_data_ptr",
-    "aoti_torch_delete_tensor_object", "aoti_torch_create_device_guard", "aoti_torch_delete_device_guard",
+    "aoti_torch_delete_tensor_object", "aoti_torch_get_device_index", "aoti_torch_create_device_guard",
+    "aoti_torch_delete_device_guard",
 )  # fmt: skip
 
 

@@ -43,10 +43,12 @@ py::dict describe(const cudaLaunchConfig_t& config, const emu::KernelCall& call)
   return launch;
 }
 
-void begin(uint64_t seed, bool late_copies, py::object executor) {
+void begin(uint64_t seed, bool late_copies, int multiprocessors, bool fill_outputs, py::object executor) {
   emu::settings.seed = seed;
   emu::settings.late_copies = late_copies;
   emu::settings.check_memory = EMU_CHECK_MEMORY;
+  emu::settings.multiprocessors = multiprocessors;
+  emu::settings.fill_outputs = fill_outputs;
   emu::settings.executor = nullptr;
   if (!executor.is_none())
     emu::settings.executor = [executor](const cudaLaunchConfig_t& config, const emu::KernelCall& call) {
@@ -58,8 +60,10 @@ void begin(uint64_t seed, bool late_copies, py::object executor) {
   emu::remove_all_buffers();
 }
 
-// Python's object must not outlive Python.
-void end() { emu::settings.executor = nullptr; }
+void end() {
+  emu::settings.executor = nullptr;  // Python's object must not outlive Python
+  emu::settings.fill_outputs = true;
+}
 
 py::list reports() {
   const uintptr_t base = module_base();
@@ -101,7 +105,8 @@ void add_buffer(uintptr_t address, size_t bytes, std::string name) {
 }  // namespace
 
 PYBIND11_MODULE(cuda_emulation_runtime, m) {
-  m.def("begin", &begin, py::arg("seed"), py::arg("late_copies"), py::arg("executor"));
+  m.def("begin", &begin, py::arg("seed"), py::arg("late_copies"), py::arg("multiprocessors"),
+        py::arg("fill_outputs"), py::arg("executor"));
   m.def("end", &end);
   m.def("reports", &reports);
   m.def("counters", &counters);

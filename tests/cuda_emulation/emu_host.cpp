@@ -15,9 +15,6 @@ int open_device_guards;
 std::map<const void*, int> shared_limits;
 constexpr int kDefaultShared = 48 << 10, kOptInShared = 99 << 10;  // the least of compute capabilities 8.0 ... 12.0
 
-// Few, so that small problems are enough for some choices and too much for others.
-constexpr int kMultiprocessors = 6;
-
 struct Shape {
   std::string text = "tensor (";
   size_t bytes = 0;  // from the first element to the last, with what lies between
@@ -59,12 +56,12 @@ extern "C" {
 AOTITorchError __real_aoti_torch_empty_strided(int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t,
                                                AtenTensorHandle*);
 AOTITorchError __wrap_aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
-                                               int32_t dtype, int32_t device, int32_t index, AtenTensorHandle* out) {
-  const AOTITorchError error = __real_aoti_torch_empty_strided(dims, sizes, strides, dtype, device, index, out);
+                                               int32_t dtype, int32_t device, int32_t, AtenTensorHandle* out) {
+  const AOTITorchError error = __real_aoti_torch_empty_strided(dims, sizes, strides, dtype, device, -1, out);
   if (error != AOTI_TORCH_SUCCESS) return error;
   void* data = nullptr;
   aoti_torch_get_data_ptr(*out, &data);
-  if (data != nullptr) std::memset(data, 0xFF, emu::shape_of(*out).bytes);  // what a kernel forgets to write is NaN
+  if (data != nullptr && emu::settings.fill_outputs) std::memset(data, 0xFF, emu::shape_of(*out).bytes);
   emu::add_tensor(*out, data, true);
   return error;
 }
@@ -87,6 +84,12 @@ AOTITorchError __real_aoti_torch_delete_tensor_object(AtenTensorHandle);
 AOTITorchError __wrap_aoti_torch_delete_tensor_object(AtenTensorHandle tensor) {
   emu::remove_buffer(uintptr_t(tensor));
   return __real_aoti_torch_delete_tensor_object(tensor);
+}
+
+// Doors ask a device once for its multiprocessors, so that each number of them is a device of its own, of that index.
+AOTITorchError __wrap_aoti_torch_get_device_index(AtenTensorHandle, int32_t* out) {
+  *out = emu::settings.multiprocessors;
+  return AOTI_TORCH_SUCCESS;
 }
 
 AOTITorchError __wrap_aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* out) {
@@ -115,16 +118,16 @@ const char* cudaGetErrorString(cudaError_t error) {
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
-  *value = emu::kMultiprocessors;
-  return cudaSuccess;
-}
-
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorInvalidValue;
   if (value > emu::kOptInShared) return cudaErrorInvalidValue;
   emu::shared_limits[kernel] = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
+  *value = device;
   return cudaSuccess;
 }
 

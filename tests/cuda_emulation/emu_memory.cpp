@@ -225,6 +225,7 @@ void add_buffer(uintptr_t id, const void* p, size_t bytes, std::string name, boo
   const auto same = [id](const Extent& e) { return e.id == id; };
   if (std::any_of(extents.begin(), extents.end(), same)) return;
   extents.push_back({id, uintptr_t(p), uintptr_t(p) + bytes, Space::global, std::move(name), undefined});
+  if (!settings.check_memory) return;  // an executor looks at no cells
   for (size_t i = 0; undefined && i < bytes; ++i) cell_of(uintptr_t(p) + i)->undefined = true;
 }
 
@@ -232,7 +233,8 @@ void remove_buffer(uintptr_t id) {
   for (size_t i = 0; i < extents.size(); ++i) {
     if (extents[i].id != id) continue;
     // The next owner of these addresses may define them outside kernels.
-    for (uintptr_t a = extents[i].begin; a < extents[i].end; ++a) cell_of(a)->undefined = false;
+    if (settings.check_memory)
+      for (uintptr_t a = extents[i].begin; a < extents[i].end; ++a) cell_of(a)->undefined = false;
     extents.erase(extents.begin() + std::ptrdiff_t(i));
     return;
   }

@@ -22,9 +22,11 @@ namespace emu {
 // ---- settings, counters, reports ---------------------------------------------------------------------------------
 
 struct Settings {
-  uint64_t seed = 0;         // 0: threads and blocks in order; 1: in reverse; else a random order drawn from it
-  bool late_copies = true;   // cp.async lands when it is waited for, the latest legal moment; else when it is issued
-  bool check_memory = false;  // follow every access that the instrumented kernels announce
+  uint64_t seed = 0;           // 0: threads and blocks in order; 1: in reverse; else a random order drawn from it
+  bool late_copies = true;     // cp.async lands when it is waited for, the latest legal moment; else when it is issued
+  bool check_memory = false;   // follow every access that the instrumented kernels announce
+  bool fill_outputs = true;    // with NaN, which shows what a kernel forgets to write; not where only launches count
+  int multiprocessors = 1;     // of the device that tensors are on
   // Executes launches elsewhere instead, with the same memory; false says that it failed.
   std::function<bool(const cudaLaunchConfig_t&, const KernelCall&)> executor;
 };

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from var_kernels.report import nvcc, sass
-from var_kernels.report.sources import tools
+from var_kernels.report.rows import functions
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 
@@ -55,11 +55,11 @@ def kernels(source: Path, arch: str, archs: Sequence[str] = ()) -> list[Kernel]:
     if reason := nvcc.unavailable_reason():
         pytest.skip(reason)
     nvcc.outputs(source, archs, "cubin")
-    functions = nvcc.functions(nvcc.output(source, arch, "cubin"), *tools())
+    found = functions(nvcc.output(source, arch, "cubin").read_bytes())
     return [
         Kernel(name, function.registers, function.stack, function.shared_memory,
                tuple(instruction.opcode for instruction in function.instructions))
-        for name, function in functions.items()
+        for name, function in zip(nvcc.plain_names(list(found)), found.values(), strict=True)
     ]  # fmt: skip
 
 

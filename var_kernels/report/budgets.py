@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..triton.targets import TARGETS
-from .sources import Failure, Row
+from .rows import Failure, Row
 
 PATH = Path(__file__).with_name("budgets.json")
 ACCESSES = ("loads", "async copies", "stores")
@@ -17,14 +17,13 @@ _REGISTER_UNIT = 8  # per thread; a warp gets no finer grain
 _SEPARATOR = " | "
 
 
-def check(results: Sequence[Row | Failure], budgets: dict[str, dict], complete: bool) -> list[str]:
-    """A sentence for every violation. `complete`: all problems and targets were compiled, so none may be missing."""
+def check(results: Sequence[Row | Failure], budgets: dict[str, dict], complete: Collection[str]) -> list[str]:
+    """A sentence for every violation. `complete`: the backends of which all problems and targets were compiled, so that
+    none may be missing."""
     rows = [row for row in results if isinstance(row, Row)]
-    violations = [
-        f"{f.op}, {f.problem} on {f.target}: does not compile: {f.message}" for f in results if isinstance(f, Failure)
-    ]
+    violations = [str(failure) for failure in results if isinstance(failure, Failure)]
     for row in rows:
-        violations += [f"{_place(row)}: {text}" for text in _broken_rules(row)]
+        violations += [f"{', '.join(row.key)}: {text}" for text in _broken_rules(row)]
     measured = measure(rows)
     for key, got in measured.items():
         where = key.replace(_SEPARATOR, ", ")
@@ -32,16 +31,12 @@ def check(results: Sequence[Row | Failure], budgets: dict[str, dict], complete: 
             violations.append(f"{where}: has no budget; --update-budgets records one")
         else:
             violations += [f"{where}: {text}" for text in _over_budget(got, budgets[key])]
-    failed = {(f.op, f.problem, f.target) for f in results if isinstance(f, Failure)}
-    for key in sorted(set(budgets) - set(measured)) if complete else ():
-        op, problem, _, target = key.split(_SEPARATOR)
-        if (op, problem, target) not in failed:
+    failed = {(f.op, f.problem, f.backend, f.target) for f in results if isinstance(f, Failure)}
+    for key in sorted(set(budgets) - set(measured)):
+        op, problem, backend, _, target = key.split(_SEPARATOR)
+        if backend in complete and (op, problem, backend, target) not in failed:
             violations.append(f"{key.replace(_SEPARATOR, ', ')}: is launched no more; --update-budgets forgets it")
     return violations
-
-
-def _place(row: Row) -> str:
-    return f"{row.op}, {row.problem}, {row.kernel}, {row.target}"
 
 
 def _broken_rules(row: Row) -> Iterable[str]:
@@ -104,25 +99,28 @@ def allowance(measured: dict) -> dict:
     return budget
 
 
-def load(path: Path = PATH) -> tuple[dict[str, dict], str | None]:
-    """The committed budgets, and the version of Triton that they were recorded with.
+def load(path: Path = PATH) -> tuple[dict[str, dict], dict[str, str]]:
+    """The committed budgets, and the releases of the compilers that they were recorded with.
 
-    No budgets and None if there is no such file. ValueError if it is damaged.
+    Neither if there is no such file. ValueError if it is damaged.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content["budgets"], content["triton"]
+        return dict(content["budgets"]), dict(content["recorded with"])
     except FileNotFoundError:
-        return {}, None
+        return {}, {}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected the budgets that --update-budgets writes, got {error!r}") from error
 
 
-def save(budgets: dict[str, dict], triton_version: str, path: Path = PATH) -> None:
-    """Writes a line per kernel, problem and target, all or nothing."""
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(budget)}" for key, budget in budgets.items())
+def save(budgets: dict[str, dict], releases: Mapping[str, str], path: Path = PATH) -> None:
+    """Writes a line per kernel, problem and target, all or nothing, in an order that does not depend on when each of
+    them was updated."""
+    targets = list(TARGETS)
+    keys = sorted(budgets, key=lambda key: (*key.split(_SEPARATOR)[:-1], targets.index(key.split(_SEPARATOR)[-1])))
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(budgets[key])}" for key in keys)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    text = f'{{\n "triton": {json.dumps(triton_version)},\n "budgets": {{\n{lines}\n }}\n}}\n'
+    text = f'{{\n "recorded with": {json.dumps(dict(releases))},\n "budgets": {{\n{lines}\n }}\n}}\n'
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
@@ -130,9 +128,9 @@ def save(budgets: dict[str, dict], triton_version: str, path: Path = PATH) -> No
         temporary.unlink(missing_ok=True)
 
 
-def update(results: Sequence[Row | Failure], budgets: dict[str, dict], complete: bool) -> dict[str, dict]:
+def update(results: Sequence[Row | Failure], budgets: dict[str, dict], complete: Collection[str]) -> dict[str, dict]:
     """The budgets with those of `results` replaced, and without those of kernels that are launched no more."""
     measured = measure(row for row in results if isinstance(row, Row))
-    merged = {} if complete else dict(budgets)
+    merged = {key: budget for key, budget in budgets.items() if key.split(_SEPARATOR)[2] not in complete}
     merged.update({key: allowance(value) for key, value in measured.items()})
     return merged

@@ -16,7 +16,6 @@ from pathlib import Path
 import filelock
 
 from .. import _build
-from . import sass
 
 _JOBS = 2  # compilations at a time
 _TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16"}  # shorter, as the rest of the report calls them
@@ -72,13 +71,6 @@ def outputs(source: Path, archs: Sequence[str], kind: str) -> list[Path]:
     """`output` of each architecture, two at a time."""
     with ThreadPoolExecutor(_JOBS) as pool:
         return list(pool.map(lambda arch: output(source, arch, kind), archs))
-
-
-@functools.cache
-def functions(cubin: Path, nvdisasm: str, cuobjdump: str) -> dict[str, sass.Function]:
-    """The kernels of a cubin by their plain names. RuntimeError with the message of the tool that fails."""
-    found = sass.read(cubin.read_bytes(), nvdisasm, cuobjdump)
-    return dict(zip(plain_names(list(found)), found.values(), strict=True))
 
 
 def plain_names(symbols: Sequence[str]) -> list[str]:

@@ -48,9 +48,9 @@ class Problem:
         results = results if isinstance(results, tuple) else (results,)
         return sum(t.numel() * t.element_size() for t in (*arguments, *results) if isinstance(t, torch.Tensor))
 
-    def launch(self) -> None:
-        """Calls the Triton operator on CPU tensors, inside an executor that takes its launches."""
-        getattr(torch.ops.var_kernels_triton, self.raw)(*self.arguments("cpu"))
+    def launch(self, namespace: str) -> None:
+        """Calls the operator of a namespace on CPU tensors, inside an executor that takes its launches."""
+        getattr(getattr(torch.ops, namespace), self.raw)(*self.arguments("cpu"))
 
 
 def _attention(

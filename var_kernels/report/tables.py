@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from .bounds import problem_bound
 from .budgets import ACCESSES
 from .cards import CARDS
 from .problems import Problem
-from .sources import Failure, Row
+from .rows import Failure, Row
 
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
 NOTE = "Static bounds and compiler output, not measurements: nothing here was run on a GPU."
@@ -92,24 +93,29 @@ def _loop(row: Row) -> str:
 
 
 def _matrix(title: str, rows: Sequence[Row], targets: Sequence[str], cell: Callable[[Row], str]) -> Table:
-    """A line per problem and kernel, a column per target. Specialisations of a kernel in one problem are numbered."""
-    lines: dict[tuple[str, str, int], dict[str, str]] = {}
+    """A line per problem, backend and kernel, a column per target. Specialisations of a kernel in one problem are
+    numbered."""
+    lines: dict[tuple[str, str, str, int], dict[str, str]] = {}
     for row in rows:
         number = 1
-        while row.target in lines.get((row.problem, row.kernel, number), {}):
+        while row.target in lines.get((row.problem, row.backend, row.kernel, number), {}):
             number += 1
-        lines.setdefault((row.problem, row.kernel, number), {})[row.target] = cell(row)
+        lines.setdefault((row.problem, row.backend, row.kernel, number), {})[row.target] = cell(row)
     body = []
-    for (problem, kernel, number), cells in lines.items():
-        name = kernel.rpartition(".")[2] + (f" ({number})" if number > 1 else "")
-        body.append((problem, name, *(cells.get(target, "–") for target in targets)))
-    return Table(title, ("problem", "kernel", *targets), body)
+    for (problem, backend, kernel, number), cells in lines.items():
+        name = _function(kernel) + (f" ({number})" if number > 1 else "")
+        body.append((problem, backend, name, *(cells.get(target, "–") for target in targets)))
+    return Table(title, ("problem", "backend", "kernel", *targets), body)
+
+
+def _function(kernel: str) -> str:
+    return kernel.partition(".")[2]
 
 
 def details(rows: Sequence[Row]) -> Table:
     """One line per kernel and target. Registers of AMD GPUs: vector (v) and scalar (s)."""
     header = (
-        "problem", "kernel", "target", "programs", "waves", "regs", "spills", "KiB", "blocks", "occupancy",
+        "problem", "backend", "kernel", "target", "programs", "waves", "regs", "spills", "KiB", "blocks", "occupancy",
         "tensor", "128-bit", "shfl", "exp", "bar", "instr", "main loop",
     )  # fmt: skip
     body = []
@@ -120,7 +126,7 @@ def details(rows: Sequence[Row]) -> Table:
         registers = f"{row.registers}v {row.scalars}s" if row.scalars else f"{row.registers}"
         tensor = ", ".join(f"{kind} {count}" for kind, count in row.tensor.items()) or "–"
         body.append((
-            row.problem, row.kernel.rpartition(".")[2], row.target, programs, f"{waves:.2f}",
+            row.problem, row.backend, _function(row.kernel), row.target, programs, f"{waves:.2f}",
             registers, str(row.spills), f"{row.shared_memory / 1024:.4g}", str(row.occupancy.blocks),
             f"{row.occupancy.share:.0%} ({row.occupancy.limit})", tensor, _accesses(row),
             *(str(n.get(name, 0)) for name in ("shuffles", "exp", "barriers", "instructions")),
@@ -145,7 +151,7 @@ def to_console(console: Console, table: Table) -> None:
 
 def to_markdown(table: Table) -> str:
     lines = [table.header, ["---"] * len(table.header), *table.rows]
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    body = "\n".join("| " + " | ".join(re.sub(r"[|<]", r"\\\g<0>", cell) for cell in line) + " |" for line in lines)
     return f"{table.title}:\n\n{body}\n"
 
 
