@@ -289,6 +289,9 @@ def test_ptx_is_accurate(dim, dtype, lens, heads, queries):
 REGISTERS = {
     "attention_forward_kernel<__nv_bfloat16, 64>": 168,
     "attention_forward_kernel<__half, 64>": 168,
+    "attention_part_kernel<__nv_bfloat16, 64>": 168,
+    "attention_part_kernel<__half, 64>": 168,
+    "attention_combine_kernel": 64,
     "attention_": 255,
     "plain_attention_": 255,
     "write_schedule_kernel": 40,
@@ -310,7 +313,7 @@ def test_machine_code(arch):
     from var_kernels.report.sources import tools
 
     functions = sass.read(nvcc_output(SOURCE, arch, "cubin").read_bytes(), *tools())
-    assert len(functions) == 6 * 3 + 9 * 3 + 1
+    assert len(functions) == 6 * 4 + 2 + 9 * 3 + 1
     for mangled, function in functions.items():
         name = demangled(mangled)
         opcodes = [instruction.opcode for instruction in function.instructions]
@@ -319,13 +322,16 @@ def test_machine_code(arch):
         assert function.stack <= 16, name
         budget = next(limit for prefix, limit in REGISTERS.items() if name.startswith(prefix))
         assert function.registers <= budget, f"{name}: {function.registers} registers"
-        if name.startswith("attention_"):
-            copies = [opcode for opcode in opcodes if opcode.startswith("LDGSTS")]
-            stores = [opcode for opcode in opcodes if opcode.startswith("STG")]
-            assert copies and all("128" in opcode for opcode in copies), name
-            narrow = 0 if "keys" in name else 2  # lse, or delta, of two rows
-            assert sum("128" not in opcode for opcode in stores) <= narrow, f"{name}: {stores}"
-            assert any(opcode.startswith("HMMA.16816.F32") for opcode in opcodes), name
+        if not name.startswith("attention_"):
+            continue
+        combines = name.startswith("attention_combine")
+        copies = [opcode for opcode in opcodes if opcode.startswith("LDG" if combines else "LDGSTS")]
+        stores = [opcode for opcode in opcodes if opcode.startswith("STG")]
+        # Loaded in other widths are the numbers of a schedule, and m and l of the parts.
+        assert copies and (any if combines else all)("128" in opcode for opcode in copies), name
+        narrow = 0 if "keys" in name else 1 if combines else 2  # lse, delta, or m and l, of two rows
+        assert sum("128" not in opcode for opcode in stores) <= narrow, f"{name}: {stores}"
+        assert combines or any(opcode.startswith("HMMA.16816.F32") for opcode in opcodes), name
 
 
 def demangled(name):
@@ -368,22 +374,26 @@ FAULTS = {
         "values"),
     "a warp diverges": (
         "block_causal_attention.cuh", "    total += __shfl_xor_sync(kFullWarp, total, 2);",
-        "    if (row + 8 * half < tile.count) total += __shfl_xor_sync(kFullWarp, total, 2);", "divergence"),
+        "    if (row < tile.count) total += __shfl_xor_sync(kFullWarp, total, 2);", "divergence"),
 }  # fmt: skip
+
+
+def planted(name, there, instead, layer, directory, label):
+    """The emulation of a copy of the sources with a fault, in the variant that has the layer."""
+    shutil.copytree(_build.CSRC, directory / "csrc")
+    changed = directory / "csrc" / "cuda" / name
+    text = changed.read_text()
+    assert text.count(there) == 1
+    changed.write_text(text.replace(there, instead))
+    variant = "fast" if layer in ("values", "conflicts", "divergence") else "race"
+    return load(variant, [directory / "csrc" / "cuda" / SOURCE.name], label)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault, tmp_path):
-    name, there, instead, layer = FAULTS[fault]
-    shutil.copytree(_build.CSRC, tmp_path / "csrc")
-    changed = tmp_path / "csrc" / "cuda" / name
-    text = changed.read_text()
-    assert text.count(there) == 1
-    changed.write_text(text.replace(there, instead))
-    variant = "fast" if layer in ("values", "conflicts", "divergence") else "race"
-    label = f"attention_fault{list(FAULTS).index(fault)}"
-    faulty = load(variant, [tmp_path / "csrc" / "cuda" / SOURCE.name], label)
+    layer = FAULTS[fault][-1]
+    faulty = planted(*FAULTS[fault], tmp_path, f"attention_fault{list(FAULTS).index(fault)}")
     dim = 40 if fault == "columns past the end" else 64
     inputs = attention_inputs(1, 1, 135, dim, seed=1, dtype=torch.bfloat16)
     dout, lens = randn(1, 1, 135, dim, seed=4, dtype=torch.bfloat16), (65, 1, 69)

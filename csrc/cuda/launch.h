@@ -78,6 +78,19 @@ inline void allow_shared_memory(const void* kernel, const char* name, const Laun
   bytes = shape.shared_bytes;
 }
 
+// How many multiprocessors the device has, asked for once: grids are chosen by it in every call.
+inline int multiprocessors(const OnDevice& device) {
+  static std::mutex mutex;
+  static std::map<int32_t, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& count = known[device.index];
+  if (count == 0) {
+    const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index);
+    VAR_CHECK(error == cudaSuccess, "device", "a number of multiprocessors", cudaGetErrorString(error));
+  }
+  return count;
+}
+
 // Starts `kernel` in the device's current stream. RuntimeError with the kernel's name and the configuration where that
 // fails; errors while it runs are found by whoever synchronises, as for every kernel.
 template <class... P, class... A>

@@ -14,6 +14,7 @@ char stream_object;
 int open_device_guards;
 std::map<const void*, int> shared_limits;
 constexpr int kDefaultShared = 48 << 10, kOptInShared = 99 << 10;  // the least of compute capabilities 8.0 ... 12.0
+constexpr int kMultiprocessors = 6;  // few: what a kernel does where its blocks fill the device happens in tests as well
 
 struct Shape {
   std::string text = "tensor (";
@@ -116,6 +117,12 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaErrorInvalidValue;
   if (value > emu::kOptInShared) return cudaErrorInvalidValue;
   emu::shared_limits[kernel] = value;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
+  *value = emu::kMultiprocessors;
   return cudaSuccess;
 }
 
