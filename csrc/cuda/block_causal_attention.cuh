@@ -9,9 +9,9 @@
 // 16-bit tensors go to tensor cores: 64 rows by 64 keys, four warps of 16 rows. q stays in registers; k and v have two
 // stages each in shared memory, and while one is multiplied the next is copied. Blocks of keys that all rows see come
 // in a loop of their own, without predicates. Where tiles are too few to fill the GPU, the keys of each are divided
-// among several blocks (block_causal_attention_parts.cuh). A row's sums have one order: results do not depend on timing.
-// They depend on the GPU by its number of multiprocessors, from which, and from the number of tiles, that of the parts
-// follows.
+// among several blocks (block_causal_attention_parts.cuh). A row's sums have one order: results do not depend on
+// timing. They depend on the GPU by its number of multiprocessors, from which, and from the number of tiles, that of
+// the parts follows.
 //
 // fp32, rows that 16-byte accesses cannot address, and head dimensions above 128 go to a plain kernel of fp32
 // multiply-adds.

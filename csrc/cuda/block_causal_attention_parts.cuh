@@ -1,7 +1,7 @@
 // Block-causal attention of few queries against many keys, as in a step with a key-value cache: its tiles of rows are
 // too few to fill a GPU, so the keys of each tile are divided into consecutive parts, one thread block each. A part
-// leaves what the walk over its keys ends with, the maximum m, the sum l and the unnormalised sum of values of each row,
-// and a second kernel adds the parts up in their order, rescaled to their common maximum:
+// leaves what the walk over its keys ends with, for each row the maximum m, the sum l and the unnormalised sum of
+// values, and a second kernel adds the parts up in their order, rescaled to their common maximum:
 //   m = max over parts of m_i    l = sum of l_i·exp2(m_i - m)    out = (sum of acc_i·exp2(m_i - m)) / l
 // which is how the walk itself goes from block to block: non-finite values give what they give there.
 //
@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kAttentionThreads, forward_blocks(kDim))
     if (lane % 4 == 0 && row + 8 * half < tile.count)
       to.statistics[part_row(a.problem, place, part, row + 8 * half)] =
           make_float2(rows.peak[half], rows.total[half]);
-  // Two neighbouring lanes have two columns each of two rows. The even one stores four columns of the first row, the odd
-  // one of the second.
+  // Two neighbouring lanes have two columns each of two rows. The even one stores four columns of the first row, the
+  // odd one of the second.
   const bool odd = lane % 2 != 0;
   const int my_row = row + (odd ? 8 : 0);
   float* const target = to.sums + part_row(a.problem, place, part, my_row) * a.problem.dim + lane % 4 / 2 * 4;

@@ -14,7 +14,7 @@ char stream_object;
 int open_device_guards;
 std::map<const void*, int> shared_limits;
 constexpr int kDefaultShared = 48 << 10, kOptInShared = 99 << 10;  // the least of compute capabilities 8.0 ... 12.0
-constexpr int kMultiprocessors = 6;  // few: what a kernel does where its blocks fill the device happens in tests as well
+constexpr int kMultiprocessors = 6;  // few, so that small problems of tests fill the device or do not
 
 struct Shape {
   std::string text = "tensor (";
