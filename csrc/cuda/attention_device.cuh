@@ -175,5 +175,10 @@ constexpr float kLn2 = 0.693147180559945309f;
 // exp2(inf) = inf are meant: 0 gives these, and with them PyTorch's results, out = 0/0 and lse = -inf or inf.
 __device__ __forceinline__ float finite_shift(float peak) { return fabsf(peak) == INFINITY ? 0.0f : peak; }
 
+// lse from the maximum of the scores, in units of ln(2), and the sum of the exponentials less that.
+__device__ __forceinline__ float log_sum_exp(float peak, float total) {
+  return fmaf(finite_shift(peak), kLn2, log2f(total) * kLn2);
+}
+
 }  // namespace
 }  // namespace var_kernels

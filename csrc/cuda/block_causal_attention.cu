@@ -1,6 +1,7 @@
 // The launchers and the door of block_causal_attention on CUDA devices.
 #include "block_causal_attention.cuh"
 #include "block_causal_attention_backward.cuh"
+#include "block_causal_attention_parts.cuh"
 #include "plain_block_causal_attention_backward.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -111,7 +112,10 @@ struct Grid {
     }
   }
 
-  LaunchShape shape(size_t shared_bytes) const { return {dim3(blocks), dim3(kAttentionThreads), shared_bytes}; }
+  // `times`: how many blocks there are for each tile.
+  LaunchShape shape(size_t shared_bytes, int times = 1) const {
+    return {dim3(blocks, unsigned(times)), dim3(kAttentionThreads), shared_bytes};
+  }
 };
 
 void check_lengths(const Tensor& k) {
@@ -120,13 +124,37 @@ void check_lengths(const Tensor& k) {
 
 // ---- forward ------------------------------------------------------------------------------------------------------
 
+// How many parts the keys of a tile may fall into: one if each multiprocessor has a block without that, else as many as
+// make no more blocks than can be resident at once. `limit`: the most keys that a tile sees.
+int most_parts(const OnDevice& device, const Grid& grid, int limit) {
+  const int64_t count = multiprocessors(device);
+  if (grid.blocks >= count) return 1;
+  return parts_of(limit, int(std::min<int64_t>(kMostParts, count * forward_blocks(grid.problem.dim) / grid.blocks)));
+}
+
+template <class T, int kDim>
+void launch_parts(const OnDevice& device, const AttentionForward& arguments, const Grid& grid, int most) {
+  const AttentionProblem& p = arguments.problem;
+  Tensor sums = device.empty({most, p.pairs, p.queries, p.dim}, ScalarType::Float);
+  Tensor statistics = device.empty({most, p.pairs, p.queries, 2}, ScalarType::Float);
+  const AttentionParts parts = {most, sums.mutable_data_ptr<float>(),
+                                reinterpret_cast<float2*>(statistics.mutable_data_ptr<float>())};
+  launch(device, "block_causal_attention, parts", attention_part_kernel<T, kDim>,
+         grid.shape(forward_shared_bytes(kDim), most), arguments, parts);
+  launch(device, "block_causal_attention, combining parts", attention_combine_kernel<T>,
+         grid.shape(0, combine_blocks(p.dim)), arguments, parts);
+}
+
 template <class T>
-void launch_forward(const OnDevice& device, const AttentionForward& arguments, const Grid& grid, bool tensor_cores) {
+void launch_forward(const OnDevice& device, const AttentionForward& arguments, const Grid& grid, int limit,
+                    bool tensor_cores) {
   const int dim = arguments.problem.dim;
   if constexpr (sizeof(T) == 2) {
     if (tensor_cores)
       return with_tensor_core_dim(dim, [&](auto width) {
         constexpr int kDim = decltype(width)::value;
+        if (const int most = most_parts(device, grid, limit); most > 1)
+          return launch_parts<T, kDim>(device, arguments, grid, most);
         launch(device, "block_causal_attention", attention_forward_kernel<T, kDim>,
                grid.shape(forward_shared_bytes(kDim)), arguments);
       });
@@ -156,7 +184,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                    : attention_tiles::of_queries(scale_lens, q_offset, q.size(2), kPlainRows, kPlainKeys);
   const Grid grid(device, q, k, scale_lens, q_offset, tiles, q.size(1), k.size(2) * k.size(1) / q.size(1));
   arguments.problem = grid.problem;
-  with_dtype(q, [&](auto zero) { launch_forward<decltype(zero)>(device, arguments, grid, tensor_cores); });
+  const int limit = tiles.front().limit;  // the most
+  with_dtype(q, [&](auto zero) { launch_forward<decltype(zero)>(device, arguments, grid, limit, tensor_cores); });
   return {out, lse};
 }
 

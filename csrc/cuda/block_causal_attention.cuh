@@ -8,7 +8,10 @@
 //
 // 16-bit tensors go to tensor cores: 64 rows by 64 keys, four warps of 16 rows. q stays in registers; k and v have two
 // stages each in shared memory, and while one is multiplied the next is copied. Blocks of keys that all rows see come
-// in a loop of their own, without predicates. A row's sums have one order: results do not depend on timing or the GPU.
+// in a loop of their own, without predicates. Where tiles are too few to fill the GPU, the keys of each are divided
+// among several blocks (block_causal_attention_parts.cuh). A row's sums have one order: results do not depend on
+// timing. They depend on the GPU by its number of multiprocessors, from which, and from the number of tiles, that of
+// the parts follows.
 //
 // fp32, rows that 16-byte accesses cannot address, and head dimensions above 128 go to a plain kernel of fp32
 // multiply-adds.
@@ -123,28 +126,27 @@ constexpr size_t forward_shared_bytes(int dim) { return size_t(4) * kForwardKeys
 // Blocks that a multiprocessor is to hold at once: one copies while another multiplies.
 constexpr int forward_blocks(int dim) { return dim <= 64 ? 3 : 2; }
 
+// The softmax of a tile over the keys from block `begin` to key `limit`, which is the tile's own or a multiple of
+// kForwardKeys; then `total` is that of the whole row in each of its threads.
 template <class T, int kDim>
-__global__ void __launch_bounds__(kAttentionThreads, forward_blocks(kDim))
-    attention_forward_kernel(const __grid_constant__ AttentionForward a) {
-  VAR_DYN_SMEM(shared);
+__device__ __forceinline__ void attend_tile(SoftmaxRows<kDim>& rows, const AttentionForward& a,
+                                            const AttentionPlace& place, T* keys, int begin, int limit) {
   const AttentionProblem& p = a.problem;
-  const AttentionPlace place = my_place(p);
   const AttentionTile tile = place.tile;
   const int batch = place.pair / p.heads, head = place.pair % p.heads;
-  const int lane = int(threadIdx.x) % 32, first_row = int(threadIdx.x) / 32 * 16, row = first_row + lane / 4;
+  const int first_row = int(threadIdx.x) / 32 * 16, row = first_row + int(threadIdx.x) % 32 / 4;
 
-  T* const keys = reinterpret_cast<T*>(shared);
   T* const values = keys + 2 * KeyStages<T, kDim, kForwardKeys>::kTile;
   const KeyStages<T, kDim, kForwardKeys> stages = {
       keys, values, head_of<const T>(a.k, batch, head / p.group), head_of<const T>(a.v, batch, head / p.group),
-      a.k.row, a.v.row, tile.limit, p.dim};
+      a.k.row, a.v.row, limit, p.dim};
   // q passes through a stage of values that is not in use before the second barrier of the first step.
-  T* const q_tile = stages.value_tile(1);
+  T* const q_tile = stages.value_tile(begin + 1);
   static_assert(kForwardRows == kForwardKeys);
   start_copy<T, kDim, kForwardRows>(q_tile, head_of<const T>(a.q, batch, head), a.q.row, tile.first,
                                     tile.first + tile.count, p.dim);
-  stages.start_keys(0);
-  stages.start_values(0);
+  stages.start_keys(begin);
+  stages.start_values(begin);
   const int visible[2] = {visible_keys(p, tile, row), visible_keys(p, tile, row + 8)};
   ptx::cp_async_wait<1>();
   __syncthreads();
@@ -156,25 +158,41 @@ __global__ void __launch_bounds__(kAttentionThreads, forward_blocks(kDim))
     for (int i = 0; i < 4; ++i) q[k][i] ^= a.sign;
   }
 
-  SoftmaxRows<kDim> rows = {{}, {-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-  int block = 0;
-  for (; block < tile.common / kForwardKeys; ++block) attend<false>(rows, q, stages, block, visible, a.scale_log2);
-  for (; block * kForwardKeys < tile.limit; ++block) attend<true>(rows, q, stages, block, visible, a.scale_log2);
+  rows = {{}, {-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+  int block = begin;
+  for (; block < min(tile.common, limit) / kForwardKeys; ++block)
+    attend<false>(rows, q, stages, block, visible, a.scale_log2);
+  for (; block * kForwardKeys < limit; ++block) attend<true>(rows, q, stages, block, visible, a.scale_log2);
+#pragma unroll
+  for (float& total : rows.total) {
+    total += __shfl_xor_sync(kFullWarp, total, 1);
+    total += __shfl_xor_sync(kFullWarp, total, 2);
+  }
+}
 
+template <class T, int kDim>
+__global__ void __launch_bounds__(kAttentionThreads, forward_blocks(kDim))
+    attention_forward_kernel(const __grid_constant__ AttentionForward a) {
+  VAR_DYN_SMEM(shared);
+  T* const keys = reinterpret_cast<T*>(shared);
+  const AttentionPlace place = my_place(a.problem);
+  const AttentionTile tile = place.tile;
+  SoftmaxRows<kDim> rows;
+  attend_tile<T, kDim>(rows, a, place, keys, 0, tile.limit);
+
+  const int lane = int(threadIdx.x) % 32, first_row = int(threadIdx.x) / 32 * 16, row = first_row + lane / 4;
   float inverse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float total = rows.total[half];
-    total += __shfl_xor_sync(kFullWarp, total, 1);
-    total += __shfl_xor_sync(kFullWarp, total, 2);
-    inverse[half] = 1.0f / total;
+    inverse[half] = 1.0f / rows.total[half];
     if (lane % 4 == 0 && row + 8 * half < tile.count)
-      a.lse[int64_t(place.pair) * p.queries + tile.first + row + 8 * half] =
-          fmaf(finite_shift(rows.peak[half]), kLn2, log2f(total) * kLn2);
+      a.lse[int64_t(place.pair) * a.problem.queries + tile.first + row + 8 * half] =
+          log_sum_exp(rows.peak[half], rows.total[half]);
   }
+  T* const out = head_of<T>(a.out, place.pair / a.problem.heads, place.pair % a.problem.heads);
   // Nothing is on its way, and no warp has read keys since the last barrier.
-  store_rows<T, kDim>(rows.acc, inverse, keys, first_row, tile.count,
-                      head_of<T>(a.out, batch, head) + tile.first * a.out.row, a.out.row, p.dim);
+  store_rows<T, kDim>(rows.acc, inverse, keys, first_row, tile.count, out + tile.first * a.out.row, a.out.row,
+                      a.problem.dim);
 }
 
 // ---- plain --------------------------------------------------------------------------------------------------------
@@ -283,7 +301,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     if (row + r >= tile.count) continue;
     const int64_t query = tile.first + row + r;
     if (lane == 0)
-      a.lse[int64_t(place.pair) * p.queries + query] = fmaf(finite_shift(peak[r]), kLn2, log2f(total[r]) * kLn2);
+      a.lse[int64_t(place.pair) * p.queries + query] = log_sum_exp(peak[r], total[r]);
 #pragma unroll
     for (int j = 0; j < kDim / 8; ++j)
       if (lane + 8 * j < dim) out[query * a.out.row + lane + 8 * j] = from_float<T>(acc[r][j] / total[r]);

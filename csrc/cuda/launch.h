@@ -74,17 +74,6 @@ inline void check_cuda(cudaError_t error, const char* kernel, const LaunchShape&
                   " bytes of shared memory, device ", device, ")");
 }
 
-// How many blocks can be worked on at the same time, one each.
-inline int multiprocessors(const OnDevice& device) {
-  static std::mutex mutex;
-  static std::map<int32_t, int> counts;
-  const std::lock_guard<std::mutex> lock(mutex);
-  int& count = counts[device.index];
-  if (count == 0)
-    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index), "(none)", {}, device.index);
-  return count;
-}
-
 // Above 48 KiB a kernel must be told so on each device; never less than before, or an earlier shape would fail.
 inline void allow_shared_memory(const void* kernel, const char* name, const LaunchShape& shape, int32_t device) {
   constexpr size_t kAlwaysAllowed = 48 << 10;
@@ -97,6 +86,19 @@ inline void allow_shared_memory(const void* kernel, const char* name, const Laun
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes)), name,
              shape, device);
   bytes = shape.shared_bytes;
+}
+
+// How many multiprocessors the device has, asked for once: grids are chosen by it in every call.
+inline int multiprocessors(const OnDevice& device) {
+  static std::mutex mutex;
+  static std::map<int32_t, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& count = known[device.index];
+  if (count == 0) {
+    const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device.index);
+    VAR_CHECK(error == cudaSuccess, "device", "a number of multiprocessors", cudaGetErrorString(error));
+  }
+  return count;
 }
 
 // Starts `kernel` in the device's current stream. RuntimeError with the kernel's name and the configuration where that
