@@ -36,8 +36,7 @@ static_assert(sizeof(QuantizeBackward) <= 4096);
 
 // Which map, and which tile of it, a block of the grid has: the tiles of all maps by tiles of channels.
 struct MapPlace {
-  int64_t map;
-  int image, k;
+  int map, image, k;
   MapTile tile;
 };
 __device__ __forceinline__ MapPlace my_map(const QuantizeBackward& a) {
@@ -57,7 +56,7 @@ __device__ __forceinline__ float4 code_pixel(const QuantizeBackward& a, int imag
 __device__ __forceinline__ void store_mixed(const QuantizeBackward& a, const MapPlace& place, const ConvolvedPixels& h,
                                             const float4& bias, float* maps) {
   for_own_pixels(a.shape, place.tile, [&](int p, int pixel) {
-    *reinterpret_cast<float4*>(maps + place.map * a.shape.floats() + int64_t(pixel) * a.shape.pitch +
+    *reinterpret_cast<float4*>(maps + int64_t(place.map) * a.shape.floats() + int64_t(pixel) * a.shape.pitch +
                                place.tile.channel + thread_channel()) = h.mixed(p, a.phi.ratio, bias);
   });
 }
@@ -197,7 +196,7 @@ __global__ void __launch_bounds__(kMapThreads) reduce_phi_kernel(const __grid_co
 __global__ void __launch_bounds__(kMapThreads, 2) code_maps_kernel(const __grid_constant__ QuantizeBackward a) {
   VAR_DYN_SMEM(shared);
   const MapPlace place = my_map(a);
-  const float* const map = a.maps + place.map * a.shape.floats();
+  const float* const map = a.maps + int64_t(place.map) * a.shape.floats();
   ConvolvedPixels du;
   convolve_tile<true, false>(du, *reinterpret_cast<ConvolutionMemory*>(shared), a.shape, place.tile,
                       weight_of(a.phi, a.schedule[place.k].phi, a.shape),

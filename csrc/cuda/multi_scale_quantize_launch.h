@@ -30,6 +30,7 @@ inline MapShape map_shape(const char* name, const Tensor& f) {
   check_float(f, name, 4);
   const int64_t channels = f.size(1), height = f.size(2), width = f.size(3);
   VAR_CHECK(channels > 0 && height > 0 && width > 0, name, "channels, height and width", "none");
+  VAR_CHECK(channels <= 1 << 13, name, "at most 8192 channels", channels);  // 32-bit numbers count the weights
   VAR_CHECK(f.size(0) < kMostRows && ceil_div(channels, 4) * 4 * height * width < kMostRows, name,
             "less than 2^30 elements in a map", channels * height * width);
   return {int(channels), int(ceil_div(channels, 4) * 4), int(height), int(width)};

@@ -212,8 +212,7 @@ struct StepWeights {
       const int index = int(threadIdx.x) + n * kMapThreads, rest = index % (kStepInputs * 9);
       const int i = input + rest / 9, o = output + index / (kStepInputs * 9), tap = rest % 9;
       values[n] = index < kStepWeights && i < channels && o < channels
-                      ? kTransposed ? weight[(int64_t(i) * channels + o) * 9 + 8 - tap]
-                                    : weight[(int64_t(o) * channels + i) * 9 + tap]
+                      ? kTransposed ? weight[(i * channels + o) * 9 + 8 - tap] : weight[(o * channels + i) * 9 + tap]
                       : 0.0f;
     }
   }
