@@ -291,6 +291,8 @@ REGISTERS = {
     "attention_part_kernel<bf16, 64>": 168,
     "attention_part_kernel<fp16, 64>": 168,
     "attention_combine_kernel": 64,
+    "tf32_attention_forward_kernel<64>": 168,
+    "tf32_attention_": 255,
     "attention_": 255,
     "plain_attention_": 255,
     "write_schedule_kernel": 40,
@@ -303,18 +305,19 @@ STACK = {"plain_attention_backward_keys_kernel<float, 256>": 16}
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
-    assert len(kernels) == 6 * 4 + 2 + 9 * 3 + 1
+    assert len(kernels) == 6 * 4 + 2 + 2 + 9 * 3 + 1
     for kernel in kernels:
         machine_code.assert_resources(kernel, REGISTERS, STACK.get(kernel.name, 0))
         if kernel.name.startswith("attention_combine"):
             # Loaded in other widths are the numbers of a schedule, and m and l of the parts.
             assert len(kernel.having("LDG")) > len(kernel.narrow("LDG")), kernel.name
             assert len(kernel.narrow("STG")) <= 1, f"{kernel.name}: {kernel.having('STG')}"
-        elif kernel.name.startswith("attention_"):
+        elif kernel.name.startswith(("attention_", "tf32_")):
             assert kernel.having("LDGSTS") and not kernel.narrow("LDGSTS"), kernel.name
             narrow = 0 if "keys" in kernel.name else 2  # lse, delta, or m and l, of two rows
             assert len(kernel.narrow("STG")) <= narrow, f"{kernel.name}: {kernel.having('STG')}"
-            assert any(opcode.startswith("HMMA.16816.F32") for opcode in kernel.opcodes), kernel.name
+            product = "HMMA.1688.F32.TF32" if kernel.name.startswith("tf32_") else "HMMA.16816.F32"
+            assert any(opcode.startswith(product) for opcode in kernel.opcodes), kernel.name
 
 
 # ---- planted faults ------------------------------------------------------------------------------------------------
@@ -331,10 +334,11 @@ FAULTS = {
         FORWARD, "__syncthreads();\n  stages.start_values(block + 1)", "stages.start_values(block + 1)", "race"),
     "no warp barrier in the results": Mutant(DEVICE, "  __syncwarp();\n", "", "race"),
     "keys past the end": Mutant(DEVICE, "first + row + r < limit && (c", "(c", "out_of_bounds"),
-    "columns past the end": Mutant(DEVICE, " && (c + chunk) * 8 < dim", "", "out_of_bounds"),
+    "columns past the end": Mutant(DEVICE, " && (c + chunk) * kWidth < dim", "", "out_of_bounds"),
     "no swizzle": Mutant(DEVICE, "chunk ^ (row & 7) : ", "chunk : ", "conflicts"),
     "copied without the swizzle": Mutant(
-        DEVICE, "target = tile + swizzled<kDim>(row, chunk)", "target = tile + row * kDim + chunk * 8", "values"),
+        DEVICE, "target = tile + swizzled<T, kDim>(row, chunk)", "target = tile + row * kDim + chunk * kWidth",
+        "values"),
     "sees one key too many": Mutant(FORWARD, "% 2 >= visible", "% 2 > visible", "values"),
     "what was summed is not rescaled": Mutant(
         FORWARD, "rows.acc[n][2 * half] *= factor", "rows.acc[n][2 * half] *= 1.0f", "values"),
@@ -348,7 +352,7 @@ FAULTS = {
         BACKWARD, "8 >= stages.statistics.visible", "8 > stages.statistics.visible", "values"),
     "a warp diverges": Mutant(
         FORWARD, "    total += __shfl_xor_sync(kFullWarp, total, 2);",
-        "    if (row < tile.count) total += __shfl_xor_sync(kFullWarp, total, 2);", "divergence"),
+        "    if (threadIdx.x % 8 < 4) total += __shfl_xor_sync(kFullWarp, total, 2);", "divergence"),
 }  # fmt: skip
 
 

@@ -159,9 +159,10 @@ FAULTS = {
     "parts have a block between them": Mutant(
         PARTS, "begin = blocks * part / parts", "begin = blocks * part / parts + (part > 0)", "values"),
     "a part goes on to the end": Mutant(PARTS, "min(end * kForwardKeys, tile.limit)", "tile.limit", "values"),
-    "neighbours exchange the wrong row": Mutant(PARTS, "odd ? acc[0] : acc[2]", "odd ? acc[2] : acc[0]", "values"),
+    "neighbours exchange the wrong row": Mutant(
+        "attention_device.cuh", "odd ? acc[n][0] : acc[n][2]", "odd ? acc[n][2] : acc[n][0]", "values"),
     "parts of all blocks in one place": Mutant(
-        PARTS, "part_row(a.problem, place, part, my_row)", "part_row(a.problem, place, 0, my_row)",
+        PARTS, "to.sums + part_row(a.problem, place, part, 0)", "to.sums + part_row(a.problem, place, 0, 0)",
         "cross_block_race"),
     "parts that do not exist are added": Mutant(
         PARTS, "parts = parts_of(place.tile.limit, from.most)", "parts = from.most", "undefined"),

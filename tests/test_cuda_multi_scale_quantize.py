@@ -255,7 +255,8 @@ def test_machine_code(source, arch, selected):
 MAP, RESIDENT, GRADIENTS = (f"multi_scale_quantize{part}.cuh" for part in ("_map", "", "_backward"))
 FORWARD_MUTANTS = {
     "the residual is read too early": Mutant(RESIDENT, "__syncthreads();  // the residual is complete;", "//", "race"),
-    "no barrier before the pixels": Mutant(MAP, "    __syncthreads();\n    fill_pixels", "    fill_pixels", "undefined"),
+    "no barrier before the pixels": Mutant(MAP, "    __syncthreads();\n    fill_pixels", "    fill_pixels",
+                                           "undefined"),
     "no barrier after the weights": Mutant(MAP, "step.store(weights);\n      __syncthreads();", "step.store(weights);",
                                            "race"),
     "one buffer of weights": Mutant(MAP, "memory.weights[i / kStepInputs % 2]", "memory.weights[0]", "race"),

@@ -22,23 +22,24 @@ MAX_HEAD_DIM = 256
 
 define(
     "_block_causal_attention(Tensor q, Tensor k, Tensor v, SymInt[] scale_lens, float softmax_scale, "
-    "SymInt q_offset) -> (Tensor out, Tensor lse)",
+    "SymInt q_offset, bool allow_tf32=False) -> (Tensor out, Tensor lse)",
     __name__,
 )
 define(
     "_block_causal_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor? dlse, SymInt[] scale_lens, float softmax_scale, SymInt q_offset) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "Tensor? dlse, SymInt[] scale_lens, float softmax_scale, SymInt q_offset, bool allow_tf32=False) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
     __name__,
 )
 
 
 @register_fake("_block_causal_attention")
-def _fake_forward(q, k, v, scale_lens, softmax_scale, q_offset):
+def _fake_forward(q, k, v, scale_lens, softmax_scale, q_offset, allow_tf32=False):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @register_fake("_block_causal_attention_backward")
-def _fake_backward(dout, q, k, v, out, lse, dlse, scale_lens, softmax_scale, q_offset):
+def _fake_backward(dout, q, k, v, out, lse, dlse, scale_lens, softmax_scale, q_offset, allow_tf32=False):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -46,8 +47,8 @@ class _BlockCausalAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v, scale_lens, softmax_scale, q_offset, backend):
-        return raw_ops(backend)._block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset)
+    def forward(q, k, v, scale_lens, softmax_scale, q_offset, allow_tf32, backend):
+        return raw_ops(backend)._block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset, allow_tf32)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -61,7 +62,15 @@ class _BlockCausalAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else unit_inner_stride(dout)
         backward = raw_ops(ctx.backend)._block_causal_attention_backward
-        return *backward(dout, q, k, v, out, lse, dlse, *ctx.options), None, None, None, None
+        return *backward(dout, q, k, v, out, lse, dlse, *ctx.options), None, None, None, None, None
+
+
+def _tf32_allowed() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# As in backends.py. Compiled code is guarded by this setting of PyTorch: another value compiles again.
+_tf32_allowed._dynamo_marked_constant = True
 
 
 def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -134,10 +143,10 @@ def block_causal_attention(
         inputs). An empty batch or Lq = 0 gives empty results.
 
     The three tensors share dtype (float32, bfloat16, float16; float64 by the reference) and device. Any strides are
-    taken without a copy if the last dimension is dense. Arithmetic is float32 (in Triton, products of float32 are TF32
-    where PyTorch's own are allowed to be), and the result does not depend on the number of threads. Under autocast q,
-    k and v are cast to the autocast dtype, as for scaled_dot_product_attention. NaN and infinite values propagate as in
-    PyTorch. First derivatives only.
+    taken without a copy if the last dimension is dense. Arithmetic is float32, and the result does not depend on the
+    number of threads. On a GPU, products of float32 use TF32 where PyTorch's own are allowed to: one for each in
+    Triton, three, which give back what one loses, in CUDA C++. Under autocast q, k and v are cast to the autocast
+    dtype, as for scaled_dot_product_attention. NaN and infinite values propagate as in PyTorch. First derivatives only.
 
     Raises:
         TypeError: A dtype is not supported or differs from q's, or `scale_lens` holds something other than ints.
@@ -162,8 +171,9 @@ def block_causal_attention(
             out, lse = reference.block_causal_attention(q, k, v, lens, scale, offset)
     else:
         q, k, v = unit_inner_stride(q), unit_inner_stride(k), unit_inner_stride(v)
+        allow_tf32 = backend != "cpu" and q.dtype == torch.float32 and _tf32_allowed()
         if needs_grad(q, k, v):
-            out, lse = _BlockCausalAttention.apply(q, k, v, lens, scale, offset, backend)
+            out, lse = _BlockCausalAttention.apply(q, k, v, lens, scale, offset, allow_tf32, backend)
         else:
-            out, lse = raw_ops(backend)._block_causal_attention(q, k, v, lens, scale, offset)
+            out, lse = raw_ops(backend)._block_causal_attention(q, k, v, lens, scale, offset, allow_tf32)
     return (out, lse) if return_lse else out

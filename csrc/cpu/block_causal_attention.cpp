@@ -149,7 +149,7 @@ std::vector<AttentionForwardTask> forward_tasks(const AttentionProblem& p) {
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& scale_lens,
-                                   double softmax_scale, int64_t q_offset) {
+                                   double softmax_scale, int64_t q_offset, bool /*allow_tf32*/) {
   const Plan plan = make_plan(q, k, v, scale_lens, softmax_scale, q_offset);
   const AttentionProblem& p = plan.problem;
   Tensor out = empty_as(q), lse = empty_cpu({p.batch, p.heads, p.queries}, ScalarType::Float);
@@ -171,7 +171,8 @@ int64_t key_ranges(const AttentionProblem& p) {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& out, const Tensor& lse, const std::optional<Tensor>& dlse,
-                                            const Lens& scale_lens, double softmax_scale, int64_t q_offset) {
+                                            const Lens& scale_lens, double softmax_scale, int64_t q_offset,
+                                            bool /*allow_tf32*/) {
   const Plan plan = make_plan(q, k, v, scale_lens, softmax_scale, q_offset);
   const AttentionProblem& p = plan.problem;
   check_like(dout, "dout", q, p.heads, p.queries);

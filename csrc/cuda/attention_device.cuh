@@ -73,14 +73,15 @@ __device__ __forceinline__ int visible_keys(const AttentionProblem& p, const Att
 
 // ---- tiles in shared memory ---------------------------------------------------------------------------------------
 
-// A tile is rows of kDim 16-bit elements without padding. Its 16-byte chunks are permuted within their row such that
-// chunk c of 8 consecutive rows, what ldmatrix reads at once, lies in 8 different groups of 4 banks. Where a row is no
-// multiple of 128 bytes (kDim 96), every second row begins half a turn of the banks further: two bits suffice.
-template <int kDim>
+// A tile is rows of kDim elements without padding. Its 16-byte chunks are permuted within their row such that chunk c
+// of 8 consecutive rows, what ldmatrix reads at once, lies in 8 different groups of 4 banks. Where a row is no multiple
+// of 128 bytes (16-bit elements, kDim 96), every second row begins half a turn of the banks further: two bits suffice.
+template <class T, int kDim>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
-  static_assert(kDim % 32 == 0);
-  const int permuted = kDim % 64 == 0 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
-  return row * kDim + permuted * 8;
+  constexpr int kChunks = kDim / kPackWidth<T>;
+  static_assert(kChunks % 4 == 0);
+  const int permuted = kChunks % 8 == 0 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
+  return row * kDim + permuted * kPackWidth<T>;
 }
 
 // Starts the copy of rows [first, first + kRows) of a head; zeros from row `limit` and column `dim` on. Eight threads
@@ -88,17 +89,18 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
 // and with that one place in shared memory: the rest are constant distances.
 template <class T, int kDim, int kRows>
 __device__ __forceinline__ void start_copy(T* tile, const T* head, int64_t row_stride, int first, int limit, int dim) {
-  constexpr int kAcross = kDim % 64 == 0 ? 8 : 4, kStep = kAttentionThreads / kAcross;
-  static_assert(kRows % kStep == 0 && kDim % (kAcross * 8) == 0);
+  constexpr int kWidth = kPackWidth<T>, kChunks = kDim / kWidth;
+  constexpr int kAcross = kChunks % 8 == 0 ? 8 : 4, kStep = kAttentionThreads / kAcross;
+  static_assert(kRows % kStep == 0 && kChunks % kAcross == 0);
   const int row = int(threadIdx.x) / kAcross, chunk = int(threadIdx.x) % kAcross;
-  const T* source = head + (first + row) * row_stride + chunk * 8;
-  T* const target = tile + swizzled<kDim>(row, chunk);
+  const T* source = head + (first + row) * row_stride + chunk * kWidth;
+  T* const target = tile + swizzled<T, kDim>(row, chunk);
 #pragma unroll
   for (int r = 0; r < kRows; r += kStep, source += kStep * row_stride)
 #pragma unroll
-    for (int c = 0; c < kDim / 8; c += kAcross)
-      ptx::cp_async16(target + r * kDim + c * 8, source + c * 8,
-                      first + row + r < limit && (c + chunk) * 8 < dim);
+    for (int c = 0; c < kChunks; c += kAcross)
+      ptx::cp_async16(target + r * kDim + c * kWidth, source + c * kWidth,
+                      first + row + r < limit && (c + chunk) * kWidth < dim);
 }
 
 // ---- products -----------------------------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ __device__ __forceinline__ void start_copy(T* tile, const T* head, int64_t row_s
 template <class T, int kDim>
 __device__ __forceinline__ void load_left(uint32_t (&a)[4], const T* tile, int row, int k) {
   const int lane = int(threadIdx.x) % 32;
-  ptx::ldmatrix_x4(a, tile + swizzled<kDim>(row + lane % 16, 2 * k + lane / 16));
+  ptx::ldmatrix_x4(a, tile + swizzled<T, kDim>(row + lane % 16, 2 * k + lane / 16));
 }
 
 // s (16, kRows) += a (16, 16) · the transpose of columns [16 k, 16 k + 16) of a tile (kRows, kDim).
@@ -118,7 +120,7 @@ __device__ __forceinline__ void multiply_transposed(float (&s)[kRows / 8][4], co
 #pragma unroll
   for (int n = 0; n < kRows / 16; ++n) {
     uint32_t b[4];
-    ptx::ldmatrix_x4(b, tile + n * 16 * kDim + swizzled<kDim>(row, chunk));
+    ptx::ldmatrix_x4(b, tile + n * 16 * kDim + swizzled<T, kDim>(row, chunk));
     ptx::mma_m16n8k16<T>(s[2 * n], a, b[0], b[1]);
     ptx::mma_m16n8k16<T>(s[2 * n + 1], a, b[2], b[3]);
   }
@@ -136,7 +138,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kDim / 8][4], const float 
 #pragma unroll
     for (int n = 0; n < kDim / 16; ++n) {
       uint32_t b[4];
-      ptx::ldmatrix_x4_trans(b, tile + k * 16 * kDim + swizzled<kDim>(row, 2 * n + chunk));
+      ptx::ldmatrix_x4_trans(b, tile + k * 16 * kDim + swizzled<T, kDim>(row, 2 * n + chunk));
       ptx::mma_m16n8k16<T>(acc[2 * n], a, b[0], b[1]);
       ptx::mma_m16n8k16<T>(acc[2 * n + 1], a, b[2], b[3]);
     }
@@ -153,7 +155,7 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kDim / 8][4], cons
   for (int n = 0; n < kDim / 8; ++n)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      T* const to = tile + swizzled<kDim>(row + lane / 4 + 8 * half, n) + lane % 4 * 2;
+      T* const to = tile + swizzled<T, kDim>(row + lane / 4 + 8 * half, n) + lane % 4 * 2;
       *reinterpret_cast<uint32_t*>(to) = pack2<T>(acc[n][2 * half] * factor[half], acc[n][2 * half + 1] * factor[half]);
     }
   __syncwarp();
@@ -162,8 +164,29 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kDim / 8][4], cons
   for (int i = 0; i < 16 * kChunks / 32; ++i) {
     const int index = lane + i * 32, r = row + index / kChunks, chunk = index % kChunks;
     if (r >= count || chunk * 8 >= dim) continue;
-    const uint4* const from = reinterpret_cast<const uint4*>(tile + swizzled<kDim>(r, chunk));
+    const uint4* const from = reinterpret_cast<const uint4*>(tile + swizzled<T, kDim>(r, chunk));
     ptx::store16(target + r * row_stride + chunk * 8, make_uint4(from->x, from->y, from->z, from->w));
+  }
+}
+
+// Stores a warp's 16 rows of products in fp32, from row `row` of a tile on, which has `count` rows and begins at
+// `target`. Two neighbouring lanes have two columns each of two rows: the even one stores four columns of the first
+// row, the odd one of the second.
+template <int kDim>
+__device__ __forceinline__ void store_rows(const float (&acc)[kDim / 8][4], const float (&factor)[2], int row,
+                                           int count, float* target, int64_t row_stride, int dim) {
+  const int lane = int(threadIdx.x) % 32, column = lane % 4 / 2 * 4;
+  const bool odd = lane % 2 != 0;
+  const int r = row + lane / 4 + (odd ? 8 : 0);
+  target += r * row_stride + column;
+#pragma unroll
+  for (int n = 0; n < kDim / 8; ++n) {
+    const float first = __shfl_xor_sync(kFullWarp, odd ? acc[n][0] : acc[n][2], 1);
+    const float second = __shfl_xor_sync(kFullWarp, odd ? acc[n][1] : acc[n][3], 1);
+    if (r >= count || n * 8 + column >= dim) continue;
+    const float f = odd ? factor[1] : factor[0];
+    ptx::store16(target + n * 8, odd ? pack<float>({first * f, second * f, acc[n][2] * f, acc[n][3] * f})
+                                     : pack<float>({acc[n][0] * f, acc[n][1] * f, first * f, second * f}));
   }
 }
 

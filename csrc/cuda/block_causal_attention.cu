@@ -3,6 +3,7 @@
 #include "block_causal_attention_backward.cuh"
 #include "block_causal_attention_parts.cuh"
 #include "plain_block_causal_attention_backward.cuh"
+#include "tf32_block_causal_attention.cuh"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -35,9 +36,9 @@ HeadRows output_rows(const Tensor& x) {
   return {x.mutable_data_ptr(), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2)};
 }
 
-// Whether rows consist of whole, aligned 16-byte chunks of two-byte elements.
-bool chunks_fit(const HeadRows& x, int64_t dim) {
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (x.batch | x.head | x.row | dim) % 8 == 0;
+// Whether rows consist of whole, aligned 16-byte chunks, of `width` elements.
+bool chunks_fit(const HeadRows& x, int64_t dim, int64_t width = 8) {
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (x.batch | x.head | x.row | dim) % width == 0;
 }
 
 // empty_like(x), without its lookup by name where x is contiguous.
@@ -52,6 +53,11 @@ template <class F>
 void with_tensor_core_dim(int64_t dim, const F& f) {
   if (dim <= 64) return f(std::integral_constant<int, 64>());
   if (dim <= 96) return f(std::integral_constant<int, 96>());
+  return f(std::integral_constant<int, kMaxTensorCoreDim>());
+}
+template <class F>
+void with_tf32_dim(int64_t dim, const F& f) {
+  if (dim <= 64) return f(std::integral_constant<int, 64>());
   return f(std::integral_constant<int, kMaxTensorCoreDim>());
 }
 template <class F>
@@ -158,6 +164,13 @@ void launch_forward(const OnDevice& device, const AttentionForward& arguments, c
         launch(device, "block_causal_attention", attention_forward_kernel<T, kDim>,
                grid.shape(forward_shared_bytes(kDim)), arguments);
       });
+  } else {
+    if (tensor_cores)
+      return with_tf32_dim(dim, [&](auto width) {
+        constexpr int kDim = decltype(width)::value;
+        launch(device, "block_causal_attention (3xTF32)", tf32_attention_forward_kernel<kDim>,
+               grid.shape(tf32_forward_shared_bytes(kDim)), arguments);
+      });
   }
   with_plain_dim(dim, [&](auto width) {
     launch(device, "block_causal_attention (plain)", plain_attention_forward_kernel<T, decltype(width)::value>,
@@ -166,7 +179,7 @@ void launch_forward(const OnDevice& device, const AttentionForward& arguments, c
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& scale_lens,
-                                   double softmax_scale, int64_t q_offset) {
+                                   double softmax_scale, int64_t q_offset, bool allow_tf32) {
   check_attention(q, k, v, scale_lens, q_offset);
   check_lengths(k);
   const OnDevice device(q);
@@ -176,12 +189,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                 0.0f, softmax_scale < 0 ? 0x80008000u : 0u, {}};
   // Not zero: the -inf of an invisible score times zero would be NaN.
   arguments.scale_log2 = std::max(float(std::abs(softmax_scale) * 1.4426950408889634), 1e-30f);
-  const bool tensor_cores = q.scalar_type() != ScalarType::Float && q.size(3) <= kMaxTensorCoreDim &&
-                            chunks_fit(arguments.q, q.size(3)) && chunks_fit(arguments.k, q.size(3)) &&
-                            chunks_fit(arguments.v, q.size(3)) && chunks_fit(arguments.out, q.size(3));
+  const bool fp32 = q.scalar_type() == ScalarType::Float;
+  bool tensor_cores = (!fp32 || allow_tf32) && q.size(3) <= kMaxTensorCoreDim;
+  for (const HeadRows* rows : {&arguments.q, &arguments.k, &arguments.v, &arguments.out})
+    tensor_cores &= chunks_fit(*rows, q.size(3), fp32 ? 4 : 8);
   const std::vector<AttentionTile> tiles =
-      tensor_cores ? attention_tiles::of_queries(scale_lens, q_offset, q.size(2), kForwardRows, kForwardKeys)
-                   : attention_tiles::of_queries(scale_lens, q_offset, q.size(2), kPlainRows, kPlainKeys);
+      attention_tiles::of_queries(scale_lens, q_offset, q.size(2), tensor_cores ? kForwardRows : kPlainRows,
+                                  !tensor_cores ? kPlainKeys : fp32 ? kTf32Keys : kForwardKeys);
   const Grid grid(device, q, k, scale_lens, q_offset, tiles, q.size(1), k.size(2) * k.size(1) / q.size(1));
   arguments.problem = grid.problem;
   const int limit = tiles.front().limit;  // the most
@@ -226,7 +240,7 @@ Tensor statistics(const char* name, const Tensor& x, const Tensor& q) {
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& out, const Tensor& lse_in,
                                             const std::optional<Tensor>& dlse_in, const Lens& scale_lens,
-                                            double softmax_scale, int64_t q_offset) {
+                                            double softmax_scale, int64_t q_offset, bool /*allow_tf32*/) {
   check_attention(q, k, v, scale_lens, q_offset);
   check_attention_tensor("dout", dout, q, q.size(1), q.size(2));
   check_attention_tensor("out", out, q, q.size(1), q.size(2));

@@ -14,7 +14,7 @@
 // the parts follows.
 //
 // fp32, rows that 16-byte accesses cannot address, and head dimensions above 128 go to a plain kernel of fp32
-// multiply-adds.
+// multiply-adds; fp32 to tensor cores as well where TF32 is allowed (tf32_block_causal_attention.cuh).
 #pragma once
 #include "attention_device.cuh"
 
@@ -41,14 +41,13 @@ struct SoftmaxRows {
   float peak[2], total[2];  // m; this thread's part of l
 };
 
-template <int kDim>
-__device__ __forceinline__ void softmax_step(float (&s)[kForwardKeys / 8][4], SoftmaxRows<kDim>& rows,
-                                             float scale_log2) {
+template <int kDim, int kTiles>  // of eight keys
+__device__ __forceinline__ void softmax_step(float (&s)[kTiles][4], SoftmaxRows<kDim>& rows, float scale_log2) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float most = -INFINITY;
 #pragma unroll
-    for (int n = 0; n < kForwardKeys / 8; ++n) most = fmaxf(most, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    for (int n = 0; n < kTiles; ++n) most = fmaxf(most, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
     most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 1));
     most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 2));
     const float peak = fmaxf(rows.peak[half], most * scale_log2), shift = finite_shift(peak);
@@ -61,12 +60,46 @@ __device__ __forceinline__ void softmax_step(float (&s)[kForwardKeys / 8][4], So
       rows.acc[n][2 * half + 1] *= factor;
     }
 #pragma unroll
-    for (int n = 0; n < kForwardKeys / 8; ++n)
+    for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
         s[n][i] = ptx::exp2_approx(fmaf(s[n][i], scale_log2, -shift));
         rows.total[half] += s[n][i];
       }
+  }
+}
+
+// The scores of keys from `first` on that the thread's two rows do not see, of which each sees `visible`.
+template <int kTiles>
+__device__ __forceinline__ void hide(float (&s)[kTiles][4], int first, const int (&visible)[2]) {
+  first += int(threadIdx.x) % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (first + n * 8 + i % 2 >= visible[i / 2]) s[n][i] = -INFINITY;
+}
+
+// Makes `total` that of the whole row in each of its threads.
+template <int kDim>
+__device__ __forceinline__ void sum_totals(SoftmaxRows<kDim>& rows) {
+#pragma unroll
+  for (float& total : rows.total) {
+    total += __shfl_xor_sync(kFullWarp, total, 1);
+    total += __shfl_xor_sync(kFullWarp, total, 2);
+  }
+}
+
+// Stores lse of the thread's rows, `row` and `row` + 8 of the tile, and gives 1 / l.
+template <int kDim>
+__device__ __forceinline__ void store_lse(float (&inverse)[2], const SoftmaxRows<kDim>& rows, const AttentionForward& a,
+                                          const AttentionPlace& place, int row) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    inverse[half] = 1.0f / rows.total[half];
+    if (threadIdx.x % 4 == 0 && row + 8 * half < place.tile.count)
+      a.lse[int64_t(place.pair) * a.problem.queries + place.tile.first + row + 8 * half] =
+          log_sum_exp(rows.peak[half], rows.total[half]);
   }
 }
 
@@ -106,14 +139,7 @@ __device__ __forceinline__ void attend(SoftmaxRows<kDim>& rows, const uint32_t (
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k)
     multiply_transposed<T, kDim, kForwardKeys>(s, q[k], stages.key_tile(block), k);
-  if constexpr (kMasked) {
-    const int first = block * kForwardKeys + int(threadIdx.x) % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < kForwardKeys / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (first + n * 8 + i % 2 >= visible[i / 2]) s[n][i] = -INFINITY;
-  }
+  if constexpr (kMasked) hide(s, block * kForwardKeys, visible);
   softmax_step(s, rows, scale_log2);
   ptx::cp_async_wait<1>();
   __syncthreads();
@@ -163,11 +189,7 @@ __device__ __forceinline__ void attend_tile(SoftmaxRows<kDim>& rows, const Atten
   for (; block < min(tile.common, limit) / kForwardKeys; ++block)
     attend<false>(rows, q, stages, block, visible, a.scale_log2);
   for (; block * kForwardKeys < limit; ++block) attend<true>(rows, q, stages, block, visible, a.scale_log2);
-#pragma unroll
-  for (float& total : rows.total) {
-    total += __shfl_xor_sync(kFullWarp, total, 1);
-    total += __shfl_xor_sync(kFullWarp, total, 2);
-  }
+  sum_totals(rows);
 }
 
 template <class T, int kDim>
@@ -180,15 +202,9 @@ __global__ void __launch_bounds__(kAttentionThreads, forward_blocks(kDim))
   SoftmaxRows<kDim> rows;
   attend_tile<T, kDim>(rows, a, place, keys, 0, tile.limit);
 
-  const int lane = int(threadIdx.x) % 32, first_row = int(threadIdx.x) / 32 * 16, row = first_row + lane / 4;
+  const int first_row = int(threadIdx.x) / 32 * 16;
   float inverse[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    inverse[half] = 1.0f / rows.total[half];
-    if (lane % 4 == 0 && row + 8 * half < tile.count)
-      a.lse[int64_t(place.pair) * a.problem.queries + tile.first + row + 8 * half] =
-          log_sum_exp(rows.peak[half], rows.total[half]);
-  }
+  store_lse(inverse, rows, a, place, first_row + int(threadIdx.x) % 32 / 4);
   T* const out = head_of<T>(a.out, place.pair / a.problem.heads, place.pair % a.problem.heads);
   // Nothing is on its way, and no warp has read keys since the last barrier.
   store_rows<T, kDim>(rows.acc, inverse, keys, first_row, tile.count, out + tile.first * a.out.row, a.out.row,

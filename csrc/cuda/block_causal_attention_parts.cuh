@@ -49,26 +49,14 @@ __global__ void __launch_bounds__(kAttentionThreads, forward_blocks(kDim))
   SoftmaxRows<kDim> rows;
   attend_tile<T, kDim>(rows, a, place, reinterpret_cast<T*>(shared), begin, min(end * kForwardKeys, tile.limit));
 
-  const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) / 32 * 16 + lane / 4;
+  const int lane = int(threadIdx.x) % 32, first_row = int(threadIdx.x) / 32 * 16, row = first_row + lane / 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
     if (lane % 4 == 0 && row + 8 * half < tile.count)
       to.statistics[part_row(a.problem, place, part, row + 8 * half)] =
           make_float2(rows.peak[half], rows.total[half]);
-  // Two neighbouring lanes have two columns each of two rows. The even one stores four columns of the first row, the
-  // odd one of the second.
-  const bool odd = lane % 2 != 0;
-  const int my_row = row + (odd ? 8 : 0);
-  float* const target = to.sums + part_row(a.problem, place, part, my_row) * a.problem.dim + lane % 4 / 2 * 4;
-#pragma unroll
-  for (int n = 0; n < kDim / 8; ++n) {
-    const float(&acc)[4] = rows.acc[n];
-    const float first = __shfl_xor_sync(kFullWarp, odd ? acc[0] : acc[2], 1);
-    const float second = __shfl_xor_sync(kFullWarp, odd ? acc[1] : acc[3], 1);
-    if (my_row < tile.count && n * 8 < a.problem.dim)
-      ptx::store16(target + n * 8, odd ? pack<float>({first, second, acc[2], acc[3]})
-                                       : pack<float>({acc[0], acc[1], first, second}));
-  }
+  store_rows<kDim>(rows.acc, {1.0f, 1.0f}, first_row, tile.count,
+                   to.sums + part_row(a.problem, place, part, 0) * a.problem.dim, a.problem.dim, a.problem.dim);
 }
 
 // Blocks of a tile's 64 rows: a thread has eight columns of one.

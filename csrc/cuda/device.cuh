@@ -61,6 +61,21 @@ VAR_MMA(bf16, "bf16")
 VAR_MMA(fp16, "f16")
 #undef VAR_MMA
 
+// x rounded to TF32, an fp32 number with 10 bits of fraction; the 13 bits below them are not specified.
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+// d (16×8, fp32) += a (16×8) · b (8×8) in TF32. As above: a[0] (g, t), a[1] (g + 8, t), a[2] (g, t + 4),
+// a[3] (g + 8, t + 4); b0 (t, g), b1 (t + 4, g).
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Asynchronous copy of 16 bytes from global to shared memory; zeros, without reading `src`, if it is not `valid`.
 // It has landed for the calling thread after wait<N>, which leaves the N youngest committed groups in flight, and for
 // other threads after a barrier following that.

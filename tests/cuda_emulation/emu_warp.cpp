@@ -6,7 +6,7 @@
 namespace emu {
 namespace {
 
-enum Kind : int { kBarrier = 1, kBallot, kLdmatrix, kLdmatrixTrans, kMmaBf16, kMmaFp16, kShuffle };
+enum Kind : int { kBarrier = 1, kBallot, kLdmatrix, kLdmatrixTrans, kMmaBf16, kMmaFp16, kMmaTf32, kShuffle };
 
 int lane() { return current->thread & 31; }
 Warp& warp() { return warps[current->thread >> 5]; }
@@ -152,6 +152,25 @@ void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool is_bf16) {
   });
 }
 
+// As above in TF32, which has no more than the upper 19 bits of its operands.
+void multiply_tf32(Meeting& meeting) {
+  const auto widen = [](uint32_t bits) { return from_bits<float>(bits & 0xffffe000u); };
+  float a[16][8], b[8][8], d[16][8];
+  for (int i = 0; i < 32; ++i) {
+    const MmaOperands& o = operands_of<MmaOperands>(meeting, i);
+    const int g = i / 4, t = i % 4;
+    for (int j = 0; j < 4; ++j) a[g + j % 2 * 8][t + j / 2 * 4] = widen(o.a[j]);
+    for (int j = 0; j < 2; ++j) b[t + j * 4][g] = widen(o.b[j]);
+    for (int j = 0; j < 4; ++j) d[g + j / 2 * 8][2 * t + j % 2] = o.d[j];
+  }
+  for (int row = 0; row < 16; ++row)
+    for (int k = 0; k < 8; ++k)
+      for (int column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+  for (int i = 0; i < 32; ++i)
+    for (int j = 0; j < 4; ++j)
+      operands_of<MmaOperands>(meeting, i).d[j] = d[i / 4 + j / 2 * 8][i % 4 * 2 + j % 2];
+}
+
 void copy_now(const AsyncCopy& copy) {
   if (copy.valid)
     std::memcpy(copy.dst, copy.src, 16);
@@ -231,6 +250,20 @@ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t
 template <>
 void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   mma(d, a, b0, b1, false);
+}
+
+// To the nearest, halves away from zero; the bits that are not specified are set, so that nobody relies on them.
+uint32_t to_tf32(float x) {
+  const uint32_t bits = uint32_t(to_bits(x));
+  return (std::isfinite(x) ? bits + 0x1000u : bits) | 0x1fffu;
+}
+
+void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  MmaOperands operands{d, a, {b0, b1}};
+  meet("mma.sync", kMmaTf32, 0xffffffffu, &operands, [](Meeting& meeting) {
+    ++counters.mma;
+    multiply_tf32(meeting);
+  });
 }
 
 void cp_async16(void* dst, const void* src, bool valid) {

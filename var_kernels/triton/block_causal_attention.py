@@ -374,7 +374,7 @@ def _check(q, k, v, scale_lens, q_offset, **like_q) -> None:
     check_same("q", q, k=k, v=v, **like_q)
 
 
-def _start(kernel, q, k, scale_lens, q_offset, tensors: dict[str, torch.Tensor], others: dict[str, object]) -> None:
+def _start(kernel, q, k, scale_lens, q_offset, allow_tf32, tensors, others: dict[str, object]) -> None:
     """Start `kernel` over the tiles of its side; `tensors` (B, H, L, D), and `others` that only this kernel takes."""
     (batch, heads, queries, dim), (kv_heads, keys) = q.shape, k.shape[1:3]
     target = target_of(q.device)
@@ -393,7 +393,7 @@ def _start(kernel, q, k, scale_lens, q_offset, tensors: dict[str, torch.Tensor],
         streamed = keys // group
     tiles, pairs = table.tiles.shape[0], batch * heads
     section = min(pairs, max(1, _SECTION_BYTES // (2 * max(streamed, 1) * dim * q.element_size())))
-    tf32 = target.api == "cuda" and q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = target.api == "cuda" and q.dtype == torch.float32 and allow_tf32
     arguments = {
         **tensors, **others, **strides, "table": table.tiles, "token_ends": table.ends,
         "heads": heads, "group": group, "q_offset": q_offset, "queries": queries,
@@ -403,12 +403,13 @@ def _start(kernel, q, k, scale_lens, q_offset, tensors: dict[str, torch.Tensor],
     launch(kernel, (tiles * pairs,), arguments, config)
 
 
-def block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset):
+def block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset, allow_tf32=False):
     _check(q, k, v, scale_lens, q_offset)
     out = torch.empty_like(q)
     padding = _padding(q)
     if q.numel() and (padding or _needs_copies(q, k, v, out)):
-        result, lse = block_causal_attention(*_copies(padding, q, k, v), scale_lens, softmax_scale, q_offset)
+        copies = _copies(padding, q, k, v)
+        result, lse = block_causal_attention(*copies, scale_lens, softmax_scale, q_offset, allow_tf32)
         return out.copy_(result[..., : q.shape[3]]), lse
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
@@ -418,11 +419,13 @@ def block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset):
     # Not zero: the -inf of an invisible score times zero would be NaN.
     scale_log2 = max(softmax_scale * LOG2_E.value, 1e-30)
     tensors = {"q": q, "k": k, "v": v, "out": out}
-    _start(forward, q, k, scale_lens, q_offset, tensors, {"lse": lse, "scale_log2": scale_log2})
+    _start(forward, q, k, scale_lens, q_offset, allow_tf32, tensors, {"lse": lse, "scale_log2": scale_log2})
     return out, lse
 
 
-def block_causal_attention_backward(dout, q, k, v, out, lse, dlse, scale_lens, softmax_scale, q_offset):
+def block_causal_attention_backward(
+    dout, q, k, v, out, lse, dlse, scale_lens, softmax_scale, q_offset, allow_tf32=False
+):
     _check(q, k, v, scale_lens, q_offset, out=out, dout=dout)
     for name, x in (("lse", lse), *([] if dlse is None else [("dlse", dlse)])):
         check_shape(name, x, q.shape[:3])
@@ -430,7 +433,7 @@ def block_causal_attention_backward(dout, q, k, v, out, lse, dlse, scale_lens, s
     padding = _padding(q)
     if q.numel() and (padding or _needs_copies(dout, q, k, v, out, dq, dk, dv)):
         copies = _copies(padding, dout, q, k, v, out)
-        results = block_causal_attention_backward(*copies, lse, dlse, scale_lens, softmax_scale, q_offset)
+        results = block_causal_attention_backward(*copies, lse, dlse, scale_lens, softmax_scale, q_offset, allow_tf32)
         return tuple(to.copy_(result[..., : q.shape[3]]) for to, result in zip((dq, dk, dv), results, strict=True))
     if lse.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
@@ -440,7 +443,7 @@ def block_causal_attention_backward(dout, q, k, v, out, lse, dlse, scale_lens, s
     statistics = {"lse": lse, "delta": delta, **scales}
     tensors = {"q": q, "k": k, "v": v, "out": out, "dout": dout, "dq": dq}
     gradient = {"dlse": lse if dlse is None else dlse.contiguous(), "HAS_DLSE": dlse is not None}
-    _start(backward_queries, q, k, scale_lens, q_offset, tensors, {**statistics, **gradient})
+    _start(backward_queries, q, k, scale_lens, q_offset, allow_tf32, tensors, {**statistics, **gradient})
     tensors = {"q": q, "k": k, "v": v, "dout": dout, "dk": dk, "dv": dv}
-    _start(backward_keys, q, k, scale_lens, q_offset, tensors, statistics)
+    _start(backward_keys, q, k, scale_lens, q_offset, allow_tf32, tensors, statistics)
     return dq, dk, dv
