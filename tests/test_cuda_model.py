@@ -33,7 +33,7 @@ def test_reference_vectors(name):
             vectors.test_generate(golden, mode)
         if name == "tiny":
             vectors.test_tokenizer_training_forward(golden)
-    assert record.counters["launches"] > 500
+    assert record.counters["launches"] > 150  # of all ops, the logits' backward among them
 
 
 def test_an_image_of_the_embedded_model():

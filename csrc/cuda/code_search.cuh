@@ -139,6 +139,7 @@ __device__ __forceinline__ float score_term(const float4& squares, bool exists) 
 template <class Tile, class Z, class Start>
 __device__ __forceinline__ Candidate search_codes(SearchMemory<Tile>& memory, int begin, int end, int channels,
                                                   bool normalised, int pitch, const Z& z, const Start& start) {
+  static_assert(sizeof(SearchMemory<Tile>) % 16 == 0);  // what lies behind it is read 16 bytes at a time
   const int thread = int(threadIdx.x), chunks = (channels + kChunk - 1) / kChunk;
   const int steps = (end - begin + Tile::kCodes - 1) / Tile::kCodes * chunks;
   const auto start_step = [&](int step) {

@@ -139,15 +139,25 @@ def _nearest(name: str, rows: int, dtype=torch.float32) -> Problem:
     return Problem("nearest_code", f"{name} {_NAMES[dtype]}", "_nearest_code", arguments, operations)
 
 
-def _quantizer(name: str, raw: str, k: int | None = None) -> Problem:
-    """The tokenizer's 256px schedule; for one step, `k` is its scale."""
-    sides = SCHEDULES["256px"]
+@dataclass(frozen=True)
+class _Tokenizer:
+    schedule: str
+    codes: int
+    channels: int
+
+
+_VAR, _EMBEDDED = _Tokenizer("256px", _CODES, _CHANNELS), _Tokenizer("embedded", 512, 16)
+
+
+def _quantizer(name: str, raw: str, k: int | None = None, tokenizer: _Tokenizer = _VAR) -> Problem:
+    """All scales of a tokenizer; for one step, `k` is its scale."""
+    sides, channels = SCHEDULES[tokenizer.schedule], tokenizer.channels
     plan = (list(sides), list(sides), [phi_index(i, len(sides), 4) for i in range(len(sides))])
     cells = sides[-1] ** 2
     # Of one image and scale: area pool, nearest code, bicubic (16 taps), convolution 3x3.
-    phi = 2 * cells * _CHANNELS * (16 + 9 * _CHANNELS)
-    pool = cells * _CHANNELS
-    nearest = sum(2 * side**2 * _CODES * _CHANNELS for side in sides)
+    phi = 2 * cells * channels * (16 + 9 * channels)
+    pool = cells * channels
+    nearest = sum(2 * side**2 * tokenizer.codes * channels for side in sides)
     operations = {
         "_multi_scale_quantize": len(sides) * (pool + phi) + nearest,
         "_multi_scale_quantize_backward": len(sides) * 3 * phi,  # again, and its two gradients
@@ -158,15 +168,15 @@ def _quantizer(name: str, raw: str, k: int | None = None) -> Problem:
         def tensor(*size):
             return torch.empty(*size, device=device)
 
-        full = tensor(BATCH, _CHANNELS, sides[-1], sides[-1])
-        phis = (tensor(4, _CHANNELS, _CHANNELS, 3, 3), tensor(4, _CHANNELS))
+        full = tensor(BATCH, channels, sides[-1], sides[-1])
+        phis = (tensor(4, channels, channels, 3, 3), tensor(4, channels))
         if k is not None:
-            codes = tensor(BATCH, sides[k] ** 2, _CHANNELS)
+            codes = tensor(BATCH, sides[k] ** 2, channels)
             return full, codes, *phis, plan[2][k], sides[k], sides[k], sides[k + 1], sides[k + 1], 0.5
-        codebook = tensor(_CODES, _CHANNELS)
+        codebook = tensor(tokenizer.codes, channels)
         if raw == "_multi_scale_quantize":
             return full, codebook, *phis, *plan, 0.5, False
-        tokens = torch.zeros(BATCH, sum(scale_lens("256px")), dtype=torch.int64, device=device)
+        tokens = torch.zeros(BATCH, sum(scale_lens(tokenizer.schedule)), dtype=torch.int64, device=device)
         return full, codebook, *phis, tokens, tensor(BATCH, len(sides)), *plan, 0.5
 
     return Problem("multi_scale_quantize", name, raw, arguments, BATCH * operations)
@@ -194,6 +204,7 @@ PROBLEMS: tuple[Problem, ...] = (
     _nearest("tokens of 8 images", BATCH * sum(scale_lens("256px"))),
     _nearest("tokens of 8 images", BATCH * sum(scale_lens("256px")), torch.bfloat16),
     _quantizer("encode 8 images", "_multi_scale_quantize"),
+    _quantizer("encode 8 images, embedded model", "_multi_scale_quantize", tokenizer=_EMBEDDED),
     _quantizer("encode 8 images backward", "_multi_scale_quantize_backward"),
     _quantizer("next scale input, scale 4 of 10", "_next_scale_input", k=3),
     _quantizer("next scale input, scale 9 of 10", "_next_scale_input", k=8),
