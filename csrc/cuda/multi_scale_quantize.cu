@@ -12,8 +12,8 @@
 namespace var_kernels {
 namespace {
 
-// What a block may have on every GPU from compute capability 8.0 on.
-constexpr size_t kMostSharedBytes = 99 << 10;
+// What a block may have on every GPU from compute capability 8.0 on, less what the kernel declares itself.
+constexpr size_t kMostSharedBytes = (99 << 10) - sizeof(float) * kMapThreads / 32;
 
 // Whether a block for each image is less work for the busiest multiprocessor than launches over the whole GPU: by
 // counts of multiply-adds and what the start of a kernel is worth in them. Estimates; no GPU has been measured.

@@ -190,14 +190,15 @@ __device__ __forceinline__ float4 load_pixel(const float* map, const MapShape& s
 
 // ---- the convolution of a tile ------------------------------------------------------------------------------------
 
-constexpr int kStepInputs = 4;  // input channels whose weights are in shared memory at a time, twice
+constexpr int kStepInputs = 4;  // input channels whose weights are in shared memory at a time
 constexpr int kStepWeights = kStepInputs * 9 * kTileChannels;
 // Of the weights of one input channel and tap in shared memory: a pitch of 32 would store 36 of them to one bank.
 constexpr int kWeightPitch = kTileChannels + 4;
 
+// Two blocks of this, but not with the weights of two steps, fit the multiprocessors that have the least: 100 KiB.
 struct ConvolutionMemory {
   float pixels[kBorderedSide * kBorderedSide * kTileChannels];
-  float weights[2][kStepInputs * 9 * kWeightPitch];
+  float weights[kStepInputs * 9 * kWeightPitch];
 };
 
 // The weights of a step on their way from memory. Transposed: what takes the gradient of the output to the input's.
@@ -295,11 +296,11 @@ __device__ __forceinline__ void convolve_tile(ConvolvedPixels& out, ConvolutionM
     __syncthreads();
     fill_pixels(memory.pixels, kBorderedSide, kBorderedSide, shape, tile.y - 1, tile.x - 1, input, pixel);
     for (int i = 0; i < end; i += kStepInputs) {
-      float* const weights = memory.weights[i / kStepInputs % 2];
-      step.store(weights);
+      if (i > 0) __syncthreads();  // the weights of the last step are done with
+      step.store(memory.weights);
       __syncthreads();
       if (kAhead) step.load(weight, shape.channels, input + i + kStepInputs, tile.channel);
-      convolve_step(out.sums, memory.pixels + i, weights);
+      convolve_step(out.sums, memory.pixels + i, memory.weights);
       if (!kAhead) step.load(weight, shape.channels, input + i + kStepInputs, tile.channel);
     }
   }
