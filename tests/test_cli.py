@@ -86,8 +86,10 @@ def test_npz_is_what_the_library_generates(model, tmp_path):
     with np.load(output) as arrays:
         np.testing.assert_array_equal(arrays["tokens"], expected.tokens)
         np.testing.assert_array_equal(arrays["labels"], [3, 1, 4])
-        pixels = ((expected.images.permute(0, 2, 3, 1) + 1) * 127.5).round()
-        np.testing.assert_array_equal(arrays["arr_0"], pixels.to(torch.uint8))
+        pixels = ((expected.images.permute(0, 2, 3, 1) + 1) * 127.5).clamp(0, 255)
+        # Rounded; what is a rounding of fp32 away from one half may go either way, and does on some processors.
+        assert np.abs(arrays["arr_0"].astype(np.float32) - pixels.numpy()).max() <= 0.5 + 1e-3
+        assert arrays["arr_0"].dtype == np.uint8
         assert list(arrays)[0] == "arr_0"
 
 
