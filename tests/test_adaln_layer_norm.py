@@ -326,7 +326,7 @@ WRONG = [
     ("shift", lambda t: t["shift"].to("meta"), ValueError, "shift: expected device cpu like x, got meta"),
     ("eps", lambda t: -1e-6, ValueError, "eps: expected a number that is not negative"),
     ("eps", lambda t: float("nan"), ValueError, "eps: expected a number that is not negative"),
-    ("backend", lambda t: "gpu", ValueError, "backend: expected one of auto, cpu, triton, reference, got 'gpu'"),
+    ("backend", lambda t: "gpu", ValueError, "backend: expected one of auto, cpu, cuda, triton, reference, got 'gpu'"),
 ]
 WRONG_GATED = [
     ("branch", lambda t: t["x"][:, :2], ValueError, r"branch: expected shape \(2, 3, 6\) like x"),

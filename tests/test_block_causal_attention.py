@@ -58,8 +58,8 @@ def check(inputs, lens, *, backend="cpu", rows_cancel=False, **options) -> None:
 
     dS = P (dP - delta) is a difference: a row of dq or dk in which it cancels consists of rounding errors. With
     `rows_cancel` there are too few other rows to tell by, and dq and dk are judged against their largest element.
-    Of a few queries a row of dv is hardly more than one P = exp(score - lse) times dout: what rounding the score and
-    lse, once each, does to P belongs to its band.
+    Of a few queries a row of dv is hardly more than one P = exp(score - lse) times dout, and one of dk dS times q: what
+    rounding the score and lse, once each, does to P belongs to their bands.
     """
     q, k, v = inputs
     dout = randn(*q.shape, seed=99, dtype=q.dtype)
@@ -74,7 +74,7 @@ def check(inputs, lens, *, backend="cpu", rows_cancel=False, **options) -> None:
             rounding = 2 * q.shape[-1] * torch.finfo(q.dtype).eps * dout.abs().max() * v.abs().max()
             assert results[0].abs().max() <= rounding * (k if name == "dq" else q).abs().max()
             continue
-        if name == "dv" and q.shape[2] < 8:
+        if name in ("dk", "dv") and q.shape[2] < 8:
             peak = (q.double().flatten(0, 2) @ k.double().flatten(0, 2).T).abs().max() * (
                 options.get("softmax_scale") or q.shape[-1] ** -0.5)
             rounding = torch.finfo(q.dtype).eps * (1 + peak) * results[2].abs().max()

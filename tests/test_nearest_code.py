@@ -279,7 +279,7 @@ WRONG = [
         "codebook: expected device cpu like z, got meta",
     ),
     ("metric", lambda: "dot", ValueError, "metric: expected 'l2' or 'cosine', got 'dot'"),
-    ("backend", lambda: "faiss", ValueError, "backend: expected one of auto, cpu, triton, reference"),
+    ("backend", lambda: "faiss", ValueError, "backend: expected one of auto, cpu, cuda, triton, reference"),
 ]
 
 
