@@ -261,10 +261,14 @@ FORWARD_MUTANTS = {
                                            "store(memory.weights);", "race"),
     "no barrier before the weights": Mutant(MAP, "if (i > 0) __syncthreads();  // the weights", "// the weights",
                                             "race"),
-    "pixels of the next row": Mutant(MAP, "if (x + p < shape.width) f(", "f(", "race"),
+    "a pixel of the next row": Mutant(MAP, "if (x + p < shape.width) f(",
+                                      "if (x + p <= shape.width && y * shape.width + x + p < shape.pixels()) f(",
+                                      "race"),
     "tokens of another image": Mutant(RESIDENT, "a.tokens[int64_t(image) * a.length + scale", "a.tokens[scale",
                                       "cross_block_race"),
-    "the border is not zero": Mutant(MAP, "column >= 0 && column < shape.width", "column < shape.width", "values"),
+    "the border is not zero": Mutant(
+        MAP, "exists ? pixel(row, column, c) : float4{};",
+        "pixel(min(max(row, 0), shape.height - 1), min(max(column, 0), shape.width - 1), c * exists);", "values"),
     "the identity of another pixel": Mutant(MAP, "thread_column() + 1) * kTileChannels + thread_channel();",
                                             "thread_column()) * kTileChannels + thread_channel();", "values"),
     "windows end too early": Mutant(MAP, "x1 = ((j + 1) * shape.width + width - 1) / width",
@@ -282,7 +286,7 @@ BACKWARD_MUTANTS = {
                                            "values"),
 }  # fmt: skip
 
-SMALL = (2, 12, 40, 2, (1, 3, (5, 6)))
+SMALL = (2, 12, 40, 2, (1, 4, (9, 10)))  # two strips; windows that overlap
 
 
 def outcome(emulated_kernels, source):
