@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from cuda_emulation import EmulationError, as_backend, build, load, machine_code
+from cuda_emulation import EmulationError, build, load, machine_code, serving
 from cuda_emulation.mutants import Mutant, load_mutant
 from cuda_emulation.sanitized import run_sanitized
 from test_block_causal_attention import check as check_values_and_gradients
@@ -44,12 +44,9 @@ def emulated(variant):
     return load(variant, [SOURCE])
 
 
-@contextlib.contextmanager
 def emulation(variant="fast", **options):
     """Inside, backend="cuda" is the emulation; raises EmulationError for what was found."""
-    loaded = emulated(variant) if isinstance(variant, str) else variant
-    with as_backend(loaded), loaded.run(**options) as record:
-        yield record
+    return serving(emulated(variant) if isinstance(variant, str) else variant, **options)
 
 
 def references(inputs, lens, **options):

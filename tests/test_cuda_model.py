@@ -6,7 +6,7 @@ import contextlib
 import pytest
 import test_reference_vectors as vectors
 import torch
-from cuda_emulation import as_backend, build, kernel_sources, load
+from cuda_emulation import build, kernel_sources, load, serving
 
 import var
 
@@ -15,12 +15,9 @@ if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
 
-@contextlib.contextmanager
 def emulation():
     """Inside, backend="cuda" is the emulation of every CUDA file; raises EmulationError for what was found."""
-    emulated = load("fast", kernel_sources())
-    with as_backend(emulated), emulated.run() as record:
-        yield record
+    return serving(load("fast", kernel_sources()))
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_shared_aln"])

@@ -1,12 +1,11 @@
 """The CUDA kernels of multi_scale_quantize and next_scale_input: executed on the CPU by the emulation and from the PTX
 that nvcc writes, never on a GPU; what nvcc makes of them; and that planted faults are found."""
 
-import contextlib
 import functools
 
 import pytest
 import torch
-from cuda_emulation import EmulationError, as_backend, build, load, machine_code
+from cuda_emulation import EmulationError, build, load, machine_code, serving
 from cuda_emulation.mutants import Mutant, load_mutant
 from cuda_emulation.sanitized import run_sanitized
 from quantizer_inputs import NAMES, SHAPES, gradients, inputs, leaves, pairs
@@ -32,12 +31,9 @@ def emulated(variant):
     return load(variant, [FORWARD, BACKWARD])
 
 
-@contextlib.contextmanager
 def emulation(variant="fast", **options):
     """Inside, backend="cuda" is the emulation; raises EmulationError for what was found."""
-    loaded = emulated(variant) if isinstance(variant, str) else variant
-    with as_backend(loaded), loaded.run(**options) as record:
-        yield record
+    return serving(emulated(variant) if isinstance(variant, str) else variant, **options)
 
 
 def forward_and_backward(tensors, maps, backend, dtype=None, **options):

@@ -1,12 +1,11 @@
 """The CUDA kernels of nearest_code: executed on the CPU by the emulation and from the PTX that nvcc writes, never on a
 GPU; what nvcc makes of them; and that planted faults are found."""
 
-import contextlib
 import functools
 
 import pytest
 import torch
-from cuda_emulation import EmulationError, as_backend, build, load, machine_code
+from cuda_emulation import EmulationError, build, load, machine_code, serving
 from cuda_emulation.mutants import Mutant, load_mutant
 from cuda_emulation.sanitized import run_sanitized
 from test_nearest_code import assert_nearest
@@ -35,12 +34,9 @@ def emulated(variant):
     return load(variant, [SOURCE])
 
 
-@contextlib.contextmanager
 def emulation(variant="fast", **options):
     """Inside, backend="cuda" is the emulation; raises EmulationError for what was found."""
-    loaded = emulated(variant) if isinstance(variant, str) else variant
-    with as_backend(loaded), loaded.run(**options) as record:
-        yield record
+    return serving(emulated(variant) if isinstance(variant, str) else variant, **options)
 
 
 def search(z, codebook, metric="l2", variant="fast", **options):

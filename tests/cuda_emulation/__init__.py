@@ -31,7 +31,7 @@ from . import build
 
 __all__ = [
     "Emulation", "EmulationError", "Executor", "Launch", "Report", "Run", "as_backend", "kernel_sources", "load",
-    "load_built",
+    "load_built", "serving",
 ]  # fmt: skip
 
 
@@ -198,6 +198,13 @@ def as_backend(emulation: Emulation) -> Iterator[None]:
         mock.patch.dict(_library.NAMESPACES, cuda=emulation.namespace),
     ):
         yield
+
+
+@contextlib.contextmanager
+def serving(emulation: Emulation, **options) -> Iterator[Run]:
+    """Both at once: ``backend="cuda"`` is the emulation, which runs with the options of `Emulation.run`."""
+    with as_backend(emulation), emulation.run(**options) as run:
+        yield run
 
 
 def kernel_sources() -> list[Path]:
