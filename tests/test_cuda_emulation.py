@@ -262,3 +262,10 @@ def test_a_compile_error_is_shown(tmp_path):
     (tmp_path / "broken.cu").write_text("nonsense;\n")
     with pytest.raises(RuntimeError, match="nonsense"):
         build.build("fast", [tmp_path / "broken.cu"])
+
+
+def test_modules_with_the_same_operators_are_kept_apart(monkeypatch, tmp_path):
+    load("fast", SOURCES)
+    monkeypatch.setattr(build, "build", lambda *arguments: tmp_path / "other.so")
+    with pytest.raises(ValueError, match="label: expected one that no other module of micro.cu has, got ''"):
+        load("fast", [*SOURCES, tmp_path / "second.cu"])

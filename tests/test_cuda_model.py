@@ -17,7 +17,7 @@ if build.unavailable_reason() is not None:
 
 def emulation():
     """Inside, backend="cuda" is the emulation of every CUDA file; raises EmulationError for what was found."""
-    return serving(load("fast", kernel_sources()))
+    return serving(load("fast", kernel_sources(), "model"))
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_shared_aln"])

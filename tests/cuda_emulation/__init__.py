@@ -218,14 +218,20 @@ def _defined(namespace: str) -> torch.library.Library:
 
 
 _loaded: dict[Path, Emulation] = {}
+_served_by: dict[tuple[str, str], Path] = {}  # (namespace, source) -> module
 
 
 def load(variant: str, sources: Sequence[Path], label: str = "") -> Emulation:
     """Builds, or finds in the cache, the module of these .cu files, and loads it. `variant`: see :mod:`.build`.
 
-    A `label` keeps the operators apart from those of other modules of the variant in this process.
+    A `label` keeps the operators apart from those of other modules of the variant in this process. ValueError where
+    that is needed: of two modules with the same operators, torch calls the one loaded last.
     """
-    return load_built(build.build(variant, sources, label), build.namespace(variant, label))
+    path, namespace = build.build(variant, sources, label), build.namespace(variant, label)
+    for source in sources:
+        if _served_by.setdefault((namespace, source.stem), path) != path:
+            raise ValueError(f"label: expected one that no other module of {source.name} has, got {label!r}")
+    return load_built(path, namespace)
 
 
 def load_built(path: Path, namespace: str) -> Emulation:
