@@ -64,6 +64,25 @@ def test_nearest_within_rounding(backend, metric):
             assert_nearest(nearest_code(z, codebook, metric=metric, backend=backend), z, codebook, metric)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_several_codebooks(backend, metric):
+    z, codebooks = randn(3, 11, 4, 8, seed=1), randn(4, 33, 8, seed=2)
+    found, hits = nearest_code(z, codebooks, metric=metric, return_hits=True, backend=backend)
+    assert found.shape == (3, 11, 4) and hits.shape == (4, 33)
+    for group in range(4):
+        alone = nearest_code(z[:, :, group], codebooks[group], metric=metric, backend=backend)
+        assert torch.equal(found[:, :, group], alone)
+        assert torch.equal(hits[group], torch.bincount(alone.flatten(), minlength=33))
+
+
+@pytest.mark.parametrize("shape", [(97, 8), (3, 5, 8), (0, 8)])
+def test_hits_count_the_chosen_codes(backend, shape):
+    z, codebook = randn(*shape, seed=3), randn(20, 8, seed=4)
+    found, hits = nearest_code(z, codebook, return_hits=True, backend=backend)
+    assert torch.equal(found, nearest_code(z, codebook, backend=backend))
+    assert hits.dtype == torch.int64 and torch.equal(hits, torch.bincount(found.flatten(), minlength=20))
+
+
 def test_near_ties_within_rounding(backend):
     # All codes around one point far from 0: the scores of a row differ by little more than their rounding.
     z = randn(97, 32, seed=1, std=1e-3) + 3
@@ -268,9 +287,10 @@ WRONG = [
     ("z", lambda: torch.tensor(1.0), ValueError, "z: expected at least 1 dimension"),
     ("z", lambda: torch.zeros(5, 7).int(), TypeError, "z: expected float32, bfloat16, float16 or float64"),
     ("z", lambda: None, TypeError, "z: expected a torch.Tensor, got NoneType"),
-    ("codebook", lambda: torch.zeros(7), ValueError, "codebook: expected 2 dimensions"),
+    ("codebook", lambda: torch.zeros(7), ValueError, "codebook: expected 2 or 3 dimensions"),
     ("codebook", lambda: torch.zeros(0, 7), ValueError, "codebook: expected at least one code"),
     ("codebook", lambda: torch.zeros(7, 9), ValueError, r"codebook: expected shape \(V, 7\) .* got \(7, 9\)"),
+    ("codebook", lambda: torch.zeros(3, 9, 7), ValueError, r"codebook: expected shape \(5, V, 7\) .* got \(3, 9, 7\)"),
     ("codebook", lambda: torch.zeros(9, 7).half(), TypeError, "codebook: expected torch.float32 like z, got torch.fl"),
     (
         "codebook",

@@ -16,10 +16,11 @@ from tiny_checkout import LOAD, ROOT, Checkout, environment, needs_compiler
 from var_kernels import _build, _native
 
 LEVEL_MACROS = {
-    "portable": [0, 0, 0, 0, 0],
-    "avx2": [1, 1, 1, 0, 0],
-    "avx512": [1, 1, 1, 1, 0],
-    "avx512_bf16": [1, 1, 1, 1, 1],
+    "portable": [0, 0, 0, 0, 0, 0],
+    "avx2": [1, 1, 1, 0, 0, 0],
+    "avx512": [1, 1, 1, 1, 0, 0],
+    "avx512_bf16": [1, 1, 1, 1, 1, 0],
+    "amx": [1, 1, 1, 1, 1, 1],
 }
 
 
@@ -100,7 +101,7 @@ def test_every_level_gets_its_own_flags(tiny):
     code = f"""
         import ctypes, json
         library = ctypes.CDLL({str(library)!r})
-        print(json.dumps({{n: [getattr(library, "macro_" + n)(i) for i in range(5)] for n in {levels!r}}}))
+        print(json.dumps({{n: [getattr(library, "macro_" + n)(i) for i in range(6)] for n in {levels!r}}}))
     """
     process = tiny.start("-c", "import torch\n" + textwrap.dedent(code))
     macros = {name: values for name, values in tiny.answer(process).items() if name != "stderr"}

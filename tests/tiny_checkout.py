@@ -31,16 +31,19 @@ TINY_ISA = """
 #ifndef __AVX512BF16__
 #define __AVX512BF16__ 0
 #endif
+#ifndef __AMX_BF16__
+#define __AMX_BF16__ 0
+#endif
 static_assert(!__FINITE_MATH_ONLY__, "NaN and infinity must behave");
 namespace var_kernels::VAR_ISA {
 int value() { return TINY_VALUE; }
 // Data, which every machine can read; code for another instruction set it may not run.
-extern const int macros[] = {__AVX2__, __FMA__, __F16C__, __AVX512DQ__, __AVX512BF16__};
+extern const int macros[] = {__AVX2__, __FMA__, __F16C__, __AVX512DQ__, __AVX512BF16__, __AMX_BF16__};
 }
 """
 TINY_DISPATCH = """
 #ifdef VAR_ISA_X86
-#define LEVELS(X) X(portable) X(avx2) X(avx512) X(avx512_bf16)
+#define LEVELS(X) X(portable) X(avx2) X(avx512) X(avx512_bf16) X(amx)
 #else
 #define LEVELS(X) X(portable)
 #endif

@@ -51,7 +51,14 @@ COMMON_FLAGS = (
 )
 _AVX2 = "-mavx2 -mfma -mf16c"
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
-ISA_LEVELS = {"portable": "", "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": _AVX512 + " -mavx512bf16"}
+_AVX512_BF16 = _AVX512 + " -mavx512bf16"
+ISA_LEVELS = {
+    "portable": "",
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": _AVX512_BF16,
+    "amx": _AVX512_BF16 + " -mamx-tile -mamx-bf16",
+}
 
 # sm_80 carries its PTX as well, from which the driver makes code for every later GPU without a binary here.
 CUDA_ARCHS = {

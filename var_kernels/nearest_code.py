@@ -16,7 +16,14 @@ def _(z, codebook, cosine):
     return z.new_empty(z.shape[:1], dtype=torch.int64)
 
 
-def nearest_code(z: torch.Tensor, codebook: torch.Tensor, *, metric: str = "l2", backend: str = "auto") -> torch.Tensor:
+def nearest_code(
+    z: torch.Tensor,
+    codebook: torch.Tensor,
+    *,
+    metric: str = "l2",
+    return_hits: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The index of the codebook entry nearest to each vector.
 
     "l2":     argmin over v of |z - codebook[v]|², computed as argmax of z·c - |c|²/2: |z|² is common to all codes.
@@ -26,16 +33,20 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor, *, metric: str = "l2",
     Args:
         z: (…, C), float32, bfloat16 or float16 (float64 is served by the reference).
         codebook: (V, C) with V >= 1, the dtype of z. Under autocast the two may differ and are widened, which is
-            exact.
+            exact. Or (G, V, C), several codebooks (product or multi-head quantisation): z is then (…, G, C), and
+            z[…, g, :] is searched in codebook[g].
         metric: "l2" or "cosine".
+        return_hits: also return how often each code was chosen, for its usage or an EMA update.
         backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
-        int64 indices of shape (…). Of codes with equal scores the lowest index is returned. 16-bit inputs are widened
-        exactly; scores are fp32 whatever the matmul precision settings (never TF32), in the reference fp64. A code
-        whose score is NaN or -inf is never chosen, and a row without any other code, such as one with a NaN, gets 0.
+        int64 indices, of the shape of z without C. Of codes with equal scores the lowest index is returned. 16-bit
+        inputs are widened exactly; scores are fp32 whatever the matmul precision settings (never TF32), in the
+        reference fp64. A code whose score is NaN or -inf is never chosen, and a row without any other code, such as
+        one with a NaN, gets 0. With `return_hits` a pair: the indices, and the int64 counts of the shape of codebook
+        without C.
 
-    There is no gradient: the result is an integer. Memory is O(N + V·C), never O(N·V).
+    There is no gradient: the results are integers. Memory is O(N + V·C), never O(N·V).
 
     Raises:
         TypeError: for an argument that is not a tensor, or of an unsupported or different dtype.
@@ -45,11 +56,14 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor, *, metric: str = "l2",
     (arXiv 2110.04627) and in VAR with `using_znorm`.
     """
     check_tensor("z", z)
-    check_tensor("codebook", codebook, rank=2)
-    check(z.dim() >= 1, "z", "at least 1 dimension", f"shape {tuple(z.shape)}")
-    check(codebook.shape[0] >= 1, "codebook", "at least one code", f"shape {tuple(codebook.shape)}")
-    if z.shape[-1] != codebook.shape[1]:
-        raise ValueError(f"codebook: expected shape (V, {z.shape[-1]}) for z of shape {tuple(z.shape)}, "
+    check_tensor("codebook", codebook)
+    check(codebook.dim() in (2, 3), "codebook", "2 or 3 dimensions", f"shape {tuple(codebook.shape)}")
+    check(z.dim() >= codebook.dim() - 1, "z", f"at least {codebook.dim() - 1} dimensions", f"shape {tuple(z.shape)}")
+    check(codebook.shape[-2] >= 1, "codebook", "at least one code", f"shape {tuple(codebook.shape)}")
+    groups, channels = codebook.shape[:-2], z.shape[-1:]
+    if z.shape[z.dim() - 1 - len(groups) : -1] != groups or codebook.shape[-1:] != channels:
+        expected = f"({z.shape[-2]}, V, {z.shape[-1]})" if groups else f"(V, {z.shape[-1]})"
+        raise ValueError(f"codebook: expected shape {expected} for z of shape {tuple(z.shape)}, "
                          f"got {tuple(codebook.shape)}")  # fmt: skip
     check(metric in _METRICS, "metric", "'l2' or 'cosine'", repr(metric))
     if z.dtype != codebook.dtype:
@@ -59,11 +73,32 @@ def nearest_code(z: torch.Tensor, codebook: torch.Tensor, *, metric: str = "l2",
         z, codebook = z.to(wide), codebook.to(wide)
     check(z.device == codebook.device, "codebook", f"device {z.device} like z", codebook.device)
     if z.numel() == 0:
-        return z.new_zeros(z.shape[:-1], dtype=torch.int64)
-    backend = resolve("nearest_code", backend, z.device.type, z.dtype)
+        nearest = z.new_zeros(z.shape[:-1], dtype=torch.int64)
+    else:
+        backend = resolve("nearest_code", backend, z.device.type, z.dtype)
+        if not groups:
+            nearest = _search(z, codebook, metric, backend)
+        else:
+            pairs = zip(z.unbind(-2), codebook.unbind(0), strict=True)
+            nearest = torch.stack([_search(part, codes, metric, backend) for part, codes in pairs], dim=-1)
+    return (nearest, _count(nearest, codebook)) if return_hits else nearest
+
+
+def _search(z: torch.Tensor, codebook: torch.Tensor, metric: str, backend: str) -> torch.Tensor:
+    """One codebook."""
     if backend == "reference":
         return _reference.nearest_code(z, codebook, metric=metric)
-    nearest = raw_ops(backend)._nearest_code
+    search = raw_ops(backend)._nearest_code
     if z.dim() == 2:
-        return nearest(z, codebook, metric == "cosine")
-    return nearest(z.reshape(-1, z.shape[-1]), codebook, metric == "cosine").reshape(z.shape[:-1])
+        return search(z, codebook, metric == "cosine")
+    return search(z.reshape(-1, z.shape[-1]), codebook, metric == "cosine").reshape(z.shape[:-1])
+
+
+def _count(nearest: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """How often each code of each codebook occurs in `nearest`; bincount would wait for a GPU."""
+    codes = codebook.shape[-2]
+    if codebook.dim() == 3:
+        nearest = nearest + torch.arange(codebook.shape[0], device=nearest.device) * codes
+    chosen = nearest.reshape(-1)
+    hits = chosen.new_zeros(codebook.shape[:-1].numel())
+    return hits.scatter_add_(0, chosen, torch.ones_like(chosen)).reshape(codebook.shape[:-1])

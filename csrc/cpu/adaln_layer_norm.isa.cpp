@@ -19,9 +19,6 @@
 namespace var_kernels::VAR_ISA {
 namespace {
 
-// Lambdas below run once per vector: a call would cost more than their body.
-#define VAR_LAMBDA __attribute__((always_inline))
-
 // ---- one row, vector by vector ----------------------------------------------------------------------------------
 
 struct Whole {};

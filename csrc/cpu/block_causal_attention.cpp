@@ -54,8 +54,7 @@ void check_like(const Tensor& x, const char* name, const Tensor& q, int64_t head
 
 // Query rows aligned to scale starts, so that the rows of a tile see the same keys and no element is masked. Scales
 // of fewer rows than half a tile share one: its rows see the keys of their own scale only, up to 47 fewer.
-std::vector<QueryTile> query_tiles(const Lens& lens, int64_t first, int64_t count) {
-  constexpr int64_t register_rows = 6;
+std::vector<QueryTile> query_tiles(const Lens& lens, int64_t first, int64_t count, int64_t max_rows, int64_t unit) {
   std::vector<QueryTile> tiles;
   bool open = false;  // whether the last tile may take the next small scale
   int64_t scale_begin = 0;
@@ -66,17 +65,21 @@ std::vector<QueryTile> query_tiles(const Lens& lens, int64_t first, int64_t coun
     const int64_t rows = end - begin;
     if (rows <= 0) continue;
     if (rows < kMaxTileRows / 2) {
-      if (open && end - tiles.back().begin <= kMaxTileRows)
+      if (open && end - tiles.back().begin <= max_rows)
         tiles.back().end = end;
       else
         tiles.push_back({begin, end});
       open = true;
       continue;
     }
-    // Equal tiles of whole register tiles: 100 rows are 36 + 36 + 28, since 48 + 48 + 4 reads all keys for 4 rows.
-    const int64_t parts = (rows + kMaxTileRows - 1) / kMaxTileRows;
-    const int64_t size = ((rows + parts - 1) / parts + register_rows - 1) / register_rows * register_rows;
-    for (int64_t row = begin; row < end; row += size) tiles.push_back({row, std::min(row + size, end)});
+    // Tiles of about equally many units: 100 rows are 48 + 32 + 20, since 48 + 48 + 4 reads all keys for 4 rows.
+    const int64_t units = (rows + unit - 1) / unit, most = max_rows / unit;
+    const int64_t parts = (units + most - 1) / most;
+    for (int64_t part = 0, row = begin; part < parts; ++part) {
+      const int64_t tile_end = std::min(begin + units * (part + 1) / parts * unit, end);
+      tiles.push_back({row, tile_end});
+      row = tile_end;
+    }
     open = false;
   }
   return tiles;
@@ -102,7 +105,7 @@ struct Plan {
 };
 
 Plan make_plan(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& lens, double softmax_scale,
-               int64_t q_offset) {
+               int64_t q_offset, int64_t tile_rows, int64_t tile_unit) {
   VAR_CHECK(q.dim() == 4 && k.dim() == 4, "q, k", "4 dimensions", q.dim());
   const int64_t heads = q.size(1), queries = q.size(2), dim = q.size(3), kv_heads = k.size(1), keys = k.size(2);
   VAR_CHECK(dim >= 1 && dim <= 256, "q", "a head dimension from 1 to 256", dim);
@@ -117,7 +120,7 @@ Plan make_plan(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& le
   }
   VAR_CHECK(sum == keys, "scale_lens", "lengths that sum to the number of keys", sum);
   VAR_CHECK(q_offset >= 0 && q_offset + queries <= keys, "q_offset", "0 to Lk - Lq", q_offset);
-  Plan plan{visible_keys(lens, q_offset, queries), query_tiles(lens, q_offset, queries), {}};
+  Plan plan{visible_keys(lens, q_offset, queries), query_tiles(lens, q_offset, queries, tile_rows, tile_unit), {}};
   plan.problem = {q.size(0), heads, kv_heads, queries, keys, dim, float(softmax_scale), plan.visible.data(),
                   plan.tiles.data(), int64_t(plan.tiles.size())};
   return plan;
@@ -150,15 +153,16 @@ std::vector<AttentionForwardTask> forward_tasks(const AttentionProblem& p) {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& scale_lens,
                                    double softmax_scale, int64_t q_offset, bool /*allow_tf32*/) {
-  const Plan plan = make_plan(q, k, v, scale_lens, softmax_scale, q_offset);
+  const Plan plan = make_plan(q, k, v, scale_lens, softmax_scale, q_offset, kMaxTileRows, kTileUnit);
   const AttentionProblem& p = plan.problem;
   Tensor out = empty_as(q), lse = empty_cpu({p.batch, p.heads, p.queries}, ScalarType::Float);
   const AttentionForwardArgs args{p, rows_of(q), rows_of(k), rows_of(v), rows_of(out),
                                   static_cast<float*>(lse.mutable_data_ptr())};
   const AttentionForward& kernels = attention_forward();
-  const auto run = kernels.run[type_of(q)];
+  const AttentionType type = type_of(q);
+  const auto run = kernels.run[type];
   const std::vector<AttentionForwardTask> tasks = forward_tasks(p);
-  parallel_tasks(tasks.size(), [&](int64_t i) { run(args, tasks[i], thread_scratch(kernels.scratch(p, tasks[i]))); });
+  parallel_tasks(tasks.size(), [&](int64_t i) { run(args, tasks[i], thread_scratch(kernels.scratch[type](p, tasks[i]))); });
   return {out, lse};
 }
 
@@ -173,7 +177,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
                                             const Tensor& out, const Tensor& lse, const std::optional<Tensor>& dlse,
                                             const Lens& scale_lens, double softmax_scale, int64_t q_offset,
                                             bool /*allow_tf32*/) {
-  const Plan plan = make_plan(q, k, v, scale_lens, softmax_scale, q_offset);
+  const AttentionBackward& kernels = attention_backward();
+  const AttentionType type = type_of(q);
+  const Plan plan =
+      make_plan(q, k, v, scale_lens, softmax_scale, q_offset, kernels.tile_rows[type], kernels.tile_unit[type]);
   const AttentionProblem& p = plan.problem;
   check_like(dout, "dout", q, p.heads, p.queries);
   check_like(out, "out", q, p.heads, p.queries);
@@ -190,8 +197,6 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
       static_cast<const float*>(dense_lse.const_data_ptr()),
       dlse ? static_cast<const float*>(dense_dlse.const_data_ptr()) : nullptr};
 
-  const AttentionBackward& kernels = attention_backward();
-  const AttentionType type = type_of(q);
   const int64_t ranges = key_ranges(p), pairs = p.batch * p.kv_heads, group = p.heads / p.kv_heads;
   const int64_t head_floats = p.queries * kernels.padded_dim(p.dim), share_floats = group * head_floats;
   const bool shares = ranges > 1;
@@ -204,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
     const AttentionBackwardTask task{pair / p.kv_heads, pair % p.kv_heads, std::min(range * step, p.keys),
                                      std::min((range + 1) * step, p.keys),
                                      shares ? part + (pair * ranges + range) * share_floats : nullptr};
-    kernels.run[type](args, task, thread_scratch(kernels.scratch(p, task)));
+    kernels.run[type](args, task, thread_scratch(kernels.scratch[type](p, task)));
   });
   if (shares) {
     constexpr int64_t chunk = 64;

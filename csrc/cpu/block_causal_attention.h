@@ -8,7 +8,8 @@ namespace var_kernels {
 struct QueryTile {
   int64_t begin, end;
 };
-constexpr int64_t kMaxTileRows = 48;  // eight register tiles of six rows share what is read of K and V
+constexpr int64_t kMaxTileRows = 48;  // three vectors, or columns of tiles, share what is read of K and V
+constexpr int64_t kTileUnit = 16;     // tiles are computed in multiples of so many rows
 
 // A (B, H, L, D) tensor: strides in elements, the last one is 1.
 struct HeadRows {
@@ -35,9 +36,8 @@ struct AttentionForwardArgs {
   float* lse;  // (B, H, Lq)
 };
 struct AttentionForward {
-  // Floats of scratch memory that one task needs.
-  int64_t (*scratch)(const AttentionProblem&, const AttentionForwardTask&);
-  // Indexed by AttentionType.
+  // Indexed by AttentionType. Floats of scratch memory that one task needs, and the task.
+  int64_t (*scratch[3])(const AttentionProblem&, const AttentionForwardTask&);
   void (*run[3])(const AttentionForwardArgs&, const AttentionForwardTask&, float* scratch);
 };
 
@@ -53,7 +53,9 @@ struct AttentionBackwardArgs {
   const float* dlse;  // (B, H, Lq) or null
 };
 struct AttentionBackward {
-  int64_t (*scratch)(const AttentionProblem&, const AttentionBackwardTask&);
+  // Indexed by AttentionType: tiles of at most so many rows, in multiples of so many.
+  int64_t tile_rows[3], tile_unit[3];
+  int64_t (*scratch[3])(const AttentionProblem&, const AttentionBackwardTask&);
   int64_t (*padded_dim)(int64_t dim);  // floats of one row of dq_part
   void (*run[3])(const AttentionBackwardArgs&, const AttentionBackwardTask&, float* scratch);
   // dq[row] = the sum over `parts` shares in order, for the query rows [begin, end) of one head; `part` is the first

@@ -1,15 +1,15 @@
-// What forward and backward share: tile sizes, conversion and packing into fp32, and which elements are visible.
+// What forward and backward share: conversion and transposition into operands, and which elements are visible.
+//
+// Both work on the transposed scores Sᵀ = K Qᵀ: a row is a key, the query rows of a tile lie side by side in the lanes.
+// Row maxima, sums and the log-sum-exp are then vectors, one element a lane; K and V are the scalars of gemm.h and are
+// read as they lie, without packing.
 #pragma once
 #include <utility>
 
 #include "block_causal_attention.h"
-#include "gemm.h"
+#include "tiles.h"
 
 namespace var_kernels::VAR_ISA {
-
-constexpr int64_t kStrip = 64;   // keys of one transposed strip [D][kStrip]: 16 KiB at D = 64, so it stays in L1
-constexpr int64_t kBlock = 128;  // keys per step; scores of a tile take 27 KiB
-constexpr int64_t kScoreRow = kBlock + kWidth;  // not a power of two: rows must not share their cache sets
 
 constexpr int64_t kChain = 96;  // longest sum over D without an intermediate result
 
@@ -18,7 +18,20 @@ VAR_INLINE T* row_of(const HeadRows& x, int64_t batch, int64_t head, int64_t row
   return static_cast<T*>(x.data) + batch * x.batch + head * x.head + row * x.row;
 }
 
-// dst (rows, padded) = factor · src (rows, dim); columns from dim on are zero.
+// Carves scratch memory; without memory only the size is wanted.
+struct Scratch {
+  float* base;
+  int64_t taken = 0;
+
+  float* take(int64_t floats) {
+    float* memory = base ? base + taken : nullptr;
+    taken += round_up(floats, 16);
+    return memory;
+  }
+  Pair* take_pairs(int64_t pairs) { return reinterpret_cast<Pair*>(take(pairs)); }
+};
+
+// dst (rows, padded) = factor · src (rows, dim); columns from dim to the end of its vector are zero.
 template <class T>
 inline void load_rows(const T* src, int64_t src_row, int64_t rows, int64_t dim, float factor, float* dst,
                       int64_t padded) {
@@ -40,42 +53,67 @@ inline void store_rows(const float* src, int64_t padded, int64_t rows, int64_t d
   }
 }
 
-// dst [dim][kStrip] = the transposed src (keys, dim), keys <= kStrip. Columns are zero up to the next whole vector.
+// dst [dim][lanes] = factor · src (rows, dim), transposed; lanes from `rows` on are zero.
 template <class T>
-inline void pack_strip(const T* src, int64_t src_row, int64_t keys, int64_t dim, float* dst) {
-  for (int64_t key = 0; key < keys; key += kWidth)
+inline void load_transposed(const T* src, int64_t src_row, int64_t rows, int64_t dim, float factor, float* dst,
+                            int64_t lanes) {
+  for (int64_t r = 0; r < lanes; r += kWidth)
     for (int64_t d = 0; d < dim; d += kWidth) {
       const int64_t width = min_i(dim - d, kWidth);
-      Vec rows[kWidth];
+      Vec block[kWidth];
       for (int i = 0; i < kWidth; ++i) {
-        const T* at = src + (key + i) * src_row + d;
-        rows[i] = key + i >= keys ? Vec{} : width == kWidth ? load(at) : load_tail(at, width);
+        const T* at = src + (r + i) * src_row + d;
+        block[i] = r + i >= rows ? Vec{} : (width == kWidth ? load(at) : load_tail(at, width)) * factor;
       }
-      transpose_step<kWidth / 2>(rows);
-      for (int i = 0; i < width; ++i) store(dst + (d + i) * kStrip + key, rows[i]);
+      transpose_step<kWidth / 2>(block);
+      for (int i = 0; i < width; ++i) store(dst + (d + i) * lanes + r, block[i]);
     }
 }
 
-// scores (rows, columns up to the next whole vector) = a (rows, dim) · strips: the keys of one block. The error of a
-// score is the relative error of its probability, so a wide head is summed in parts: one chain of 256 multiply-adds
-// doubles the error of the whole attention.
-inline void multiply_strips(int64_t rows, int64_t columns, int64_t dim, const float* a, int64_t a_row,
-                            const float* strips, float* scores) {
-  const int64_t parts = (dim + kChain - 1) / kChain, part = (dim + parts - 1) / parts;
-  for (int64_t c = 0; c < columns; c += kStrip)
-    for (int64_t d = 0; d < dim; d += part)
-      gemm(rows, round_up(min_i(columns - c, kStrip), kWidth), min_i(part, dim - d), a + d, a_row, 1,
-           strips + c * dim + d * kStrip, kStrip, scores + c, kScoreRow, d > 0);
+// dst (rows, dim) = src [dim up to the next whole vector][lanes], transposed, row r times factor[r].
+template <class T>
+inline void store_transposed(const float* src, int64_t lanes, int64_t rows, int64_t dim, const float* factor, T* dst,
+                             int64_t dst_row) {
+  for (int64_t r = 0; r < rows; r += kWidth)
+    for (int64_t d = 0; d < dim; d += kWidth) {
+      const int64_t width = min_i(dim - d, kWidth), count = min_i(rows - r, kWidth);
+      Vec block[kWidth];
+      for (int i = 0; i < kWidth; ++i) block[i] = load(src + (d + i) * lanes + r) * load(factor + r);
+      transpose_step<kWidth / 2>(block);
+      for (int i = 0; i < count; ++i) {
+        T* at = dst + (r + i) * dst_row + d;
+        if (width == kWidth)
+          store(at, block[i]);
+        else
+          store_tail(at, block[i], width);
+      }
+    }
 }
 
-// Of the columns keys of a block that starts at key_begin, a query row that sees the keys [0, visible) sees so many.
+// Sᵀ (keys, lanes) = rows (keys, dim) · columns [dim][lanes]. The error of a score is the relative error of its
+// probability, so a wide head is summed in parts: one chain of 256 multiply-adds doubles the error of the attention.
+inline void multiply_rows(int64_t keys, int64_t lanes, int64_t dim, const float* rows, int64_t row,
+                          const float* columns, float* scores) {
+  const int64_t parts = (dim + kChain - 1) / kChain, part = (dim + parts - 1) / parts;
+  for (int64_t d = 0; d < dim; d += part)
+    gemm(keys, lanes, min_i(part, dim - d), rows + d, row, 1, columns + d * lanes, lanes, scores, lanes, d > 0);
+}
+
+// Of the `columns` keys of a block that starts at key_begin, a query row that sees the keys [0, visible) sees so many.
 VAR_INLINE int64_t seen_in_block(int64_t visible, int64_t key_begin, int64_t columns) {
   return max_i(0, min_i(visible - key_begin, columns));
 }
 
-// Overwrite the columns [seen, end) of a row.
-VAR_INLINE void hide(float* row, int64_t seen, int64_t end, float value) {
-  for (int64_t c = seen; c < end; ++c) row[c] = value;
+// Visible lies per row and never decreases: the first row that sees more than `keys` keys.
+VAR_INLINE int64_t first_row_beyond(const int64_t* visible, int64_t rows, int64_t keys) {
+  int64_t r = 0;
+  while (r < rows && visible[r] <= keys) ++r;
+  return r;
+}
+
+// Overwrite the lanes [0, count) of a row of lanes.
+VAR_INLINE void fill(float* row, int64_t count, float value) {
+  for (int64_t r = 0; r < count; ++r) row[r] = value;
 }
 
 }  // namespace var_kernels::VAR_ISA

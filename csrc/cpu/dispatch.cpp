@@ -7,18 +7,44 @@
 #include <new>
 #include <string>
 
+#if defined(VAR_ISA_X86)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include "../checks.h"
 
 namespace var_kernels {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
+
+#if defined(VAR_ISA_X86)
+// Whether this process may use the tile registers for bf16: the processor has them, and the operating system keeps
+// them (Linux, since 5.16, only for a process that has asked).
+bool has_amx() {
+#if defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 Isa best_isa() {
 #if defined(VAR_ISA_X86)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+      __builtin_cpu_supports("avx512vl")) {
+    if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+    return has_amx() ? Isa::amx : Isa::avx512_bf16;
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
   return Isa::portable;
@@ -71,7 +97,7 @@ extern "C" __attribute__((visibility("default"))) const char* var_kernels_isa() 
   }
 }
 extern "C" __attribute__((visibility("default"))) int var_kernels_vector_width() {
-  constexpr int widths[] = {4, 8, 16, 16};
+  constexpr int widths[] = {4, 8, 16, 16, 16};
   try {
     return widths[int(var_kernels::active_isa())];
   } catch (...) {

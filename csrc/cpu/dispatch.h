@@ -12,7 +12,7 @@
 
 namespace var_kernels {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
 // The best level that this machine has and this library was built for; VAR_KERNELS_ISA forces a lower one.
 Isa active_isa();
@@ -25,8 +25,10 @@ Isa active_isa();
   namespace avx2 { extern const Table name; }                                            \
   namespace avx512 { extern const Table name; }                                          \
   namespace avx512_bf16 { extern const Table name; }                                     \
+  namespace amx { extern const Table name; }                                             \
   inline const Table& name() {                                                           \
-    static const Table* const tables[] = {&portable::name, &avx2::name, &avx512::name, &avx512_bf16::name}; \
+    static const Table* const tables[] = {&portable::name, &avx2::name, &avx512::name,   \
+                                          &avx512_bf16::name, &amx::name};               \
     return *tables[int(active_isa())];                                                   \
   }
 #else

@@ -1,23 +1,48 @@
-// Small matrix product for operands that already sit in cache: C (M, N) = [C +] A (M, K) · B (K, N), all fp32.
+// Small matrix product for operands that already sit in cache: C (M, N) = [C +] A (M, K) · B (K, N).
 //
-// Every dense product inside our kernels is this one: scores, P·V and the five products of the attention backward,
-// code distances, the φ convolutions (one call per tap). A is read one scalar at a time and broadcast, so its two
-// strides are free and transposed operands cost nothing; B and C rows are vectors, so N is a multiple of kWidth and
-// callers pad. A product is summed from zero and then added to C, so that a long sum made of several products does
-// not round like one chain. The register tile is MR rows by NV vectors: MR·NV accumulators, NV vectors of B and one
-// broadcast fill the register file (32 registers with AVX-512, 16 before) and keep both FMA ports busy from L1.
+// Every dense product inside our kernels is this one: scores, P·V and the five products of the attention backward, the
+// φ convolutions (one call per row of taps). A is read one scalar at a time and broadcast, so its two strides are free
+// and transposed operands cost nothing; B and C rows are vectors, so N is a multiple of kWidth and callers pad. A
+// product is summed from zero and then added to C, so that a long sum made of several products does not round like one
+// chain.
+//
+// A scalar is a float, or with AVX512-BF16 a Pair: two neighbours along K, multiplied and added by one instruction.
+// The register tile is MR rows by NV vectors: MR·NV accumulators, NV vectors of B and one broadcast fill the register
+// file (32 registers with AVX-512 and NEON, 16 before); three vectors and eight rows need 11 loads for 24 multiply-adds.
+// How rows and columns are split changes no sum.
 #pragma once
 #include "isa.h"
 
 namespace var_kernels::VAR_ISA {
 
-constexpr int kRows = 6;
-constexpr int kVectors = kWidth == 16 ? 4 : 2;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kAccumulators = 24;
+#else
+constexpr int kAccumulators = 12;
+#endif
 
-template <int MR, int NV>
-VAR_INLINE void gemm_tile(int64_t K, const float* VAR_RESTRICT a, int64_t a_row, int64_t a_k,
-                          const float* VAR_RESTRICT b, int64_t b_k, float* VAR_RESTRICT c, int64_t c_row,
-                          bool accumulate) {
+// Two bf16 in the order of memory.
+struct Pair {
+  uint32_t bits;
+};
+
+VAR_INLINE Vec broadcast(const float* p) { return splat(*p); }
+VAR_INLINE Vec multiply_add(Vec a, Vec b, Vec sum, const float*) { return a * b + sum; }
+#if defined(__AVX512BF16__)
+VAR_INLINE Vec load(const Pair* p) {
+  Vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+VAR_INLINE Vec broadcast(const Pair* p) { return as_float(UVec{} + p->bits); }
+VAR_INLINE Vec multiply_add(Vec a, Vec b, Vec sum, const Pair*) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+template <int MR, int NV, class S>
+VAR_INLINE void gemm_tile(int64_t K, const S* VAR_RESTRICT a, int64_t a_row, int64_t a_k, const S* VAR_RESTRICT b,
+                          int64_t b_k, float* VAR_RESTRICT c, int64_t c_row, bool accumulate) {
   Vec acc[MR][NV];
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < NV; ++j) acc[i][j] = Vec{};
@@ -25,8 +50,8 @@ VAR_INLINE void gemm_tile(int64_t K, const float* VAR_RESTRICT a, int64_t a_row,
     Vec bv[NV];
     for (int j = 0; j < NV; ++j) bv[j] = load(b + k * b_k + j * kWidth);
     for (int i = 0; i < MR; ++i) {
-      const Vec av = splat(a[i * a_row + k * a_k]);
-      for (int j = 0; j < NV; ++j) acc[i][j] += av * bv[j];
+      const Vec av = broadcast(a + i * a_row + k * a_k);
+      for (int j = 0; j < NV; ++j) acc[i][j] = multiply_add(av, bv[j], acc[i][j], a);
     }
   }
   for (int i = 0; i < MR; ++i)
@@ -36,35 +61,41 @@ VAR_INLINE void gemm_tile(int64_t K, const float* VAR_RESTRICT a, int64_t a_row,
     }
 }
 
-// All M rows of one column strip of NV vectors: the strip of B stays in L1 while the rows stream past it.
-template <int NV>
-inline void gemm_strip(int64_t M, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_k,
-                       float* c, int64_t c_row, bool accumulate) {
+// All M rows of one column strip of NV vectors, in register tiles of MR rows and then of 4, 2 and 1.
+template <int MR, int NV, class S>
+VAR_INLINE void gemm_rows(int64_t& m, int64_t M, int64_t K, const S* a, int64_t a_row, int64_t a_k, const S* b,
+                          int64_t b_k, float* c, int64_t c_row, bool accumulate) {
+  for (; m + MR <= M; m += MR)
+    gemm_tile<MR, NV>(K, a + m * a_row, a_row, a_k, b, b_k, c + m * c_row, c_row, accumulate);
+}
+template <int NV, class S>
+inline void gemm_strip(int64_t M, int64_t K, const S* a, int64_t a_row, int64_t a_k, const S* b, int64_t b_k, float* c,
+                       int64_t c_row, bool accumulate) {
+  constexpr int rows = NV == 1 ? 12 : kAccumulators / NV;
   int64_t m = 0;
-  for (; m + kRows <= M; m += kRows)
-    gemm_tile<kRows, NV>(K, a + m * a_row, a_row, a_k, b, b_k, c + m * c_row, c_row, accumulate);
-  const float* at = a + m * a_row;
-  float* ct = c + m * c_row;
-  switch (M - m) {
-    case 5: return gemm_tile<5, NV>(K, at, a_row, a_k, b, b_k, ct, c_row, accumulate);
-    case 4: return gemm_tile<4, NV>(K, at, a_row, a_k, b, b_k, ct, c_row, accumulate);
-    case 3: return gemm_tile<3, NV>(K, at, a_row, a_k, b, b_k, ct, c_row, accumulate);
-    case 2: return gemm_tile<2, NV>(K, at, a_row, a_k, b, b_k, ct, c_row, accumulate);
-    case 1: return gemm_tile<1, NV>(K, at, a_row, a_k, b, b_k, ct, c_row, accumulate);
-    default: return;
-  }
+  gemm_rows<rows, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate);
+  if constexpr (rows > 8) gemm_rows<8, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate);
+  if constexpr (rows > 4) gemm_rows<4, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate);
+  gemm_rows<2, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate);
+  gemm_rows<1, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate);
 }
 
-inline void gemm(int64_t M, int64_t N, int64_t K, const float* a, int64_t a_row, int64_t a_k, const float* b,
-                 int64_t b_k, float* c, int64_t c_row, bool accumulate) {
-  constexpr int64_t strip = kVectors * kWidth;
-  int64_t n = 0;
-  for (; n + strip <= N; n += strip) gemm_strip<kVectors>(M, K, a, a_row, a_k, b + n, b_k, c + n, c_row, accumulate);
-  if (kVectors == 4 && n + 2 * kWidth <= N) {
-    gemm_strip<2>(M, K, a, a_row, a_k, b + n, b_k, c + n, c_row, accumulate);
-    n += 2 * kWidth;
+template <class S>
+inline void gemm(int64_t M, int64_t N, int64_t K, const S* a, int64_t a_row, int64_t a_k, const S* b, int64_t b_k,
+                 float* c, int64_t c_row, bool accumulate) {
+  for (int64_t n = 0; n < N;) {
+    const int64_t vectors = (N - n) / kWidth;
+    if (vectors == 3 || vectors > 4) {
+      gemm_strip<3>(M, K, a, a_row, a_k, b + n, b_k, c + n, c_row, accumulate);
+      n += 3 * kWidth;
+    } else if (vectors >= 2) {
+      gemm_strip<2>(M, K, a, a_row, a_k, b + n, b_k, c + n, c_row, accumulate);
+      n += 2 * kWidth;
+    } else {
+      gemm_strip<1>(M, K, a, a_row, a_k, b + n, b_k, c + n, c_row, accumulate);
+      n += kWidth;
+    }
   }
-  if (n < N) gemm_strip<1>(M, K, a, a_row, a_k, b + n, b_k, c + n, c_row, accumulate);
 }
 
 }  // namespace var_kernels::VAR_ISA

@@ -12,11 +12,14 @@
 // equal codes have equal scores, and the first strip and then the first lane that reach the maximum win.
 #include "nearest_code.h"
 
-#include "gemm.h"
+#include "isa.h"
 
 namespace var_kernels::VAR_ISA {
 namespace {
 
+// Six rows by four vectors of codes fill 32 registers together with the operands of a step; by two, 16.
+constexpr int kRows = 6;
+constexpr int kVectors = kWidth == 16 ? 4 : 2;
 constexpr int64_t kStrip = kVectors * kWidth;
 
 // The lanes' best score so far and the strip it was found in, which means nothing while the score is -inf.

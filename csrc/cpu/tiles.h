@@ -1,0 +1,96 @@
+// The same product on the tile registers of AMX: 16 rows by 16 columns of C, 32 bf16 along K in one instruction.
+//
+// gemm(Pair) of this level: M and N are multiples of 16 and K of 16 pairs; a_k is 1. Operands are padded by the caller.
+// Rows of A stay as they are, each B tile is 16 pairs along K by 16 columns, so the layouts are those of gemm.h.
+#pragma once
+#include "gemm.h"
+
+#if defined(__AMX_BF16__)
+
+namespace var_kernels::VAR_ISA {
+
+// The compiler's intrinsics do not say that they read memory, so that a store may move behind the load that needs it.
+#define VAR_TILE_LOAD(tile, base, stride)                                                                        \
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"((const void*)(base)), "r"((int64_t)(stride)) : "memory")
+#define VAR_TILE_STORE(tile, base, stride)                                                                  \
+  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"((void*)(base)), "r"((int64_t)(stride)) : "memory")
+#define VAR_TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
+#define VAR_TILE_MULTIPLY(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+
+// While one lives, the thread's tile registers are all 16 rows of 64 bytes. Initialised tiles cost every switch of
+// the thread 8 KiB, so they are released at the end.
+struct TileUnit {
+  TileUnit() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } configuration;
+    for (int i = 0; i < 8; ++i) configuration.row_bytes[i] = 64, configuration.rows[i] = 16;
+    __asm__ volatile("ldtilecfg %0" ::"m"(configuration));
+  }
+  ~TileUnit() { __asm__ volatile("tilerelease" ::); }
+  TileUnit(const TileUnit&) = delete;
+  TileUnit& operator=(const TileUnit&) = delete;
+};
+
+// 16 rows by NT column tiles, at most three: a fourth would leave no register for a second tile of A.
+template <int NT>
+VAR_INLINE void tile_row(int64_t K, const Pair* a, int64_t a_row, const Pair* b, int64_t b_k, float* c, int64_t c_row,
+                         bool accumulate) {
+  if (accumulate) {
+    VAR_TILE_LOAD(0, c, c_row * 4);
+    if constexpr (NT > 1) VAR_TILE_LOAD(1, c + 16, c_row * 4);
+    if constexpr (NT > 2) VAR_TILE_LOAD(2, c + 32, c_row * 4);
+  } else {
+    VAR_TILE_ZERO(0);
+    if constexpr (NT > 1) VAR_TILE_ZERO(1);
+    if constexpr (NT > 2) VAR_TILE_ZERO(2);
+  }
+  for (int64_t k = 0; k < K; k += 16) {
+    VAR_TILE_LOAD(3, a + k, a_row * 4);
+    VAR_TILE_LOAD(4, b + k * b_k, b_k * 4);
+    VAR_TILE_MULTIPLY(0, 3, 4);
+    if constexpr (NT > 1) {
+      VAR_TILE_LOAD(5, b + k * b_k + 16, b_k * 4);
+      VAR_TILE_MULTIPLY(1, 3, 5);
+    }
+    if constexpr (NT > 2) {
+      VAR_TILE_LOAD(6, b + k * b_k + 32, b_k * 4);
+      VAR_TILE_MULTIPLY(2, 3, 6);
+    }
+  }
+  VAR_TILE_STORE(0, c, c_row * 4);
+  if constexpr (NT > 1) VAR_TILE_STORE(1, c + 16, c_row * 4);
+  if constexpr (NT > 2) VAR_TILE_STORE(2, c + 32, c_row * 4);
+}
+
+inline void gemm(int64_t M, int64_t N, int64_t K, const Pair* a, int64_t a_row, int64_t /*a_k*/, const Pair* b,
+                 int64_t b_k, float* c, int64_t c_row, bool accumulate) {
+  for (int64_t n = 0, width; n < N; n += width) {
+    const int64_t left = N - n;
+    width = left == 48 || left > 64 ? 48 : left >= 32 ? 32 : 16;
+    for (int64_t m = 0; m < M; m += 16) {
+      const Pair* rows = a + m * a_row;
+      float* out = c + m * c_row + n;
+      if (width == 48)
+        tile_row<3>(K, rows, a_row, b + n, b_k, out, c_row, accumulate);
+      else if (width == 32)
+        tile_row<2>(K, rows, a_row, b + n, b_k, out, c_row, accumulate);
+      else
+        tile_row<1>(K, rows, a_row, b + n, b_k, out, c_row, accumulate);
+    }
+  }
+}
+
+}  // namespace var_kernels::VAR_ISA
+
+#else
+
+namespace var_kernels::VAR_ISA {
+struct TileUnit {
+  TileUnit() {}  // not trivial: an unused one is no warning
+};
+}  // namespace var_kernels::VAR_ISA
+
+#endif
