@@ -17,8 +17,8 @@ from var_kernels import backends
 DATA = Path(__file__).parent / "data"
 IMAGE_ATOL = 2e-4  # images, logits and reconstructions: absolute, in fp32
 # more_smooth feeds every scale the softmax of (2 x guided logits + noise) / 0.0135: a logit that is off by 1e-5, its
-# rounding in fp32, moves the weights by 1.5e-3 of themselves. The recorded image, fp32 too, is 1.6e-4 away from the same
-# computation in fp64; another order of the same sums (AVX2) was 7e-4 away from it.
+# rounding in fp32, moves the weights by 1.5e-3 of themselves. The recorded image, fp32 too, is 1.6e-4 away from the
+# same computation in fp64; another order of the same sums (AVX2) was 7e-4 away from it.
 SMOOTH_ATOL = IMAGE_ATOL + 2 / 0.0135 * 1e-5
 
 

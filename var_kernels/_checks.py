@@ -32,6 +32,19 @@ def check_same(reference: str, first: torch.Tensor, **others: torch.Tensor) -> N
             raise ValueError(f"{argument}: expected device {first.device} like {reference}, got {tensor.device}")
 
 
+def same_floats(first: object, *others: object) -> bool:
+    """Whether all are tensors of one supported dtype and one device: then nothing else need be asked of either."""
+    if not isinstance(first, torch.Tensor):
+        return False
+    dtype, device = first.dtype, first.device
+    if dtype not in FLOATS:
+        return False
+    for tensor in others:
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tensor.device != device:
+            return False
+    return True
+
+
 def check_shape(argument: str, tensor: torch.Tensor, *shapes: Sequence[int]) -> None:
     """The tensor has exactly one of the given shapes."""
     if tuple(tensor.shape) not in {tuple(shape) for shape in shapes}:

@@ -8,7 +8,7 @@ for the norm and about ten for gate, sum and norm; the kernels here need two and
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._checks import check, check_same, check_tensor
+from ._checks import check, check_same, check_tensor, same_floats
 from ._library import autocast_dtype, define, needs_grad, raw_ops, register_fake
 from .backends import resolve
 from .reference import adaln_layer_norm as _reference
@@ -145,13 +145,18 @@ def adaln_layer_norm(
     Source: adaptive layer norm as in Peebles & Xie, "Scalable Diffusion Models with Transformers" (arXiv 2212.09748),
     used by VAR (arXiv 2404.02905).
     """
-    check_tensor("x", x, rank=3)
+    alike = same_floats(x, scale, shift)
+    if not alike or x.dim() != 3:
+        check_tensor("x", x, rank=3)
+        check_tensor("scale", scale)
+        check_tensor("shift", shift)
     scale = _modulation_view("scale", scale, x)
     shift = _modulation_view("shift", shift, x)
     check(eps >= 0, "eps", "a number that is not negative", eps)
-    if autocast_dtype(x.device.type) is not None:
-        scale, shift = scale.to(x.dtype), shift.to(x.dtype)
-    check_same("x", x, scale=scale, shift=shift)
+    if not alike:
+        if autocast_dtype(x.device.type) is not None:
+            scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+        check_same("x", x, scale=scale, shift=shift)
     backend = resolve("adaln_layer_norm", backend, x.device.type, x.dtype)
     if x.numel() == 0 or backend == "reference":
         return _reference.adaln_layer_norm(x, scale, shift, eps=eps)
@@ -194,17 +199,22 @@ def gated_residual_adaln(
         TypeError: for an argument that is not a tensor, or of an unsupported or different dtype.
         ValueError: for a wrong shape, device, eps or backend.
     """
-    check_tensor("x", x, rank=3)
-    check_tensor("branch", branch, rank=3)
+    alike = same_floats(x, branch, gate, scale, shift)
+    if not alike or not x.dim() == branch.dim() == 3:
+        check_tensor("x", x, rank=3)
+        check_tensor("branch", branch, rank=3)
+        for argument, modulation in (("gate", gate), ("scale", scale), ("shift", shift)):
+            check_tensor(argument, modulation)
     if branch.shape != x.shape:
         raise ValueError(f"branch: expected shape {tuple(x.shape)} like x, got {tuple(branch.shape)}")
     gate = _modulation_view("gate", gate, x)
     scale = _modulation_view("scale", scale, x)
     shift = _modulation_view("shift", shift, x)
     check(eps >= 0, "eps", "a number that is not negative", eps)
-    if autocast_dtype(x.device.type) is not None:
-        branch, gate, scale, shift = (tensor.to(x.dtype) for tensor in (branch, gate, scale, shift))
-    check_same("x", x, branch=branch, gate=gate, scale=scale, shift=shift)
+    if not alike:
+        if autocast_dtype(x.device.type) is not None:
+            branch, gate, scale, shift = (tensor.to(x.dtype) for tensor in (branch, gate, scale, shift))
+        check_same("x", x, branch=branch, gate=gate, scale=scale, shift=shift)
     backend = resolve("gated_residual_adaln", backend, x.device.type, x.dtype)
     if x.numel() == 0 or backend == "reference":
         return _reference.gated_residual_adaln(x, branch, gate, scale, shift, eps=eps)
@@ -215,10 +225,9 @@ def gated_residual_adaln(
 
 def _modulation_view(argument: str, modulation: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The modulation as a view of shape (B or 1, L or 1, C); its shape must be one of the four, exactly."""
-    check_tensor(argument, modulation)
     batch, length, channels = x.shape
     shape = modulation.shape
-    if shape == (batch, channels):
+    if len(shape) == 2 and shape == (batch, channels):
         return modulation.unsqueeze(1)
     if shape != (batch, 1, channels) and shape != (1, 1, channels) and shape != (batch, length, channels):
         raise ValueError(

@@ -7,11 +7,13 @@ backend.
 
 import ctypes
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
 import sys
 import sysconfig
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,10 +72,13 @@ def page_of(op: str) -> str:
     return _PAGES.get(op, op)
 
 
-def _native_reason() -> str | None:
-    from . import _native  # imported at the first op call: importing var_kernels loads and builds nothing
+@functools.cache
+def _native() -> types.ModuleType:
+    return importlib.import_module("._native", __package__)  # at the first op call: importing var_kernels loads nothing
 
-    status = _native.load()
+
+def _native_reason() -> str | None:
+    status = _native().load()
     return None if status.available else f"the native library is not available: {status.reason}"
 
 
@@ -91,9 +96,7 @@ def _found_cuda_reason(op: str) -> str | None:
         return "its kernels need a GPU of compute capability 8.0 or newer"
     if (reason := _native_reason()) is not None:
         return reason
-    from . import _native
-
-    toolkit = _native.load().build_info["cuda"]
+    toolkit = _native().load().build_info["cuda"]
     if toolkit is None:
         return (
             "the native library was built without CUDA kernels: install the CUDA toolkit (nvcc), then "

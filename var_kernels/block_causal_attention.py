@@ -13,7 +13,7 @@ from operator import index
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._checks import check_same, check_shape, check_tensor, unit_inner_stride
+from ._checks import check_same, check_shape, check_tensor, same_floats, unit_inner_stride
 from ._library import autocast_dtype, define, needs_grad, raw_ops, register_fake
 from .backends import resolve
 from .reference import block_causal_attention as reference
@@ -73,19 +73,24 @@ def _tf32_allowed() -> bool:
 _tf32_allowed._dynamo_marked_constant = True
 
 
-def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    for argument, tensor in (("q", q), ("k", k), ("v", v)):
-        check_tensor(argument, tensor, rank=4)
-    batch, heads, _, dim = q.shape
-    _, kv_heads, keys, _ = k.shape
+def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[bool, int, int]:
+    """Whether the three have one dtype and device, Lq and Lk."""
+    alike = same_floats(q, k, v)
+    if not alike or not q.dim() == k.dim() == v.dim() == 4:
+        for argument, tensor in (("q", q), ("k", k), ("v", v)):
+            check_tensor(argument, tensor, rank=4)
+    batch, heads, queries, dim = q.shape
+    k_shape = k.shape
+    k_batch, kv_heads, keys, k_dim = k_shape
     if not 1 <= dim <= MAX_HEAD_DIM:
         raise ValueError(f"q: expected a head dimension from 1 to {MAX_HEAD_DIM}, got shape {tuple(q.shape)}")
-    if k.shape != (batch, kv_heads, keys, dim):
+    if k_batch != batch or k_dim != dim:
         check_shape("k", k, (batch, kv_heads, keys, dim))
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"k: expected a number of heads that divides q's {heads}, got {kv_heads}")
-    if v.shape != k.shape:
-        check_shape("v", v, k.shape)
+    if v.shape != k_shape:
+        check_shape("v", v, k_shape)
+    return alike, queries, keys
 
 
 def _check_schedule(scale_lens: Sequence[int], queries: int, keys: int, q_offset: int | None) -> tuple[list[int], int]:
@@ -156,21 +161,23 @@ def block_causal_attention(
     Source: Tian et al., Visual Autoregressive Modeling, arXiv 2404.02905; the online softmax and the recomputation
     from lse are those of FlashAttention, arXiv 2205.14135.
     """
-    _check_inputs(q, k, v)
-    lens, offset = _check_schedule(scale_lens, q.shape[2], k.shape[2], q_offset)
-    cast = autocast_dtype(q.device.type)
+    alike, queries, keys = _check_inputs(q, k, v)
+    lens, offset = _check_schedule(scale_lens, queries, keys, q_offset)
+    device_type = q.device.type
+    cast = autocast_dtype(device_type)
     if cast is not None and torch.float64 not in (q.dtype, k.dtype, v.dtype):
         q, k, v = q.to(cast), k.to(cast), v.to(cast)
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+    if not alike:
         check_same("q", q, k=k, v=v)
     scale = 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale)
-    backend = resolve("block_causal_attention", backend, q.device.type, q.dtype)
+    backend = resolve("block_causal_attention", backend, device_type, q.dtype)
     if backend == "reference":
         # Inside autocast the products of the reference would be cast again.
-        with nullcontext() if cast is None else torch.autocast(q.device.type, enabled=False):
+        with nullcontext() if cast is None else torch.autocast(device_type, enabled=False):
             out, lse = reference.block_causal_attention(q, k, v, lens, scale, offset)
     else:
-        q, k, v = unit_inner_stride(q), unit_inner_stride(k), unit_inner_stride(v)
+        if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+            q, k, v = unit_inner_stride(q), unit_inner_stride(k), unit_inner_stride(v)
         allow_tf32 = backend != "cpu" and q.dtype == torch.float32 and _tf32_allowed()
         if needs_grad(q, k, v):
             out, lse = _BlockCausalAttention.apply(q, k, v, lens, scale, offset, allow_tf32, backend)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ._checks import check, check_tensor
+from ._checks import check_tensor, same_floats
 from ._library import autocast_dtype, define, raw_ops, register_fake
 from .backends import resolve
 from .reference import nearest_code as _reference
@@ -55,23 +55,30 @@ def nearest_code(
     Source: the quantiser of VQ-VAE (van den Oord et al., arXiv 1711.00937); "cosine" as in ViT-VQGAN
     (arXiv 2110.04627) and in VAR with `using_znorm`.
     """
-    check_tensor("z", z)
-    check_tensor("codebook", codebook)
-    check(codebook.dim() in (2, 3), "codebook", "2 or 3 dimensions", f"shape {tuple(codebook.shape)}")
-    check(z.dim() >= codebook.dim() - 1, "z", f"at least {codebook.dim() - 1} dimensions", f"shape {tuple(z.shape)}")
-    check(codebook.shape[-2] >= 1, "codebook", "at least one code", f"shape {tuple(codebook.shape)}")
-    groups, channels = codebook.shape[:-2], z.shape[-1:]
-    if z.shape[z.dim() - 1 - len(groups) : -1] != groups or codebook.shape[-1:] != channels:
-        expected = f"({z.shape[-2]}, V, {z.shape[-1]})" if groups else f"(V, {z.shape[-1]})"
-        raise ValueError(f"codebook: expected shape {expected} for z of shape {tuple(z.shape)}, "
-                         f"got {tuple(codebook.shape)}")  # fmt: skip
-    check(metric in _METRICS, "metric", "'l2' or 'cosine'", repr(metric))
-    if z.dtype != codebook.dtype:
+    alike = same_floats(z, codebook)
+    if not alike:
+        check_tensor("z", z)
+        check_tensor("codebook", codebook)
+    shape, codes = z.shape, codebook.shape
+    if len(codes) not in (2, 3):
+        raise ValueError(f"codebook: expected 2 or 3 dimensions, got shape {tuple(codes)}")
+    if len(shape) < len(codes) - 1:
+        raise ValueError(f"z: expected at least {len(codes) - 1} dimensions, got shape {tuple(shape)}")
+    if codes[-2] < 1:
+        raise ValueError(f"codebook: expected at least one code, got shape {tuple(codes)}")
+    groups = codes[:-2]
+    if codes[-1] != shape[-1] or (groups and shape[-2] != groups[0]):
+        expected = f"({shape[-2]}, V, {shape[-1]})" if groups else f"(V, {shape[-1]})"
+        raise ValueError(f"codebook: expected shape {expected} for z of shape {tuple(shape)}, got {tuple(codes)}")
+    if metric not in _METRICS:
+        raise ValueError(f"metric: expected 'l2' or 'cosine', got {metric!r}")
+    if not alike and z.dtype != codebook.dtype:
         if autocast_dtype(z.device.type) is None:
             raise TypeError(f"codebook: expected {z.dtype} like z, got {codebook.dtype}")
         wide = torch.promote_types(z.dtype, codebook.dtype)
         z, codebook = z.to(wide), codebook.to(wide)
-    check(z.device == codebook.device, "codebook", f"device {z.device} like z", codebook.device)
+    if not alike and z.device != codebook.device:
+        raise ValueError(f"codebook: expected device {z.device} like z, got {codebook.device}")
     if z.numel() == 0:
         nearest = z.new_zeros(z.shape[:-1], dtype=torch.int64)
     else:

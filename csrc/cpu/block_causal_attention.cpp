@@ -64,7 +64,7 @@ std::vector<QueryTile> query_tiles(const Lens& lens, int64_t first, int64_t coun
     scale_begin += length;
     const int64_t rows = end - begin;
     if (rows <= 0) continue;
-    if (rows < kMaxTileRows / 2) {
+    if (rows < max_rows / 2) {
       if (open && end - tiles.back().begin <= max_rows)
         tiles.back().end = end;
       else
@@ -153,13 +153,13 @@ std::vector<AttentionForwardTask> forward_tasks(const AttentionProblem& p) {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& scale_lens,
                                    double softmax_scale, int64_t q_offset, bool /*allow_tf32*/) {
-  const Plan plan = make_plan(q, k, v, scale_lens, softmax_scale, q_offset, kMaxTileRows, kTileUnit);
+  const AttentionForward& kernels = attention_forward();
+  const AttentionType type = type_of(q);
+  const Plan plan = make_plan(q, k, v, scale_lens, softmax_scale, q_offset, kernels.tile_rows[type], kTileUnit);
   const AttentionProblem& p = plan.problem;
   Tensor out = empty_as(q), lse = empty_cpu({p.batch, p.heads, p.queries}, ScalarType::Float);
   const AttentionForwardArgs args{p, rows_of(q), rows_of(k), rows_of(v), rows_of(out),
                                   static_cast<float*>(lse.mutable_data_ptr())};
-  const AttentionForward& kernels = attention_forward();
-  const AttentionType type = type_of(q);
   const auto run = kernels.run[type];
   const std::vector<AttentionForwardTask> tasks = forward_tasks(p);
   parallel_tasks(tasks.size(), [&](int64_t i) { run(args, tasks[i], thread_scratch(kernels.scratch[type](p, tasks[i]))); });

@@ -36,7 +36,8 @@ struct AttentionForwardArgs {
   float* lse;  // (B, H, Lq)
 };
 struct AttentionForward {
-  // Indexed by AttentionType. Floats of scratch memory that one task needs, and the task.
+  // Indexed by AttentionType: tiles of at most so many rows; floats of scratch memory that a task needs; the task.
+  int64_t tile_rows[3];
   int64_t (*scratch[3])(const AttentionProblem&, const AttentionForwardTask&);
   void (*run[3])(const AttentionForwardArgs&, const AttentionForwardTask&, float* scratch);
 };

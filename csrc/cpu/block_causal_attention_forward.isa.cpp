@@ -4,47 +4,49 @@
 //
 // When a later block raises m, O and l are multiplied by exp(m_old − m_new). At the end out = O / l, lse = m + log l.
 // The arithmetic is fp32; with AVX512-BF16 the products of bf16 inputs are those of pairs, and P is rounded to bf16.
-#include <type_traits>
-
 #include "block_causal_attention_few_rows.h"
 #include "block_causal_attention_pairs.h"
 
 namespace var_kernels::VAR_ISA {
 namespace {
 
-// The running maximum (in units of the exponent below), the sum, and the factor of a block; one float per lane.
+// One float per lane: the base that is subtracted from the scores, in units of the exponent below; the sum l; the
+// factor that a new base gives O.
 struct Softmax {
-  float *max, *sum, *factor;
+  float *base, *sum, *factor;
 };
 
-// Rows (keys) [begin, end) of scores: their maximum in the lanes of one vector, joined with `top`. NaN loses.
-VAR_INLINE Vec top_of(const float* scores, int64_t lanes, int64_t begin, int64_t end, Vec top) {
-  Vec other = top;
-  int64_t key = begin;
-  for (; key + 2 <= end; key += 2) {
-    top = max_v(load(scores + key * lanes), top);
-    other = max_v(load(scores + (key + 1) * lanes), other);
-  }
-  if (key < end) top = max_v(load(scores + key * lanes), top);
-  return max_v(other, top);
+// The maximum of the scores of one vector of lanes. NaN loses.
+VAR_INLINE Vec top_of(const float* scores, int64_t lanes, int64_t keys) {
+  Vec top[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
+  int64_t key = 0;
+  for (; key + 4 <= keys; key += 4)
+    for (int i = 0; i < 4; ++i) top[i] = max_v(load(scores + (key + i) * lanes), top[i]);
+  for (; key < keys; ++key) top[0] = max_v(load(scores + key * lanes), top[0]);
+  return max_v(max_v(top[0], top[1]), max_v(top[2], top[3]));
 }
 
-// Raises the maximum of all lanes; true if a lane of O must be multiplied by its factor, which l has been already.
+// The base of a lane is the maximum when it was last raised. Scores above it by up to kSlack give P up to 2^8, which
+// loses nothing, so O need not be multiplied for almost every block, as it would if the base were always the maximum.
+// True if a lane of O must be multiplied by its factor; l has been.
 template <class E>
-VAR_INLINE bool raise_max(const Softmax& s, const float* top, int64_t lanes, const E& exponent) {
-  IVec changed{};
+VAR_INLINE bool raise_base(const float* scores, int64_t keys, int64_t lanes, const Softmax& s, const E& exponent) {
+  bool raised = false;
   for (int64_t r = 0; r < lanes; r += kWidth) {
-    const Vec before = load(s.max + r), block = exponent.scaled(load(top + r)), after = max_v(block, before);
-    const Vec base = after == -kInfinity ? Vec{} : after;  // -inf − -inf would be NaN where P is 0
-    const Vec factor = after == before ? splat(1.0f) : exp2_v(exponent.log2_of(before - base));
-    store(s.max + r, after);
+    const Vec before = load(s.base + r), top = exponent.scaled(top_of(scores + r, lanes, keys));
+    const Vec over = top > before + E::kSlack ? splat(1.0f) : Vec{};
+    if (reduce_max(over) == 0.0f) {
+      store(s.factor + r, splat(1.0f));
+      continue;
+    }
+    const Vec after = over != 0.0f ? top : before;  // not -inf where it is raised
+    const Vec factor = over != 0.0f ? exp2_v(exponent.log2_of(before - after)) : splat(1.0f);
+    store(s.base + r, after);
     store(s.factor + r, factor);
     store(s.sum + r, load(s.sum + r) * factor);
-    changed |= factor != 1.0f;
+    raised = true;
   }
-  int32_t any = 0;
-  for (int i = 0; i < kWidth; ++i) any |= changed[i];
-  return any != 0;
+  return raised;
 }
 
 VAR_INLINE void rescale(const Softmax& s, int64_t dim, int64_t lanes, float* out) {
@@ -54,10 +56,29 @@ VAR_INLINE void rescale(const Softmax& s, int64_t dim, int64_t lanes, float* out
   }
 }
 
+// -inf − -inf would be NaN where P is 0.
 VAR_INLINE Vec base_of(const Softmax& s, int64_t r) {
-  const Vec max = load(s.max + r);
-  return max == -kInfinity ? Vec{} : max;
+  const Vec base = load(s.base + r);
+  return base == -kInfinity ? Vec{} : base;
 }
+
+// What is asked of memory ahead of its use, a line or a few for every two keys, while the vector units are busy.
+struct Ahead {
+  const char *soon = nullptr, *output = nullptr;  // what the next products read, into L1; rows of the output, into L2
+  int64_t soon_lines = 0, output_row = 0, output_bytes = 0, rows = 0, at = 0;  // at: bytes of the first of these rows
+
+  VAR_INLINE void next() {
+    for (int64_t i = 0; i < soon_lines; ++i) __builtin_prefetch(soon + i * 64);
+    soon += soon_lines * 64;
+    if (rows == 0) return;
+    __builtin_prefetch(output + at, 0, 2);
+    at += 64;
+    if (at < output_bytes) return;
+    at = 0;
+    output += output_row;
+    --rows;
+  }
+};
 
 // ---- operands: fp32 ---------------------------------------------------------------------------------------------
 
@@ -65,6 +86,7 @@ VAR_INLINE Vec base_of(const Softmax& s, int64_t r) {
 // same cache sets.
 template <class T>
 struct Operands {
+  static constexpr int64_t kTileRows = kMaxTileRows;
   static constexpr int64_t kBlock = 64;  // keys per step: the scores of 48 rows take 12 KiB
   float *key_copy, *value_copy, *queries, *part;
   const float *keys, *values;
@@ -97,6 +119,7 @@ struct Operands {
   void multiply_keys(int64_t begin, int64_t count, int64_t lanes, float* scores) const {
     multiply_rows(count, lanes, dim, keys + begin * key_row, key_row, queries, scores);
   }
+  void ask_soon(int64_t, int64_t, Ahead&) const {}
   // out += the keys [begin, end) of the block that starts at `block`.
   void add_values(int64_t block, int64_t begin, int64_t end, const float* p, int64_t lanes, float* out) const {
     gemm(dim, lanes, end - begin, values + (block + begin) * value_row, 1, value_row, p + begin * lanes, lanes, out,
@@ -105,18 +128,20 @@ struct Operands {
 
   // softmax_scale is in Q: rounding it there costs less than rounding the difference to the maximum.
   struct Exponent {
+    static constexpr float kSlack = 8 * kLn2;
     explicit Exponent(float) {}
     VAR_INLINE Vec scaled(Vec score) const { return score; }
     VAR_INLINE Vec log2_of(Vec difference) const { return difference * kLog2E; }
     VAR_INLINE Vec natural(Vec scaled) const { return scaled; }
   };
 
-  // One vector of lanes, keys [begin, end): scores become P in place; returns their sum.
-  static VAR_INLINE Vec exponentials(const Exponent&, float* scores, float*, int64_t lanes, int64_t begin, int64_t end,
-                                     Vec base) {
+  // One vector of lanes: scores become P in place; returns their sum.
+  static VAR_INLINE Vec exponentials(const Exponent&, float* scores, float*, int64_t lanes, int64_t keys, Vec base,
+                                     Ahead& ahead) {
     Vec sum{}, other{};
-    int64_t key = begin;
-    for (; key + 2 <= end; key += 2) {
+    int64_t key = 0;
+    for (; key + 2 <= keys; key += 2) {
+      ahead.next();
       const Vec p = exp2_v((load(scores + key * lanes) - base) * kLog2E);
       const Vec q = exp2_v((load(scores + (key + 1) * lanes) - base) * kLog2E);
       store(scores + key * lanes, p);
@@ -124,7 +149,7 @@ struct Operands {
       sum += p;
       other += q;
     }
-    if (key < end) {
+    if (key < keys) {
       const Vec p = exp2_v((load(scores + key * lanes) - base) * kLog2E);
       store(scores + key * lanes, p);
       sum += p;
@@ -141,10 +166,11 @@ struct Operands {
 template <>
 struct Operands<bf16> {
 #if defined(__AMX_BF16__)
-  static constexpr int64_t kBlock = 64;
+  static constexpr int64_t kTileRows = 32;  // two columns of tiles: gemm(), ResidentTiles
 #else
-  static constexpr int64_t kBlock = 64;
+  static constexpr int64_t kTileRows = kMaxTileRows;
 #endif
+  static constexpr int64_t kBlock = 64;
   using Values = TransposedBlocks<kBlock>;
   Pair *keys, *values, *queries, *step_copy;
   float* part;
@@ -167,13 +193,20 @@ struct Operands<bf16> {
   void multiply_keys(int64_t begin, int64_t count, int64_t lanes, float* scores) const {
     gemm(round_up(count, 16), lanes, words, keys + begin * words, words, 1, queries, lanes, scores, lanes, false);
   }
-  const Pair* block_values(int64_t block) const { return values + block / 2 * round_up(dim, 16); }
+  // The values of the block, and the keys of the next one: tiles are read once for 32 rows, at the speed of L2 if they
+  // come from there.
+  void ask_soon(int64_t block, int64_t r, Ahead& ahead) const {
+    const Pair* at = r == 0 ? values + block / 2 * round_up(dim, 16) : keys + (block + kBlock) * words;
+    ahead.soon = reinterpret_cast<const char*>(at);
+    ahead.soon_lines = r < 2 * kWidth ? words / 8 : 0;
+  }
   void add_values(int64_t block, int64_t begin, int64_t end, const Pair* p, int64_t lanes, float* out) const {
-    Values::multiply(block_values(block), dim, begin, end, p, lanes, step_copy, out);
+    Values::multiply(values + block / 2 * round_up(dim, 16), dim, begin, end, p, lanes, step_copy, out);
   }
 
   // Q is exact, its sign is that of softmax_scale; scale · log2 e multiplies the scores.
   struct Exponent {
+    static constexpr float kSlack = 8;
     Vec factor;
     explicit Exponent(float softmax_scale) : factor(splat(__builtin_fabsf(softmax_scale) * kLog2E)) {}
     VAR_INLINE Vec scaled(Vec score) const { return score * factor; }
@@ -181,19 +214,20 @@ struct Operands<bf16> {
     VAR_INLINE Vec natural(Vec scaled) const { return scaled * kLn2; }
   };
 
-  // `begin` is even. An odd last key is paired with 0.
+  // An odd last key is paired with 0.
   static VAR_INLINE Vec exponentials(const Exponent& exponent, const float* scores, Pair* p, int64_t lanes,
-                                     int64_t begin, int64_t end, Vec base) {
+                                     int64_t keys, Vec base, Ahead& ahead) {
     Vec sum{}, other{};
-    int64_t key = begin;
-    for (; key + 2 <= end; key += 2) {
+    int64_t key = 0;
+    for (; key + 2 <= keys; key += 2) {
+      ahead.next();
       const Vec low = exp2_v(load(scores + key * lanes) * exponent.factor - base);
       const Vec high = exp2_v(load(scores + (key + 1) * lanes) * exponent.factor - base);
       sum += low;
       other += high;
       store(p + key / 2 * lanes, interleave(low, high));
     }
-    if (key < end) {
+    if (key < keys) {
       const Vec low = exp2_v(load(scores + key * lanes) * exponent.factor - base);
       sum += low;
       store(p + key / 2 * lanes, interleave(low, Vec{}));
@@ -223,17 +257,16 @@ struct ForwardScratch {
   using P = typename ScalarOf<T>::Type;
   static constexpr int64_t kBlock = Operands<T>::kBlock;
   Operands<T> operands;
-  float *scores[2], *out, *top;  // (kBlock, lanes); (D up to 16, lanes); (lanes)
-  P* p[2];                       // (kBlock, lanes), pairs (kBlock / 2, lanes)
+  float *scores, *out;  // (kBlock, lanes); (D up to 16, lanes)
+  P* p;                 // pairs (kBlock / 2, lanes)
   Softmax softmax;
   FewRowsScratch few;
 
   ForwardScratch(Scratch& scratch, const AttentionProblem& problem, bool once)
       : operands(scratch, problem, once), few(scratch, problem.dim) {
-    for (float*& memory : scores) memory = scratch.take(kBlock * kMaxTileRows);
-    for (P*& memory : p) memory = reinterpret_cast<P*>(scratch.take(kBlock * kMaxTileRows / 2));
+    scores = scratch.take(kBlock * kMaxTileRows);
+    p = reinterpret_cast<P*>(scratch.take(kBlock * kMaxTileRows / 2));
     out = scratch.take(round_up(problem.dim, 16) * kMaxTileRows);
-    top = scratch.take(kMaxTileRows);
     softmax = {scratch.take(kMaxTileRows), scratch.take(kMaxTileRows), scratch.take(kMaxTileRows)};
   }
 };
@@ -260,88 +293,25 @@ void add_visible_values(const Operands<T>& operands, const int64_t* visible, int
 
 template <class T>
 void attend(const ForwardScratch<T>& s, const int64_t* visible, int64_t rows, int64_t lanes,
-            const typename Operands<T>::Exponent& exponent) {
+            const typename Operands<T>::Exponent& exponent, Ahead& ahead) {
   constexpr int64_t kBlock = Operands<T>::kBlock;
   const int64_t keys = visible[rows - 1], dim = s.operands.dim;
-  float* scores = s.scores[0];
-  auto* p = Operands<T>::probabilities(scores, s.p[0]);
+  auto* p = Operands<T>::probabilities(s.scores, s.p);
   for (int64_t begin = 0; begin < keys; begin += kBlock) {
     const int64_t columns = min_i(keys - begin, kBlock);
-    s.operands.multiply_keys(begin, columns, lanes, scores);
+    s.operands.multiply_keys(begin, columns, lanes, s.scores);
     for (int64_t key = max_i(visible[0] - begin, 0); key < columns; ++key)
-      fill(scores + key * lanes, first_row_beyond(visible, rows, begin + key), -kInfinity);
-    for (int64_t r = 0; r < lanes; r += kWidth)
-      store(s.top + r, top_of(scores + r, lanes, 0, columns, splat(-kInfinity)));
-    if (raise_max(s.softmax, s.top, lanes, exponent)) rescale(s.softmax, dim, lanes, s.out);
+      fill(s.scores + key * lanes, first_row_beyond(visible, rows, begin + key), -kInfinity);
+    if (raise_base(s.scores, columns, lanes, s.softmax, exponent)) rescale(s.softmax, dim, lanes, s.out);
     for (int64_t r = 0; r < lanes; r += kWidth) {
-      const Vec sum = Operands<T>::exponentials(exponent, scores + r, s.p[0] + r, lanes, 0, columns,
-                                                base_of(s.softmax, r));
+      s.operands.ask_soon(begin, r, ahead);
+      const Vec sum = Operands<T>::exponentials(exponent, s.scores + r, p + r, lanes, columns, base_of(s.softmax, r), ahead);
       store(s.softmax.sum + r, load(s.softmax.sum + r) + sum);
     }
-    Operands<T>::finish_probabilities(s.p[0], columns, lanes);
+    Operands<T>::finish_probabilities(p, columns, lanes);
     add_visible_values<T>(s.operands, visible, rows, begin, columns, p, lanes, s.out);
   }
 }
-
-#if defined(__AMX_BF16__)
-// The same for rows that all see [0, keys), with three blocks in flight: while the vector units take the exponentials
-// of one block, the tile unit multiplies the keys of the next and the values of the one before. The processor overlaps
-// them by itself where the instructions lie near each other, so each does 16 keys, or its share, in turn.
-void attend_overlapped(const ForwardScratch<bf16>& s, int64_t keys, int64_t lanes,
-                       const Operands<bf16>::Exponent& exponent) {
-  constexpr int64_t kBlock = Operands<bf16>::kBlock, kChunks = kBlock / 16;
-  const Operands<bf16>& operands = s.operands;
-  const int64_t rows = round_up(operands.dim, 16), blocks = (keys + kBlock - 1) / kBlock;
-  Vec top[kMaxTileRows / kWidth];
-  const auto multiply_keys = [&](int64_t block, int64_t chunk) VAR_LAMBDA {
-    const int64_t key = chunk * 16;
-    if (block * kBlock + key < keys)
-      operands.multiply_keys(block * kBlock + key, 16, lanes, s.scores[block % 2] + key * lanes);
-  };
-  const auto find_top = [&](int64_t block, int64_t chunk) VAR_LAMBDA {
-    const int64_t begin = chunk * 16, end = min_i(begin + 16, keys - block * kBlock);
-    for (int64_t r = 0; r < lanes; r += kWidth)
-      top[r / kWidth] = top_of(s.scores[block % 2] + r, lanes, begin, end, top[r / kWidth]);
-  };
-  const auto start_top = [&] VAR_LAMBDA {
-    for (Vec& lane : top) lane = splat(-kInfinity);
-  };
-
-  start_top();
-  for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
-    multiply_keys(0, chunk);
-    find_top(0, chunk);
-  }
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t columns = min_i(keys - block * kBlock, kBlock);
-    for (int64_t r = 0; r < lanes; r += kWidth) store(s.top + r, top[r / kWidth]);
-    const bool raised = raise_max(s.softmax, s.top, lanes, exponent);
-    start_top();
-    Pair* p = s.p[block % 2];
-    for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
-      if (block + 1 < blocks) multiply_keys(block + 1, chunk);
-      const int64_t begin = chunk * 16, end = min_i(begin + 16, columns);
-      if (begin < end)
-        for (int64_t r = 0; r < lanes; r += kWidth) {
-          const Vec sum = Operands<bf16>::exponentials(exponent, s.scores[block % 2] + r, p + r, lanes, begin, end,
-                                                       base_of(s.softmax, r));
-          store(s.softmax.sum + r, load(s.softmax.sum + r) + sum);
-        }
-      if (block > 0) {
-        const int64_t first = rows / 16 * chunk / kChunks * 16, last = rows / 16 * (chunk + 1) / kChunks * 16;
-        const Pair* values = operands.block_values((block - 1) * kBlock);
-        gemm(last - first, lanes, kBlock / 2, values + first * kBlock / 2, kBlock / 2, 1, s.p[(block - 1) % 2], lanes,
-             s.out + first * lanes, lanes, true);
-      }
-      if (block + 1 < blocks) find_top(block + 1, chunk);
-    }
-    Operands<bf16>::finish_probabilities(p, columns, lanes);
-    if (raised) rescale(s.softmax, rows, lanes, s.out);
-  }
-  const int64_t last = (blocks - 1) * kBlock;
-  operands.add_values(last, 0, keys - last, s.p[(blocks - 1) % 2], lanes, s.out);
-}
-#endif
 
 template <class T>
 void forward_tile(const AttentionForwardArgs& args, const AttentionForwardTask& task, int64_t head, QueryTile tile,
@@ -354,26 +324,26 @@ void forward_tile(const AttentionForwardArgs& args, const AttentionForwardTask& 
                           lanes);
   memset(s.out, 0, round_up(p.dim, 16) * lanes * sizeof(float));
   memset(s.softmax.sum, 0, lanes * sizeof(float));
-  fill(s.softmax.max, lanes, -kInfinity);
-  bool overlapped = false;
-#if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<T, bf16>)
-    if (visible[0] == visible[rows - 1]) attend_overlapped(s, visible[0], lanes, exponent), overlapped = true;
-#endif
-  if (!overlapped) attend<T>(s, visible, rows, lanes, exponent);
+  fill(s.softmax.base, lanes, -kInfinity);
+  Ahead ahead;
+  T* out = row_of<T>(args.out, task.batch, head, tile.begin);
+  ahead.output = reinterpret_cast<const char*>(out);
+  ahead.output_row = args.out.row * int64_t(sizeof(T));
+  ahead.output_bytes = p.dim * int64_t(sizeof(T));
+  ahead.rows = rows;
+  attend<T>(s, visible, rows, lanes, exponent, ahead);
 
   float* lse = args.lse + (task.batch * p.heads + head) * p.queries + tile.begin;
   for (int64_t r = 0; r < lanes; r += kWidth) {
     const Vec sum = load(s.softmax.sum + r);
-    const Vec value = exponent.natural(load(s.softmax.max + r)) + log_v(sum);
+    const Vec value = exponent.natural(load(s.softmax.base + r)) + log_v(sum);
     store(s.softmax.factor + r, 1.0f / sum);
     if (rows - r >= kWidth)
       store(lse + r, value);
     else if (rows > r)
       store_tail(lse + r, value, rows - r);
   }
-  store_transposed(s.out, lanes, rows, p.dim, s.softmax.factor, row_of<T>(args.out, task.batch, head, tile.begin),
-                   args.out.row);
+  store_transposed(s.out, lanes, rows, p.dim, s.softmax.factor, out, args.out.row);
 }
 
 // Decided by the tile alone: the two ways round differently, and how tiles are split into tasks depends on the threads.
@@ -414,6 +384,7 @@ void forward(const AttentionForwardArgs& args, const AttentionForwardTask& task,
 }  // namespace
 
 extern const AttentionForward attention_forward = {
+    {Operands<float>::kTileRows, Operands<bf16>::kTileRows, Operands<fp16>::kTileRows},
     {scratch_size<float>, scratch_size<bf16>, scratch_size<fp16>},
     {forward<float>, forward<bf16>, forward<fp16>},
 };

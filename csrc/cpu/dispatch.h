@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <initializer_list>
+#include <vector>
 
 #include "../empty.h"
 
@@ -37,8 +38,9 @@ Isa active_isa();
   inline const Table& name() { return portable::name; }
 #endif
 
-// Run f(task) for every task in [0, tasks). Workers draw tasks from one counter, so ragged tasks (a query tile of the
-// last scale sees a hundred times the keys of the first) balance themselves; each task writes its own outputs, so the
+// Run f(task) for every task in [0, tasks). A worker takes the tasks of its own range in order, the same range in every
+// call, so that data may still lie in its cache; then it helps the others, so that ragged tasks (a query tile of the
+// last scale sees a hundred times the keys of the first) balance themselves. Each task writes its own outputs, so the
 // result does not depend on who ran it.
 template <class F>
 void parallel_tasks(int64_t tasks, const F& f) {
@@ -47,10 +49,15 @@ void parallel_tasks(int64_t tasks, const F& f) {
     for (int64_t task = 0; task < tasks; ++task) f(task);
     return;
   }
-  std::atomic<int64_t> next{0};
+  const auto begin_of = [=](int64_t worker) { return tasks * worker / workers; };
+  std::vector<std::atomic<int64_t>> next(workers);
+  for (int64_t worker = 0; worker < workers; ++worker) next[worker] = begin_of(worker);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t task = next++; task < tasks; task = next++) f(task);
+      for (int64_t i = 0; i < workers; ++i) {
+        const int64_t owner = (worker + i) % workers;
+        for (int64_t task = next[owner]++; task < begin_of(owner + 1); task = next[owner]++) f(task);
+      }
   });
 }
 
