@@ -263,7 +263,7 @@ def test_bit_equal_across_runs_and_thread_counts(cpu, restore_threads, shape):
         assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True)), threads
 
 
-@pytest.mark.parametrize("queries", [1, 4, 5])
+@pytest.mark.parametrize("queries", [1, 4, 5, 8, 9])
 def test_few_query_rows_do_not_depend_on_the_number_of_threads(cpu, restore_threads, queries):
     """The path that reads K in place was taken by how tiles were split into tasks, hence by the number of threads."""
     inputs = attention_inputs(2, 4, 155, 24, seed=3, kv_heads=2, query_length=queries)

@@ -5,7 +5,8 @@
 
 namespace var_kernels::VAR_ISA {
 
-constexpr int64_t kFewRows = 4;
+constexpr int64_t kFewRows = 8;  // at most; AMX is faster from 5 on
+constexpr int64_t kFewGroup = 4;  // rows that share what is read of V, in registers
 constexpr int64_t kFewBlock = 256;  // keys per step of the online softmax
 
 struct FewRowsScratch {
@@ -118,9 +119,9 @@ void forward_few_rows(const AttentionForwardArgs& args, int64_t batch, int64_t k
     const int64_t columns = min_i(keys - begin, kFewBlock);
     dot_keys(row_of<const T>(args.k, batch, kv_head, begin), args.k.row, columns, rows, p.dim, s.queries, s.scores);
     const T* values = row_of<const T>(args.v, batch, kv_head, begin);
-    for (int64_t r = 0, end; r < rows; r = end) {  // rows that see equally many keys together
+    for (int64_t r = 0, end; r < rows; r = end) {  // rows that see equally many keys, some together
       const int64_t seen = seen_in_block(visible[r], begin, columns);
-      for (end = r; end < rows && seen_in_block(visible[end], begin, columns) == seen; ++end)
+      for (end = r; end < min_i(r + kFewGroup, rows) && seen_in_block(visible[end], begin, columns) == seen; ++end)
         factor[end] = online_softmax(s.scores + end * kFewBlock, seen, max + end, sum + end);
       const float* probabilities = s.scores + r * kFewBlock;
       float* out = s.out + r * padded;

@@ -86,7 +86,7 @@ struct Ahead {
 // same cache sets.
 template <class T>
 struct Operands {
-  static constexpr int64_t kTileRows = kMaxTileRows;
+  static constexpr int64_t kTileRows = kMaxTileRows, kFew = kFewRows;
   static constexpr int64_t kBlock = 64;  // keys per step: the scores of 48 rows take 12 KiB
   float *key_copy, *value_copy, *queries, *part;
   const float *keys, *values;
@@ -166,9 +166,9 @@ struct Operands {
 template <>
 struct Operands<bf16> {
 #if defined(__AMX_BF16__)
-  static constexpr int64_t kTileRows = 32;  // two columns of tiles: gemm(), ResidentTiles
+  static constexpr int64_t kTileRows = 32, kFew = 4;  // two columns of tiles; 48 or 64 rows were slower
 #else
-  static constexpr int64_t kTileRows = kMaxTileRows;
+  static constexpr int64_t kTileRows = kMaxTileRows, kFew = kFewRows;
 #endif
   static constexpr int64_t kBlock = 64;
   using Values = TransposedBlocks<kBlock>;
@@ -347,7 +347,10 @@ void forward_tile(const AttentionForwardArgs& args, const AttentionForwardTask& 
 }
 
 // Decided by the tile alone: the two ways round differently, and how tiles are split into tasks depends on the threads.
-VAR_INLINE bool few_rows(QueryTile tile) { return tile.end - tile.begin <= kFewRows; }
+template <class T>
+VAR_INLINE bool few_rows(QueryTile tile) {
+  return tile.end - tile.begin <= Operands<T>::kFew;
+}
 
 VAR_INLINE bool once(const AttentionForwardTask& task) { return task.unit_end - task.unit_begin == 1; }
 
@@ -366,7 +369,7 @@ void forward(const AttentionForwardArgs& args, const AttentionForwardTask& task,
   int64_t keys = 0;
   for (int64_t unit = task.unit_begin; unit < task.unit_end; ++unit) {
     const QueryTile tile = p.tiles[unit % p.tile_count];
-    if (!few_rows(tile)) keys = max_i(keys, p.visible[tile.end - 1]);
+    if (!few_rows<T>(tile)) keys = max_i(keys, p.visible[tile.end - 1]);
   }
   if (keys > 0) s.operands.load_keys(args.k, args.v, task.batch, task.kv_head, keys, once(task));
   const int64_t group = p.heads / p.kv_heads;
@@ -374,7 +377,7 @@ void forward(const AttentionForwardArgs& args, const AttentionForwardTask& task,
   for (int64_t unit = task.unit_begin; unit < task.unit_end; ++unit) {
     const QueryTile tile = p.tiles[unit % p.tile_count];
     const int64_t head = task.kv_head * group + unit / p.tile_count;
-    if (few_rows(tile))
+    if (few_rows<T>(tile))
       forward_few_rows<T>(args, task.batch, task.kv_head, head, tile, s.few);
     else
       forward_tile<T>(args, task, head, tile, s);
