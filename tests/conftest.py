@@ -2,8 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import settings
 
 from var_kernels.backends import unavailable_reason
+
+# Of the randomised tests; `--hypothesis-profile=long` for ten minutes of test_cpu_differential.py.
+settings.register_profile("brief", max_examples=15, derandomize=True)
+settings.register_profile("long", max_examples=2000)
+settings.load_profile("brief")
 
 
 @pytest.fixture
