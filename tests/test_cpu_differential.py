@@ -77,7 +77,7 @@ def attention_bounds(q, k, v, dout, lens, scale, dtype):
         grouped(abs(scale) * (ds_error.mT @ q.abs() + sums * ds.abs().mT @ q.abs())),
         grouped(((2 * p_error + sums) * p + p_floor).mT @ dout.abs()),
     ]
-    tiny = torch.finfo(dtype).smallest_normal
+    tiny = torch.finfo(dtype).smallest_normal * (1 + abs(scale))  # a sum may be flushed, and is scaled after that
     return exact, [error + narrow * value.abs() + tiny for error, value in zip(errors, exact, strict=True)]
 
 
