@@ -17,8 +17,8 @@ RAW = torch.ops.var_kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Every head dimension in use; 1, 126 and 200 are no whole vectors at any ISA level, 256 is the limit.
 HEAD_DIMS = (1, 8, 16, 40, 64, 72, 96, 104, 120, 126, 128, 200, 256)
-# Tokens per scale. The kernels work in tiles of 48 query rows (scales under 24 rows share one), packed strips of 64
-# keys and steps of 128 keys: the schedules straddle each of these, and 6-row register tiles.
+# Tokens per scale. The kernels work in tiles of up to 48 query rows (32 with AMX, 96 in the backward of bf16; small
+# scales share one), in units of 16, and in steps of 64 keys: the schedules straddle each of these.
 SCHEDULES = {
     "one token": (1,),
     "shorter than a vector": (1, 4, 9),

@@ -1,6 +1,6 @@
 // Forward: for a tile of query rows, one pass over the visible keys with the softmax computed online.
 //
-//   Sᵀ = K Qᵀ,   m = running maximum of a row,   P = exp(softmax_scale · S − m),   Oᵀ = Σ Vᵀ P,   l = Σ P
+//   Sᵀ = K Qᵀ,   m = base of a row, near its maximum,   P = exp(softmax_scale · S − m),   Oᵀ = Σ Vᵀ P,   l = Σ P
 //
 // When a later block raises m, O and l are multiplied by exp(m_old − m_new). At the end out = O / l, lse = m + log l.
 // The arithmetic is fp32; with AVX512-BF16 the products of bf16 inputs are those of pairs, and P is rounded to bf16.
@@ -138,23 +138,19 @@ struct Operands {
   // One vector of lanes: scores become P in place; returns their sum.
   static VAR_INLINE Vec exponentials(const Exponent&, float* scores, float*, int64_t lanes, int64_t keys, Vec base,
                                      Ahead& ahead) {
-    Vec sum{}, other{};
+    const auto take = [=](int64_t key) VAR_LAMBDA {
+      const Vec p = exp2_v((load(scores + key * lanes) - base) * kLog2E);
+      store(scores + key * lanes, p);
+      return p;
+    };
+    Vec even{}, odd{};
     int64_t key = 0;
     for (; key + 2 <= keys; key += 2) {
       ahead.next();
-      const Vec p = exp2_v((load(scores + key * lanes) - base) * kLog2E);
-      const Vec q = exp2_v((load(scores + (key + 1) * lanes) - base) * kLog2E);
-      store(scores + key * lanes, p);
-      store(scores + (key + 1) * lanes, q);
-      sum += p;
-      other += q;
+      even += take(key);
+      odd += take(key + 1);
     }
-    if (key < keys) {
-      const Vec p = exp2_v((load(scores + key * lanes) - base) * kLog2E);
-      store(scores + key * lanes, p);
-      sum += p;
-    }
-    return sum + other;
+    return (key < keys ? even + take(key) : even) + odd;
   }
   static float* probabilities(float* scores, float*) { return scores; }
   static void finish_probabilities(float*, int64_t, int64_t) {}
@@ -217,22 +213,24 @@ struct Operands<bf16> {
   // An odd last key is paired with 0.
   static VAR_INLINE Vec exponentials(const Exponent& exponent, const float* scores, Pair* p, int64_t lanes,
                                      int64_t keys, Vec base, Ahead& ahead) {
-    Vec sum{}, other{};
+    const auto take = [=, &exponent](int64_t key) VAR_LAMBDA {
+      return exp2_v(load(scores + key * lanes) * exponent.factor - base);
+    };
+    Vec even{}, odd{};
     int64_t key = 0;
     for (; key + 2 <= keys; key += 2) {
       ahead.next();
-      const Vec low = exp2_v(load(scores + key * lanes) * exponent.factor - base);
-      const Vec high = exp2_v(load(scores + (key + 1) * lanes) * exponent.factor - base);
-      sum += low;
-      other += high;
+      const Vec low = take(key), high = take(key + 1);
+      even += low;
+      odd += high;
       store(p + key / 2 * lanes, interleave(low, high));
     }
     if (key < keys) {
-      const Vec low = exp2_v(load(scores + key * lanes) * exponent.factor - base);
-      sum += low;
+      const Vec low = take(key);
+      even += low;
       store(p + key / 2 * lanes, interleave(low, Vec{}));
     }
-    return sum + other;
+    return even + odd;
   }
   static Pair* probabilities(float*, Pair* p) { return p; }
   // Zero from `end` to the end of its step.
