@@ -227,11 +227,13 @@ def _modulation_view(argument: str, modulation: torch.Tensor, x: torch.Tensor) -
     """The modulation as a view of shape (B or 1, L or 1, C); its shape must be one of the four, exactly."""
     batch, length, channels = x.shape
     shape = modulation.shape
-    if len(shape) == 2 and shape == (batch, channels):
+    if len(shape) == 3:
+        samples, tokens, width = shape
+        if width == channels and ((samples == batch and tokens in (1, length)) or samples == tokens == 1):
+            return modulation
+    elif shape == (batch, channels):
         return modulation.unsqueeze(1)
-    if shape != (batch, 1, channels) and shape != (1, 1, channels) and shape != (batch, length, channels):
-        raise ValueError(
-            f"{argument}: expected shape {(batch, channels)}, {(batch, 1, channels)}, {(1, 1, channels)} or "
-            f"{(batch, length, channels)} for x of shape {(batch, length, channels)}, got {tuple(shape)}"
-        )
-    return modulation
+    raise ValueError(
+        f"{argument}: expected shape {(batch, channels)}, {(batch, 1, channels)}, {(1, 1, channels)} or "
+        f"{(batch, length, channels)} for x of shape {(batch, length, channels)}, got {tuple(shape)}"
+    )
