@@ -24,7 +24,7 @@ from . import Emulation, build, load_built
 __all__ = ["Mutant", "load_mutant"]
 
 _JOBS = 2  # compilations at a time
-# The others are seen in results and counters, or stop the quick variant.
+# The others are seen in results and counters, or stop the fast variant.
 _RACE_LAYERS = ("race", "cross_block_race", "undefined", "in_flight", "out_of_bounds")
 
 
@@ -44,7 +44,7 @@ class Mutant:
     @property
     def variant(self) -> str:
         """The quickest build that can find it."""
-        return "race" if self.layer in _RACE_LAYERS else "quick"
+        return "race" if self.layer in _RACE_LAYERS else "fast"
 
     @property
     def label(self) -> str:
