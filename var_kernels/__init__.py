@@ -7,6 +7,8 @@ from .adaln_layer_norm import adaln_layer_norm, gated_residual_adaln
 from .block_causal_attention import block_causal_attention
 from .multi_scale_quantize import multi_scale_quantize, next_scale_input
 from .nearest_code import nearest_code
+from .qk_norm_cache import qk_norm_cache
+from .sample_tokens import sample_tokens
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,4 +18,6 @@ __all__ = [
     "multi_scale_quantize",
     "nearest_code",
     "next_scale_input",
+    "qk_norm_cache",
+    "sample_tokens",
 ]

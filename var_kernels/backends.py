@@ -21,7 +21,10 @@ import torch
 
 from . import _library
 
-OPS = ("block_causal_attention", "adaln_layer_norm", "gated_residual_adaln", "nearest_code", "multi_scale_quantize")
+OPS = (
+    "block_causal_attention", "adaln_layer_norm", "gated_residual_adaln", "nearest_code", "multi_scale_quantize",
+    "qk_norm_cache", "sample_tokens",
+)  # fmt: skip
 _PAGES = {"gated_residual_adaln": "adaln_layer_norm"}  # of ops without a page of their own
 
 # In the order that "auto" tries them, but for the first one on a GPU.
@@ -64,6 +67,8 @@ GPU_ORDER = {
     "multi_scale_quantize": (
         Choice("cuda", f"one launch for many images, else about forty as in Triton, and {_LAUNCH}"),
     ),
+    "qk_norm_cache": (_MEMORY,),
+    "sample_tokens": (Choice("cuda", f"the same bisection in both, and {_LAUNCH}"),),
 }
 
 

@@ -1,0 +1,95 @@
+"""From one packed projection to what attention reads: unit queries and keys, and the rows of the KV cache.
+
+Next-scale transformers normalise queries and keys per head before attention. Composed of framework calls that is two
+norms in fp32, a product, two conversions and two copies into the cache; the kernels here read qkv once and write each
+result once.
+"""
+
+import torch
+
+from ._checks import check, check_tensor
+from ._library import define, raw_ops, register_fake
+from .backends import resolve
+from .reference import qk_norm_cache as _reference
+
+# q is (B, L, H, D), dense. The caches are (B, H, L_max, D); rows start … start + L of them are written.
+define(
+    "_qk_norm_cache(Tensor qkv, Tensor q_factor, Tensor(a!) k_cache, Tensor(b!) v_cache, int start) -> Tensor", __name__
+)
+
+
+@register_fake("_qk_norm_cache")
+def _(qkv, q_factor, k_cache, v_cache, start):
+    batch, length, _, heads, dim = qkv.shape
+    return qkv.new_empty(batch, length, heads, dim)
+
+
+def qk_norm_cache(
+    qkv: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    start: int,
+    *,
+    q_factor: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Normalise queries and keys of new tokens, and append keys and values to a preallocated cache, in one pass.
+
+    With q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], for every sample b, token l and head h:
+
+    result[b,h,l,:]          = q[b,l,h,:] / max(|q[b,l,h,:]|, 1e-12) * q_factor[h]
+    k_cache[b,h,start+l,:]   = k[b,l,h,:] / max(|k[b,l,h,:]|, 1e-12)
+    v_cache[b,h,start+l,:]   = v[b,l,h,:]
+
+    Args:
+        qkv: (B, L, 3, H, D), float32, bfloat16 or float16 (float64 is served by the reference); any strides.
+        k_cache, v_cache: (B, H, L_max, D), written in place, with the dtype and device of qkv and a dense last
+            dimension. All other rows stay as they are.
+        start: the row of the first new token, 0 <= start <= L_max - L.
+        q_factor: (H,) float32, the factor of each head; VAR's is exp(min(scale_mul, log 100)). None: 1.
+        backend: "auto", or the name of one of `backends.BACKENDS`.
+
+    Returns:
+        The queries, (B, H, L, D) in the dtype of qkv, stored as (B, L, H, D). Norms are fp32, results rounded once.
+
+    For inference: there is no gradient. NaN gives NaN, in its own row of its own head only.
+
+    Raises:
+        TypeError: for an argument that is not a tensor, or of an unsupported or different dtype.
+        ValueError: for a wrong shape, device, start or backend.
+        RuntimeError: where a gradient would be needed.
+
+    Source: query-key normalisation (Henry et al., arXiv 2010.04245) as in VAR (arXiv 2404.02905) and Infinity
+    (arXiv 2412.04431).
+    """
+    check_tensor("qkv", qkv, rank=5)
+    batch, length, parts, heads, dim = qkv.shape
+    check(parts == 3, "qkv", "shape (B, L, 3, H, D)", tuple(qkv.shape))
+    for argument, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_tensor(argument, cache, rank=4)
+        rows = cache.shape[2]
+        expected = (batch, heads, rows, dim)
+        check(tuple(cache.shape) == expected, argument, f"shape {(batch, heads, 'L_max', dim)}", tuple(cache.shape))
+        check(rows >= length, argument, f"at least {length} rows", rows)
+        check(dim <= 1 or cache.stride(3) == 1, argument, "a dense last dimension", f"strides {cache.stride()}")
+        if cache.dtype != qkv.dtype:
+            raise TypeError(f"{argument}: expected {qkv.dtype} like qkv, got {cache.dtype}")
+        check(cache.device == qkv.device, argument, f"device {qkv.device} like qkv", cache.device)
+    most = min(k_cache.shape[2], v_cache.shape[2]) - length
+    if isinstance(start, bool) or not isinstance(start, int | torch.SymInt):
+        raise TypeError(f"start: expected an integer, got {type(start).__name__}")
+    check(0 <= start <= most, "start", f"a row in 0 … {most}", start)
+    if q_factor is None:
+        q_factor = torch.ones(heads, dtype=torch.float32, device=qkv.device)
+    else:
+        check_tensor("q_factor", q_factor)
+        check(tuple(q_factor.shape) == (heads,), "q_factor", f"shape {(heads,)}", tuple(q_factor.shape))
+        check(q_factor.device == qkv.device, "q_factor", f"device {qkv.device} like qkv", q_factor.device)
+        if q_factor.dtype != torch.float32 and qkv.dtype != torch.float64:
+            raise TypeError(f"q_factor: expected torch.float32, got {q_factor.dtype}")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (qkv, q_factor, k_cache, v_cache)):
+        raise RuntimeError("qk_norm_cache: has no gradient; call it under torch.no_grad() or torch.inference_mode()")
+    backend = resolve("qk_norm_cache", backend, qkv.device.type, qkv.dtype)
+    if qkv.numel() == 0 or backend == "reference":
+        return _reference.qk_norm_cache(qkv, k_cache, v_cache, start, q_factor)
+    return raw_ops(backend)._qk_norm_cache(qkv, q_factor, k_cache, v_cache, start).transpose(1, 2)
