@@ -1,4 +1,4 @@
-"""VAR written plainly in PyTorch, as one writes it without our ops: the rival that whole generations are measured against.
+"""VAR written plainly in PyTorch, as one writes it without our ops: the rival of whole generations.
 
 The architecture and the parameters are those of `var.VAR` and `var.VQVAE`; nothing of var_kernels runs in it. A scale's
 queries see all keys so far, so no mask is needed; the KV cache grows by `torch.cat`; the modulation of a block is

@@ -82,7 +82,8 @@ def test_npz_is_what_the_library_generates(model, tmp_path):
     output = tmp_path / "set.npz"
     run("generate", "-m", model, *REFERENCE, "-l", "3,1,4", "--seed", 5, "-o", output)
     pipeline = var.load(path=model, backend="reference")
-    expected = pipeline.var.generate(pipeline.vqvae, torch.tensor([3, 1, 4]), cfg=2.5, top_k=7, top_p=0.9, seed=5)
+    expected = pipeline.var.generate(pipeline.vqvae, torch.tensor([3, 1, 4]), cfg=2.5, top_k=7, top_p=0.9,
+                                     seeds=generation.image_seeds(5, range(3)))
     with np.load(output) as arrays:
         np.testing.assert_array_equal(arrays["tokens"], expected.tokens)
         np.testing.assert_array_equal(arrays["labels"], [3, 1, 4])

@@ -12,6 +12,7 @@ from weights_recipe import fill
 
 from var import VAR, VQVAE, VARConfig, VQVAEConfig, edit, generate
 from var.editing import box_mask
+from var.inference import InferenceTransformer
 from var_kernels import backends
 
 DATA = Path(__file__).parent / "data"
@@ -157,9 +158,10 @@ def test_cached_steps_equal_the_masked_forward(golden):
     with torch.inference_mode():
         inputs = golden["teacher_forcing_input"]
         full = var(golden.labels, inputs)
-        cond = var.condition(golden.labels)
-        modulations, positions, caches = var.modulations(cond), var.positions(), var.new_caches(len(golden.labels))
-        embedded = torch.cat((var.start(cond), var.word_embed(inputs)), dim=1) + positions
+        steps = InferenceTransformer(var, len(golden.labels))
+        x = steps.begin(golden.labels)
+        first = schedule.lengths[0]
         for k, (start, length) in enumerate(zip(schedule.starts, schedule.lengths, strict=True)):
-            stepwise = var.step(embedded[:, start : start + length], modulations, caches, k)
-            assert_near(stepwise, full[:, start : start + length])
+            if k:
+                x = steps.embed(inputs[:, start - first : start - first + length], k, guided=False)
+            assert_near(steps.step(x, k), full[:, start : start + length])

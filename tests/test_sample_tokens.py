@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from var_kernels import sample_tokens
-from var_kernels.reference.sample_tokens import exponential, philox, restrict
+from var_kernels.reference.sample_tokens import exponential, guide, philox, restrict
 from var_kernels.testing import randn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -78,6 +78,23 @@ def test_sixteen_bit_logits_are_widened(dtype):
     options = {"guidance": 1.2, "top_k": 50, "top_p": 0.9}
     wide = chosen_by(3, conditional.float(), unconditional.float(), **options)
     assert torch.equal(chosen_by(3, conditional, unconditional, **options), wide)
+
+
+def test_restrict_keeps_top_k_and_top_p():
+    logits = torch.tensor([[[0.0, 1.0, 2.0, 3.0]]])
+    assert torch.isfinite(restrict(logits, 2, 0.0)).tolist() == [[[False, False, True, True]]]
+    assert torch.isfinite(restrict(logits, 0, 0.5)).tolist() == [[[False, False, False, True]]]
+    assert torch.equal(restrict(logits, 0, 0.0), logits)
+    assert torch.equal(restrict(logits, 9, 0.0), logits)  # more than the vocabulary: everything stays
+    assert torch.isfinite(restrict(logits, 0, 1.0)).all()
+    assert logits.isfinite().all(), "restrict must not write into its input"
+
+
+def test_guide_is_linear_extrapolation():
+    conditional, unconditional = torch.randn(2, 2, 3, 5).unbind()
+    assert torch.equal(guide(conditional, unconditional, 0.0), conditional)
+    expected = conditional + 2.0 * (conditional - unconditional)
+    torch.testing.assert_close(guide(conditional, unconditional, 2.0), expected)
 
 
 def test_philox_is_the_published_generator():

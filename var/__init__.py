@@ -3,11 +3,11 @@
 from .checkpoints import Pipeline, load, save
 from .config import PRESETS, ScaleSchedule, VARConfig, VQVAEConfig
 from .editing import edit
-from .sampler import Generated, generate
+from .sampler import Generated, Generator, generate
 from .transformer import VAR
 from .vqvae import VQVAE
 
 __all__ = [
-    "PRESETS", "VAR", "VQVAE", "Generated", "Pipeline", "ScaleSchedule", "VARConfig", "VQVAEConfig",
+    "PRESETS", "VAR", "VQVAE", "Generated", "Generator", "Pipeline", "ScaleSchedule", "VARConfig", "VQVAEConfig",
     "edit", "generate", "load", "save",
 ]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli import check_backend, check_device, help_text, prepare_output, progress, say
+from .cli import check_backend, check_device, help_text, note, prepare_output, progress, say
 
 Model = Annotated[str, typer.Option(
     "--model", "-m", metavar="NAME|FOLDER",
@@ -46,11 +46,12 @@ MoreSmooth = Annotated[bool, typer.Option(
 )]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed gives the same images.")]
 Precision = Annotated[str, typer.Option(
-    "--precision", help="fp32, or bf16: autocast, faster where the processor multiplies bf16, images differ slightly."
+    "--precision",
+    help="fp32, or bf16: half the memory, and faster where the processor multiplies bf16; images differ slightly.",
 )]
 BatchSize = Annotated[int | None, typer.Option(
     "--batch-size", min=1, show_default="as many as keep the KV cache within 1 GiB, at most 100",
-    help="Images at a time; it takes part in the seeding of sets larger than one batch.",
+    help="Images at a time. It does not change any image.",
 )]
 Data = Annotated[Path | None, typer.Option(
     "--data", "-d", metavar="FOLDER", show_default="Fashion-MNIST where its Debian package installs it",
@@ -102,7 +103,10 @@ def generate(
              "uint8 array arr_0 (N, H, W, 3) that the ADM evaluator of FID reads, and the labels and tokens.",
     )] = Path("generated.png"),
 ) -> None:
-    """Generate images of chosen classes.
+    """Generate images of chosen classes, any number of them.
+
+    An image depends on the seed and its place in the list only. Images are written as they are finished, and the same
+    command goes on where an interrupted one stopped.
 
     Examples:
 
@@ -118,18 +122,42 @@ def generate(
 
     opened = generation.open_model(model, path, backend, device)
     sampling = generation.sampling_for(opened, cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
-    generation.autocast(precision)
+    generation.check_precision(precision)
     chosen = generation.parse_labels(_default_labels(labels, opened), opened.pipeline.class_names, number)
     prepare_output(output, ".png", ".npz", folder=True)
+    _write_images(opened, chosen, sampling, seed, precision, batch_size, output, backend)
+
+
+def _write_images(
+    opened: Any, labels: list[int], sampling: Any, seed: int, precision: str, batch_size: int | None, output: Path,
+    backend: str,
+) -> None:
+    from . import generation, image_sets
+
+    pipeline, count = opened.pipeline, len(labels)
+    how = f"{sampling}, seed {seed}, {precision}"
+    description = f"var {opened.name}: {how}, weights {generation.fingerprint(pipeline)}"
+    images = image_sets.image_set(
+        output, labels, pipeline.class_names, description, pipeline.vqvae.config.image_size,
+        pipeline.var.config.schedule.length,
+    )
+    new = count - len(images.done)
+    if images.done:
+        note(f"{output}: {len(images.done)} of {count} images are there from an earlier run")
     started = time.perf_counter()
-    with progress("generating", generation.count_scales(opened.pipeline, len(chosen), batch_size)) as advance:
-        batches = generation.generate_batches(
-            opened.pipeline, chosen, sampling, seed=seed, batch_size=batch_size, precision=precision, advance=advance
-        )
-        written = generation.write(output, batches, chosen, opened, f"{sampling}, seed {seed}, {precision}")
+    try:
+        with progress("generating", generation.count_scales(pipeline, new, batch_size)) as advance:
+            images.write(generation.generate_batches(
+                pipeline, labels, sampling, seed=seed, batch_size=batch_size, precision=precision, advance=advance,
+                done=images.done,
+            ))
+    except (KeyboardInterrupt, OSError):
+        if images.finished():
+            note(f"{output}: {images.finished()} of {count} images are finished and kept; the same command goes on")
+        raise
     seconds = time.perf_counter() - started
-    say(f"{written}: {len(chosen)} image{'s' * (len(chosen) > 1)}, {sampling}, seed {seed}, {precision}, backend "
-        f"{backend}; {seconds:.2f} s, {seconds / len(chosen):.3f} s per image")
+    say(f"{output}: {count} image{'s' * (count > 1)}, {how}, backend {backend}; {seconds:.2f} s"
+        + (f", {seconds / new:.3f} s per image" if new else ""))
 
 
 def _default_labels(labels: str | None, opened: Any) -> str:
@@ -166,7 +194,7 @@ def reconstruct(
     check_device(device)
     from . import generation, reconstruction
 
-    generation.autocast(precision)
+    generation.check_precision(precision)
     opened = generation.open_model(model, path, backend, device)
     pictures = [reconstruction.read_image(file, opened.pipeline.vqvae.config.image_size) for file in images]
     prepare_output(output, ".png", folder=True)

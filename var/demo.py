@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +20,10 @@ from var_kernels.testing import SHAPES, attention_inputs, modulation, randn
 from .checkpoints import Pipeline
 from .cli import console, note, progress, say
 from .data import FASHION_MNIST_CLASSES, DataError, ImageData, open_dataset
-from .generation import Batch, OpenModel, Sampling, count_scales, generate_batches, open_model, sampling_for
+from .generation import OpenModel, Sampling, count_scales, generate_batches, image_seeds, open_model, sampling_for
 from .pictures import comparison, grid_by_label, scale_strip, write_png
 from .quality import psnr
+from .sampler import Generated, Generator
 
 _CLASSES = 10
 _STRIP_CLASSES = 5
@@ -104,16 +106,22 @@ def _write_reconstructions(path: Path, opened: OpenModel, test: ImageData) -> No
 def _print_generation(
     reference: Pipeline, ours: Pipeline, backend: str, sampling: Sampling, classes: Sequence[int], seed: int
 ) -> None:
-    def timed(pipeline: Pipeline) -> tuple[float, Batch]:
+    labels, seeds = torch.tensor(classes), image_seeds(seed, range(len(classes)))
+    options = {"seeds": seeds, **dataclasses.asdict(sampling)}
+    plain_generator = Generator(reference.var, reference.vqvae, batch_size=len(classes), pack=False)
+    our_generator = Generator(ours.var, ours.vqvae, batch_size=len(classes))
+
+    def timed(generator: Generator) -> tuple[float, Generated]:
         started = time.perf_counter()
-        (batch,) = generate_batches(pipeline, classes, sampling, seed=seed, batch_size=len(classes))
-        return time.perf_counter() - started, batch
+        generated = generator(labels, **options)
+        return time.perf_counter() - started, generated
 
     end = time.perf_counter() + _GENERATION_SECONDS
     with progress("timing generation", 1 + _ROUNDS) as advance:
         rounds = []
         while len(rounds) < 2 or (len(rounds) < 1 + _ROUNDS and time.perf_counter() < end):
-            rounds.append((timed(reference), timed(ours)))  # one beside the other: both see the same machine
+            # One beside the other: both see the same machine.
+            rounds.append((timed(plain_generator), timed(our_generator)))
             advance()
     threads, best = torch.get_num_threads(), len(rounds) - 1
     table = _table(

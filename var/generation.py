@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
+import hashlib
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from . import checkpoints
+from . import checkpoints, memory
 from .checkpoints import EMBEDDED, Pipeline
 from .config import PRESETS, VARConfig
-from .data import to_uint8
-from .pictures import grid_by_label, to_pictures, write_png
+from .inference import PRECISIONS
+from .sampler import Generator
 
 # Released models: the protocol of the paper. Others may carry their own values in their file's metadata.
 _SAMPLING = {"cfg": 1.5, "top_k": 0, "top_p": 0.96}
 _RELEASED_SAMPLING = {**_SAMPLING, "top_k": 900}
 _CACHE_BYTES = 1 << 30
 _LARGEST_BATCH = 100
-_SEED_STRIDE = 1_000_003  # between batches: neighbouring seeds of the user share no batch
 
 
 class OpenModel(NamedTuple):
@@ -53,8 +50,9 @@ class Sampling:
 
 
 class Batch(NamedTuple):
-    """Some of the generated images."""
+    """Some of the generated images; `numbers` are their places in the list of labels."""
 
+    numbers: list[int]
     labels: list[int]
     tokens: Tensor  # (B, L) int64
     images: Tensor  # (B, 3, H, W) float32 in [−1, 1]
@@ -116,13 +114,25 @@ def default_batch_size(config: VARConfig) -> int:
     return max(1, min(_LARGEST_BATCH, _CACHE_BYTES // cache_bytes(config)))
 
 
-def autocast(precision: str, device: str = "cpu") -> contextlib.AbstractContextManager[Any]:
-    """bf16 autocast for "bf16", nothing for "fp32"."""
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"--precision: expected fp32 or bf16, got {precision!r}")
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
+def check_precision(precision: str) -> str:
+    """`precision`; ValueError if it is none."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"--precision: expected {' or '.join(PRECISIONS)}, got {precision!r}")
+    return precision
+
+
+def image_seeds(seed: int, numbers: Sequence[int]) -> list[int]:
+    """The seed of each image: that of the request above, its number below, so that no two requests share one."""
+    pairs = [seed.to_bytes(4, "big") + number.to_bytes(4, "big") for number in numbers]
+    return [int.from_bytes(pair, "big", signed=True) for pair in pairs]
+
+
+def fingerprint(pipeline: Pipeline) -> str:
+    """Eight digits that differ between models: a retrained one does not continue the images of its predecessor."""
+    digest = hashlib.sha256()
+    for tensor in (pipeline.var.head.weight, pipeline.vqvae.decoder.conv_out.weight):
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 # -------------------------------------------------------------------------------------------------------- labels
@@ -178,78 +188,32 @@ def generate_batches(
     batch_size: int | None = None,
     precision: str = "fp32",
     advance: Callable[[], None] = lambda: None,
+    done: frozenset[int] = frozenset(),
+    pack: bool = True,
 ) -> Iterator[Batch]:
-    """Generate one image per label, batch by batch; `advance()` is called after every scale.
+    """Generate one image per label, but for those whose numbers are `done`; `advance()` is called after every scale.
 
-    The first batch uses `seed` itself, as `var.generate` would; later ones seeds that follow from it. The same seed,
-    labels and batch size give the same images.
+    An image depends on `seed`, its number and its label only: not on the batch size, nor on what is done.
+    Raises ValueError for a batch that does not fit into memory.
     """
-    device = str(pipeline.var.pos_1LC.device)
-    size = batch_size or default_batch_size(pipeline.var.config)
-    for number, start in enumerate(range(0, len(labels), size)):
-        part = list(labels[start : start + size])
-        with autocast(precision, device):
-            generated = pipeline.var.generate(
-                pipeline.vqvae, torch.tensor(part, device=device), seed=seed + _SEED_STRIDE * number,
-                on_scale=lambda k, f_hat: advance(), **dataclasses.asdict(sampling),
-            )
-        yield Batch(part, generated.tokens.cpu(), generated.images.float().cpu())
+    numbers = [number for number in range(len(labels)) if number not in done]
+    if not numbers:
+        return
+    device = pipeline.var.pos_1LC.device
+    size = min(batch_size or default_batch_size(pipeline.var.config), len(numbers))
+    itemsize = PRECISIONS[check_precision(precision)].itemsize
+    memory.check_batch(pipeline.var.config, pipeline.vqvae.config, size, itemsize, device)
+    generator = Generator(pipeline.var, pipeline.vqvae, batch_size=size, precision=precision, pack=pack)
+    results = generator.stream(
+        torch.tensor([labels[number] for number in numbers], device=device), seeds=image_seeds(seed, numbers),
+        on_scale=lambda k, partial: advance(), **dataclasses.asdict(sampling),
+    )
+    for start, generated in zip(range(0, len(numbers), size), results, strict=True):
+        part = numbers[start : start + size]
+        yield Batch(part, [labels[number] for number in part], generated.tokens.cpu(), generated.images.cpu())
 
 
 def count_scales(pipeline: Pipeline, images: int, batch_size: int | None = None) -> int:
     """How often `generate_batches` calls `advance` for so many images."""
     size = batch_size or default_batch_size(pipeline.var.config)
     return -(-images // size) * pipeline.var.config.schedule.num_scales
-
-
-# ----------------------------------------------------------------------------------------------------------- files
-
-
-def write(output: Path, batches: Iterator[Batch], labels: Sequence[int], opened: OpenModel, how: str) -> str:
-    """Write generated images as `output` asks: a .npz file, one sheet as .png, or a folder of .png files.
-
-    `how` describes the sampling in the text of PNG files. Returns what was written, for a message.
-    """
-    names, description = opened.pipeline.class_names, f"var {opened.name}: {how}"
-    if output.suffix.lower() == ".npz" and not output.is_dir():
-        write_npz(output, batches, len(labels), opened.pipeline.vqvae.config.image_size)
-    elif output.suffix.lower() == ".png" and not output.is_dir():
-        images = torch.cat([batch.images for batch in batches])
-        write_png(output, grid_by_label(images, labels, names), description)
-    else:
-        number = 0
-        digits = max(3, len(str(len(labels) - 1)))
-        for batch in batches:
-            for label, picture in zip(batch.labels, to_pictures(batch.images), strict=True):
-                write_png(output / f"{number:0{digits}d}-{file_stem(names[label])}.png", picture, description)
-                number += 1
-    return str(output)
-
-
-def write_npz(path: Path, batches: Iterator[Batch], count: int, image_size: int) -> None:
-    """Write ``arr_0`` (N, H, W, 3) uint8, the one array that the ADM evaluator reads, then ``labels`` and ``tokens``.
-
-    Images are written as they come, so the size of the set is not limited by memory; the file appears when complete.
-    """
-
-    def write(temporary: str) -> None:
-        labels: list[int] = []
-        tokens: list[np.ndarray] = []
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (count, image_size, image_size, 3)}
-                np.lib.format.write_array_header_1_0(member, header)
-                for batch in batches:
-                    member.write(to_uint8(batch.images).permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-                    labels += batch.labels
-                    tokens.append(batch.tokens.numpy())
-            for name, array in (("labels", np.asarray(labels)), ("tokens", np.concatenate(tokens))):
-                with archive.open(f"{name}.npy", "w") as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-
-    checkpoints.write_atomically(path, write)
-
-
-def file_stem(name: str) -> str:
-    """A class name as part of a file name: lower case, letters and digits, joined by hyphens."""
-    return re.sub(r"\W+", "-", name.casefold()).strip("-") or "image"

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .cli import note, say
 from .data import DataError, load_resized, to_unit_range
-from .generation import autocast
 from .pictures import comparison, to_pictures, write_png
 from .quality import psnr
 from .vqvae import VQVAE
@@ -50,7 +49,7 @@ def read_image(path: Path, size: int) -> Picture:
 def reconstruct(vqvae: VQVAE, images: Tensor, precision: str = "fp32") -> Tensor:
     """Reconstructions (B, 3, S, S) float32 in [−1, 1], on the CPU."""
     device = vqvae.quant_conv.weight.device
-    with torch.inference_mode(), autocast(precision, str(device)):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         return torch.cat([vqvae.reconstruct(part.to(device)).float().cpu() for part in images.split(_BATCH)])
 
 

@@ -23,23 +23,6 @@ class Modulation(NamedTuple):
     shift2: Tensor
 
 
-class KVCache:
-    """Keys and values of one layer for all L tokens, allocated once: (B, H, L, D) each."""
-
-    def __init__(self, batch: int, heads: int, length: int, head_dim: int, like: Tensor) -> None:
-        self.k = like.new_empty(batch, heads, length, head_dim)
-        self.v = torch.empty_like(self.k)
-        self.used = 0
-
-    def append(self, k_BHLD: Tensor, v_BHLD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new rows; return views of all rows so far."""
-        end = self.used + k_BHLD.shape[2]
-        self.k[:, :, self.used : end] = k_BHLD
-        self.v[:, :, self.used : end] = v_BHLD
-        self.used = end
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-
 class SelfAttention(nn.Module):
     """Block-causal multi-head attention; with attn_l2_norm q and k are unit vectors times a learned factor per head."""
 
@@ -54,7 +37,7 @@ class SelfAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(config.width))
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x_BLC: Tensor, scale_lens: tuple[int, ...], cache: KVCache | None = None) -> Tensor:
+    def forward(self, x_BLC: Tensor, scale_lens: tuple[int, ...]) -> Tensor:
         B, L, C = x_BLC.shape
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))  # k has no bias
         qkv = F.linear(x_BLC, self.mat_qkv.weight, bias)
@@ -63,8 +46,6 @@ class SelfAttention(nn.Module):
             factor = self.scale_mul_1H11.clamp_max(math.log(100.0)).exp()
             q = (F.normalize(q.float(), dim=-1) * factor).to(v.dtype)
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
-        if cache is not None:
-            k, v = cache.append(k, v)
         out_BHLD = block_causal_attention(
             q, k, v, scale_lens, softmax_scale=self.config.softmax_scale, backend=self.backend
         )
@@ -178,31 +159,17 @@ class VAR(nn.Module):
             shared = self.shared_ada_lin(cond_BD).view(len(cond_BD), 1, 6, -1)
         return [block.modulation(cond_BD, shared) for block in self.blocks], self.head_nm(cond_BD)
 
-    def step(self, x_BLC: Tensor, modulations, caches: list[KVCache], k: int) -> Tensor:
-        """Logits (B, l_k, V) of scale k from its input embeddings, with keys and values of earlier scales cached."""
-        return self._blocks(x_BLC, modulations, self.config.schedule.lengths[: k + 1], caches)
-
-    def _blocks(self, x_BLC: Tensor, modulations, scale_lens: tuple[int, ...], caches=None) -> Tensor:
+    def _blocks(self, x_BLC: Tensor, modulations, scale_lens: tuple[int, ...]) -> Tensor:
         """The transformer. Each gate, residual sum and following norm is one op, across the borders of the blocks."""
         blocks, (head_scale, head_shift) = modulations
         following = [*((m.scale1, m.shift1) for m in blocks[1:]), (head_scale, head_shift)]
         y_BLC = adaln_layer_norm(x_BLC, blocks[0].scale1, blocks[0].shift1, backend=self.backend)
-        for i, (block, m) in enumerate(zip(self.blocks, blocks, strict=True)):
-            branch = block.attn(y_BLC, scale_lens, None if caches is None else caches[i])
+        for block, m, (scale, shift) in zip(self.blocks, blocks, following, strict=True):
+            branch = block.attn(y_BLC, scale_lens)
             x_BLC, y_BLC = gated_residual_adaln(x_BLC, branch, m.gamma1, m.scale2, m.shift2, backend=self.backend)
-            scale, shift = following[i]
             x_BLC, y_BLC = gated_residual_adaln(x_BLC, block.ffn(y_BLC), m.gamma2, scale, shift, backend=self.backend)
         with torch.autocast(y_BLC.device.type, enabled=False):  # the head is fp32 in every released model
             return F.linear(y_BLC.float(), self.head.weight.float(), self.head.bias.float())
-
-    def new_caches(self, batch: int) -> list[KVCache]:
-        """One preallocated cache per block, in the dtype that the attention will see."""
-        like = self.pos_1LC
-        if torch.is_autocast_enabled(like.device.type):
-            like = like.new_empty(0, dtype=torch.get_autocast_dtype(like.device.type))
-        config = self.config
-        return [KVCache(batch, config.heads, config.schedule.length, config.head_dim, like.detach())
-                for _ in self.blocks]
 
     def generate(self, vqvae, labels: Tensor, **options):
         """Images and tokens for the labels; see `var.sampler.generate` for the options."""

@@ -1,0 +1,196 @@
+"""The two networks prepared for inference: weights packed once, every buffer allocated once, nothing to train."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from var_kernels import adaln_layer_norm, block_causal_attention, gated_residual_adaln, qk_norm_cache
+from var_kernels.packed_linear import PackedLinear
+
+from .transformer import VAR
+from .vqvae import VQVAE, Upsample
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DECODE_BYTES = 64 << 20  # of the widest activation of the decoder: images are decoded in groups of that size
+
+
+class _Layer(NamedTuple):
+    """One block: its projections, and the keys and values (rows, H, L, D) of all tokens so far."""
+
+    qkv: PackedLinear
+    proj: PackedLinear
+    fc1: PackedLinear  # with GELU
+    fc2: PackedLinear
+    q_factor: Tensor | None  # (H,), where queries and keys are normalised
+    k: Tensor
+    v: Tensor
+
+
+class InferenceTransformer:
+    """The transformer of `var` for up to `rows` sequences at a time, scale by scale.
+
+    `dtype` is that of the projections, of attention and of the KV cache; the residual stream, the norms, the embeddings
+    and the head are fp32. Weights are copied as they are now.
+    """
+
+    def __init__(self, var: VAR, rows: int, dtype: torch.dtype = torch.float32, *, pack: bool = True) -> None:
+        self.config, self.backend, self.dtype, self.rows = var.config, var.backend, dtype, rows
+        config, device = var.config, var.pos_1LC.device
+
+        def linear(module: nn.Linear, bias: Tensor | None = None, kind: torch.dtype = dtype, gelu: bool = False):
+            bias = module.bias if bias is None else bias
+            return PackedLinear(module.weight.detach().to(kind), bias, gelu=gelu, pack=pack)
+
+        def layer(block: nn.Module) -> _Layer:
+            attn, ffn = block.attn, block.ffn
+            cache = (rows, config.heads, config.schedule.length, config.head_dim)
+            return _Layer(
+                qkv=linear(attn.mat_qkv, torch.cat((attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias))),
+                proj=linear(attn.proj), fc1=linear(ffn.fc1, gelu=True), fc2=linear(ffn.fc2),
+                q_factor=attn.scale_mul_1H11.detach().clamp_max(math.log(100.0)).exp().flatten().float()
+                if config.attn_l2_norm else None,
+                k=torch.zeros(cache, dtype=dtype, device=device), v=torch.zeros(cache, dtype=dtype, device=device),
+            )  # fmt: skip
+
+        self._layers = [layer(block) for block in var.blocks]
+        if config.shared_aln:
+            self._modulate = [linear(var.shared_ada_lin[1])]
+            self._offsets = torch.stack([block.ada_gss.detach().view(6, -1) for block in var.blocks])
+        else:
+            self._modulate = [linear(block.ada_lin[1]) for block in var.blocks]
+        self._modulate_head = linear(var.head_nm.ada_lin[1])
+        self._head = linear(var.head, kind=torch.float32)
+        self._class_emb, self._pos_start = var.class_emb.weight.detach(), var.pos_start.detach()
+        self._word_embed = var.word_embed.weight.detach(), var.word_embed.bias.detach()
+        self._positions = var.positions().detach()
+        # (depth, rows, 6, C): gamma1, gamma2, scale1, scale2, shift1, shift2 of every block, read in place by the kernels;
+        # and (rows, 2, C): scale and shift of the head.
+        self._modulation = torch.zeros(config.depth, rows, 6, config.width, device=device)
+        self._head_modulation = torch.zeros(rows, 2, config.width, device=device)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache."""
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self._layers)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed copies of weights, which the model holds as well."""
+        layers = [linear for layer in self._layers for linear in layer if isinstance(linear, PackedLinear)]
+        return sum(linear.nbytes for linear in (*layers, *self._modulate, self._modulate_head, self._head))
+
+    def begin(self, labels: Tensor) -> Tensor:
+        """Modulation of all blocks for these classes, for all scales; the input (rows, l_1, C) of the first one."""
+        rows, width = len(labels), self.config.width
+        cond = F.embedding(labels, self._class_emb)
+        activated = F.silu(cond).to(self.dtype)
+        if self.config.shared_aln:
+            shared = self._modulate[0](activated).view(rows, 6, width)
+            torch.add(self._offsets[:, None], shared, out=self._modulation[:, :rows])
+        else:
+            for i, linear in enumerate(self._modulate):
+                self._modulation[i, :rows] = linear(activated).view(rows, 6, width)
+        self._head_modulation[:rows] = self._modulate_head(activated).view(rows, 2, width)
+        return cond.unsqueeze(1) + self._pos_start + self._positions[:, : self.config.schedule.lengths[0]]
+
+    def embed(self, map_BLC: Tensor, k: int, guided: bool) -> Tensor:
+        """The input of scale k, (rows, l_k, C), from what the coarser scales add up to; twice over with guidance."""
+        start, length = self.config.schedule.starts[k], self.config.schedule.lengths[k]
+        x_BLC = F.linear(map_BLC, *self._word_embed) + self._positions[:, start : start + length]
+        return torch.cat((x_BLC, x_BLC)) if guided else x_BLC
+
+    def step(self, x_BLC: Tensor, k: int) -> Tensor:
+        """Logits (rows, l_k, V), fp32, of scale k; its keys and values join those of the coarser scales."""
+        rows, length, width = x_BLC.shape
+        config, start = self.config, self.config.schedule.starts[k]
+        lens, end = config.schedule.lengths[: k + 1], start + length
+        parameters = self._modulation[:, :rows].unbind(0)  # (rows, 6, C) of each block
+        following = [*((p[:, 2:3], p[:, 4:5]) for p in parameters[1:]), self._head_modulation[:rows].split(1, dim=1)]
+        y_BLC = adaln_layer_norm(x_BLC, parameters[0][:, 2:3], parameters[0][:, 4:5], backend=self.backend)
+        for layer, p, (scale, shift) in zip(self._layers, parameters, following, strict=True):
+            qkv = layer.qkv(y_BLC.to(self.dtype)).view(rows, length, 3, config.heads, config.head_dim)
+            q_BHLD = self._extend_cache(layer, qkv, start)
+            out_BHLD = block_causal_attention(
+                q_BHLD, layer.k[:rows, :, :end], layer.v[:rows, :, :end], lens, softmax_scale=config.softmax_scale,
+                backend=self.backend,
+            )
+            branch = layer.proj(out_BHLD.transpose(1, 2).reshape(rows, length, width)).to(x_BLC.dtype)
+            x_BLC, y_BLC = gated_residual_adaln(
+                x_BLC, branch, p[:, 0:1], p[:, 3:4], p[:, 5:6], backend=self.backend
+            )
+            branch = layer.fc2(layer.fc1(y_BLC.to(self.dtype))).to(x_BLC.dtype)
+            x_BLC, y_BLC = gated_residual_adaln(x_BLC, branch, p[:, 1:2], scale, shift, backend=self.backend)
+        return self._head(y_BLC)
+
+    def _extend_cache(self, layer: _Layer, qkv: Tensor, start: int) -> Tensor:
+        rows, length = qkv.shape[:2]
+        k_cache, v_cache = layer.k[:rows], layer.v[:rows]
+        if layer.q_factor is not None:
+            return qk_norm_cache(qkv, k_cache, v_cache, start, q_factor=layer.q_factor, backend=self.backend)
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        k_cache[:, :, start : start + length] = k
+        v_cache[:, :, start : start + length] = v
+        return q
+
+
+class DoublingConv(nn.Module):
+    """Upsampling by nearest neighbour and a 3×3 convolution, as one transposed convolution with 4 products for its 9.
+
+    Output pixel 2i + a sees input rows i − 1, i (a = 0) or i, i + 1 (a = 1) only: taps that fall on the same row are
+    added up beforehand, in each direction: (w2, w1 + w2, w0 + w1, w0).
+    """
+
+    def __init__(self, upsample: Upsample) -> None:
+        super().__init__()
+        weight = upsample.conv.weight.detach().double()
+        for dim in (2, 3):
+            w0, w1, w2 = weight.unbind(dim)
+            weight = torch.stack((w2, w1 + w2, w0 + w1, w0), dim)
+        self.weight = nn.Parameter(weight.transpose(0, 1).to(upsample.conv.weight.dtype), requires_grad=False)
+        self.bias = nn.Parameter(upsample.conv.bias.detach().clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
+
+
+class InferenceDecoder:
+    """The decoder of `vqvae` in `dtype`, channels last; a copy of its weights as they are now."""
+
+    def __init__(self, vqvae: VQVAE, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+        decoder = copy.deepcopy(nn.Sequential(vqvae.post_quant_conv, vqvae.decoder)).requires_grad_(False)
+        for level in decoder[1].up:
+            for name in level.resample:
+                setattr(level, name, DoublingConv(getattr(level, name)))
+        self._decoder = decoder.to(dtype=dtype, memory_format=torch.channels_last)
+        config, side = vqvae.config, vqvae.config.schedule.side
+        widths = [config.ch * mult for mult in config.ch_mult]
+        last = len(widths) - 1
+        self.image_bytes = dtype.itemsize * max(
+            widths[min(i + 1, last)] * (side * 2 ** (last - i)) ** 2 for i in range(last + 1)
+        )
+        self.image_shape = (3, config.image_size, config.image_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy of the weights."""
+        return sum(parameter.nbytes for parameter in self._decoder.parameters())
+
+    @property
+    def group(self) -> int:
+        """Images that are decoded at a time, so that memory does not grow with the batch."""
+        return max(1, _DECODE_BYTES // self.image_bytes)
+
+    def __call__(self, f_hat_BCHW: Tensor) -> Tensor:
+        """Images (B, 3, H, W), fp32 in [−1, 1]."""
+        images = f_hat_BCHW.new_empty(len(f_hat_BCHW), *self.image_shape)
+        for f_hat, out in zip(f_hat_BCHW.split(self.group), images.split(self.group), strict=True):
+            x = f_hat.to(dtype=self.dtype, memory_format=torch.channels_last)
+            out.copy_(self._decoder(x)).clamp_(-1, 1)
+        return images

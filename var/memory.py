@@ -1,0 +1,82 @@
+"""How much memory a generation takes, and how much there is: a batch that does not fit is refused beforehand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from .config import VARConfig, VQVAEConfig
+
+_CGROUP = Path("/sys/fs/cgroup")
+_DECODER_COPIES = 4  # activations of the widest size that live at once: input, branch, convolution's output, sum
+
+
+def available_bytes(device: str | torch.device = "cpu") -> int | None:
+    """Bytes that a program may still take on this device; None where nobody says."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        free = next(int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()
+                    if line.startswith("MemAvailable:"))  # fmt: skip
+    except (OSError, StopIteration, ValueError):
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError, AttributeError):
+            return None
+    limit = _cgroup_room()
+    return free if limit is None else min(free, limit)
+
+
+def _cgroup_room() -> int | None:
+    """What a container's limit leaves, where there is one."""
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return None if limit == "max" else max(0, int(limit) - int(used))
+    except (OSError, ValueError):
+        return None
+
+
+def fixed_bytes(var: VARConfig, precision_bytes: int) -> int:
+    """Bytes of the packed weights of a `Generator`, whatever its batch size."""
+    width = var.width
+    modulation = 6 * width * width * (1 if var.shared_aln else var.depth)
+    per_block = (4 + 2 * var.mlp_ratio) * width * width
+    return int(precision_bytes * (var.depth * per_block + modulation + 2 * width * width) + 4 * width * var.vocab_size)
+
+
+def batch_bytes(var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes: int) -> int:
+    """Bytes that a `Generator` takes for a batch: KV cache, activations of the largest scale and of the decoder.
+
+    The activations are an upper bound: they do not all live at once.
+    """
+    rows, width, longest = 2 * batch, var.width, max(var.schedule.lengths)
+    cache = 2 * rows * var.schedule.length * width * var.depth * precision_bytes
+    block = rows * longest * width * (4 * 4 + precision_bytes * (3 + 1 + var.mlp_ratio))
+    sampling = (rows + batch) * longest * var.vocab_size * 4  # logits, noise
+    image = 3 * vqvae.image_size**2 * 4
+    widest = max(vqvae.ch * mult for mult in vqvae.ch_mult[:2]) * vqvae.image_size**2 * precision_bytes
+    group = max(1, min(batch, (64 << 20) // widest))
+    return int(cache + max(block + sampling, group * widest * _DECODER_COPIES) + 2 * batch * image)
+
+
+def check_batch(
+    var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes: int, device: str | torch.device
+) -> None:
+    """ValueError, naming the largest batch that fits, where this one does not."""
+    room = available_bytes(device)
+    if room is None:
+        return
+    fixed = fixed_bytes(var, precision_bytes)
+    needed = fixed + batch_bytes(var, vqvae, batch, precision_bytes)
+    if needed <= room:
+        return
+    fits = batch
+    while fits and fixed + batch_bytes(var, vqvae, fits, precision_bytes) > room:
+        fits -= 1 if fits <= 64 else fits // 16
+    advice = f"a batch of at most {fits}" if fits else "a smaller model, or --precision bf16"
+    raise ValueError(
+        f"--batch-size: expected {advice}: {batch} images at a time need {needed / 2**30:.1f} GiB beside the model, "
+        f"and {room / 2**30:.1f} GiB are free"
+    )
