@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from var_kernels import adaln_layer_norm, block_causal_attention, gated_residual_adaln, qk_norm_cache
+from var_kernels.group_norm_silu import group_norm_silu
 from var_kernels.packed_linear import PackedLinear
 
 from .transformer import VAR
-from .vqvae import VQVAE, Upsample
+from .vqvae import VQVAE, Norm, Upsample
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DECODE_BYTES = 64 << 20  # of the widest activation of the decoder: images are decoded in groups of that size
@@ -69,8 +70,8 @@ class InferenceTransformer:
         self._class_emb, self._pos_start = var.class_emb.weight.detach(), var.pos_start.detach()
         self._word_embed = var.word_embed.weight.detach(), var.word_embed.bias.detach()
         self._positions = var.positions().detach()
-        # (depth, rows, 6, C): gamma1, gamma2, scale1, scale2, shift1, shift2 of every block, read in place by the kernels;
-        # and (rows, 2, C): scale and shift of the head.
+        # (depth, rows, 6, C): gamma1, gamma2, scale1, scale2, shift1, shift2 of every block, read in place by the
+        # kernels; and (rows, 2, C): scale and shift of the head.
         self._modulation = torch.zeros(config.depth, rows, 6, config.width, device=device)
         self._head_modulation = torch.zeros(rows, 2, config.width, device=device)
 
@@ -159,15 +160,37 @@ class DoublingConv(nn.Module):
         return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
 
 
+class FusedNorm(nn.Module):
+    """GroupNorm with SiLU behind it in one pass, its parameters in fp32 whatever the decoder's dtype."""
+
+    def __init__(self, norm: Norm) -> None:
+        super().__init__()
+        self._affine = norm.weight.detach().float(), norm.bias.detach().float()  # no parameters: they stay fp32
+        self._groups, self._eps = norm.num_groups, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, *self._affine, self._groups, eps=self._eps, silu=False)
+
+    def activated(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, *self._affine, self._groups, eps=self._eps)
+
+
+def _replace(module: nn.Module, replacements: dict[type, type]) -> None:
+    """Every submodule of one of these types gives way to the prepared one made from it."""
+    for name, child in module.named_children():
+        if type(child) in replacements:
+            setattr(module, name, replacements[type(child)](child))
+        else:
+            _replace(child, replacements)
+
+
 class InferenceDecoder:
     """The decoder of `vqvae` in `dtype`, channels last; a copy of its weights as they are now."""
 
     def __init__(self, vqvae: VQVAE, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
         decoder = copy.deepcopy(nn.Sequential(vqvae.post_quant_conv, vqvae.decoder)).requires_grad_(False)
-        for level in decoder[1].up:
-            for name in level.resample:
-                setattr(level, name, DoublingConv(getattr(level, name)))
+        _replace(decoder, {Upsample: DoublingConv, Norm: FusedNorm})
         self._decoder = decoder.to(dtype=dtype, memory_format=torch.channels_last)
         config, side = vqvae.config, vqvae.config.schedule.side
         widths = [config.ch * mult for mult in config.ch_mult]

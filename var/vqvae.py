@@ -19,8 +19,14 @@ class VQVAEOutput(NamedTuple):
     tokens: Tensor  # (B, L) int64
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+class Norm(nn.GroupNorm):
+    """GroupNorm over 32 groups; `activated` is SiLU of it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(32, channels, eps=1e-6)
+
+    def activated(self, x: Tensor) -> Tensor:
+        return F.silu(self(x))
 
 
 class ResnetBlock(nn.Module):
@@ -28,15 +34,15 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = _norm(in_channels)
+        self.norm1 = Norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = Norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x_BCHW)))
-        return self.nin_shortcut(x_BCHW) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1.activated(x_BCHW))
+        return self.nin_shortcut(x_BCHW) + self.conv2(self.norm2.activated(h))
 
 
 class AttnBlock(nn.Module):
@@ -44,7 +50,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = Norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
@@ -127,14 +133,14 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid = Middle(widths[-1])
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = Norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(self.norm_out.activated(self.mid(x)))
 
 
 class Decoder(nn.Module):
@@ -153,14 +159,14 @@ class Decoder(nn.Module):
             )
             for i, width in enumerate(widths)
         )
-        self.norm_out = _norm(widths[0])
+        self.norm_out = Norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_in(x))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(self.norm_out.activated(x))
 
 
 class QuantResi(nn.Module):
