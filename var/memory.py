@@ -57,7 +57,7 @@ def batch_bytes(var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes:
     sampling = (rows + batch) * longest * var.vocab_size * 4  # logits, noise
     image = 3 * vqvae.image_size**2 * 4
     widest = max(vqvae.ch * mult for mult in vqvae.ch_mult[:2]) * vqvae.image_size**2 * precision_bytes
-    group = max(1, min(batch, (64 << 20) // widest))
+    group = max(1, min(batch, (24 << 20) // widest))
     return int(cache + max(block + sampling, group * widest * _DECODER_COPIES) + 2 * batch * image)
 
 

@@ -11,8 +11,10 @@ from . import _native
 from ._checks import check, check_tensor
 from ._library import define, register_fake
 
+# x is (B, pixels, C), dense. The second one writes over x.
+define("_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> Tensor", __name__)
 define(
-    "_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> Tensor", __name__
+    "_group_norm_silu_(Tensor(a!) x, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> ()", __name__
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,9 +24,15 @@ def _(x, weight, bias, groups, eps, silu):
     return x.new_empty(x.shape)
 
 
+@register_fake("_group_norm_silu_")
+def _(x, weight, bias, groups, eps, silu):
+    return None
+
+
 def group_norm_silu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, *, eps: float = 1e-6, silu: bool = True
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, *, eps: float = 1e-6, silu: bool = True,
+    inplace: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Normalise groups of channels over all pixels, then y·sigmoid(y).
 
     y = (x − mean)·rstd·weight[c] + bias[c], mean and variance over the pixels and the C/groups channels of each group
@@ -34,6 +42,7 @@ def group_norm_silu(
         x: (B, C, H, W), float32, bfloat16 or float16; dense with its channels last, else one copy is made.
         weight, bias: (C,) float32.
         groups: a divisor of C.
+        inplace: write over x, which then must be dense with its channels last, and return it.
 
     Returns:
         (B, C, H, W) in the dtype of x, channels last; rounded once. The order of summation depends on the shape only.
@@ -58,11 +67,16 @@ def group_norm_silu(
             raise TypeError(f"{argument}: expected torch.float32, got {tensor.dtype}")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias)):
         raise RuntimeError("group_norm_silu: has no gradient; call it under torch.no_grad() or torch.inference_mode()")
-    x = x.contiguous(memory_format=torch.channels_last)
+    dense = x.contiguous(memory_format=torch.channels_last)
+    check(not inplace or dense is x, "x", "a dense tensor with its channels last", f"strides {x.stride()}")
     if x.device.type == "cpu" and x.dtype in _DTYPES and _native.load().available:
-        rows = x.permute(0, 2, 3, 1).reshape(batch, height * width, channels)
+        rows = dense.permute(0, 2, 3, 1).view(batch, height * width, channels)
+        if inplace:
+            torch.ops.var_kernels._group_norm_silu_(rows, weight, bias, groups, eps, silu)
+            return x
         y = torch.ops.var_kernels._group_norm_silu(rows, weight, bias, groups, eps, silu)
         return y.view(batch, height, width, channels).permute(0, 3, 1, 2)
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = F.group_norm(x.to(wide), groups, weight.to(wide), bias.to(wide), eps)
-    return (F.silu(y) if silu else y).to(x.dtype)
+    y = F.group_norm(dense.to(wide), groups, weight.to(wide), bias.to(wide), eps)
+    y = (F.silu(y) if silu else y).to(x.dtype)
+    return x.copy_(y) if inplace else y

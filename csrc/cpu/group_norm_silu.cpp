@@ -53,8 +53,9 @@ void fold(const float* mean, const float* squares, int64_t chunks, int64_t pixel
   }
 }
 
-// x is (B, P, C), dense: images with their channels last.
-Tensor group_norm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps, bool silu) {
+// x is (B, P, C), dense: images with their channels last. y is like x, or x itself.
+void normalise(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps, bool silu,
+               void* y) {
   const ScalarType dtype = x.scalar_type();
   VAR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "x",
             "float32, bfloat16 or float16", torch::headeronly::toString(dtype));
@@ -63,15 +64,14 @@ Tensor group_norm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias
   VAR_CHECK(groups > 0 && channels % groups == 0, "groups", "a divisor of the channels", groups);
   check_affine("weight", weight, channels);
   check_affine("bias", bias, channels);
-  Tensor y = empty_cpu({batch, pixels, channels}, dtype);
-  if (x.numel() == 0) return y;
+  if (x.numel() == 0) return;
 
   const int index = dtype == ScalarType::Float ? 0 : dtype == ScalarType::BFloat16 ? 1 : 2;
   const GroupNormTable& table = group_norm_table();
   const int64_t chunks = (pixels + kGroupNormPixels - 1) / kGroupNormPixels, rows = batch * chunks;
   const int64_t work = x.numel() * kWorkPerElement, row_bytes = channels * (index == 0 ? 4 : 2);
   const char* in = static_cast<const char*>(x.const_data_ptr());
-  char* out = static_cast<char*>(y.mutable_data_ptr());
+  char* out = static_cast<char*>(y);
   Tensor statistics = empty_cpu({2, rows, channels}, ScalarType::Float), affine = empty_cpu({2, batch, channels},
                                                                                            ScalarType::Float);
   float *mean = statistics.mutable_data_ptr<float>(), *squares = mean + rows * channels;
@@ -99,10 +99,23 @@ Tensor group_norm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias
     table.apply[index](in + at, count, channels, factor + image * channels, addend + image * channels, silu, stream,
                        out + at);
   });
+}
+
+Tensor group_norm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps, bool silu) {
+  VAR_CHECK(x.dim() == 3, "x", "3 dimensions", x.dim());
+  Tensor y = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  normalise(x, weight, bias, groups, eps, silu, y.mutable_data_ptr());
   return y;
+}
+
+void group_norm_silu_(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps, bool silu) {
+  normalise(x, weight, bias, groups, eps, silu, x.mutable_data_ptr());
 }
 
 }  // namespace
 }  // namespace var_kernels
 
-STABLE_TORCH_LIBRARY_IMPL(var_kernels, CPU, m) { m.impl("_group_norm_silu", TORCH_BOX(&var_kernels::group_norm_silu)); }
+STABLE_TORCH_LIBRARY_IMPL(var_kernels, CPU, m) {
+  m.impl("_group_norm_silu", TORCH_BOX(&var_kernels::group_norm_silu));
+  m.impl("_group_norm_silu_", TORCH_BOX(&var_kernels::group_norm_silu_));
+}
