@@ -8,6 +8,7 @@ computed where it is used, in every scale; projections are `F.linear`; top-p sor
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,8 @@ def block_forward(
     return x + gamma2 * F.linear(h, p["ffn.fc2.weight"], p["ffn.fc2.bias"]), (k, v)
 
 
-def sample(logits: Tensor, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
-    """Tokens of (B, l, V) logits: top-k, top-p by sorting, multinomial."""
+def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Top-k, and top-p by sorting, of (B, l, V) logits."""
     if 0 < top_k < logits.shape[-1]:
         threshold = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -62,8 +63,23 @@ def sample(logits: Tensor, top_k: int, top_p: float, generator: torch.Generator)
         unlikely = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
         unlikely[..., -1:] = False
         logits = logits.masked_fill(unlikely.scatter(-1, order, unlikely), -torch.inf)
-    chosen = torch.multinomial(logits.softmax(dim=-1).flatten(0, 1), 1, replacement=True, generator=generator)
-    return chosen.view(logits.shape[:-1])
+    return logits
+
+
+class NearTies(NamedTuple):
+    """For every token (B, L): the one that nearly won the draw in its place, and by how much less, relative."""
+
+    runner_up: Tensor
+    margin: Tensor
+
+
+def near_ties(probabilities: Tensor, generator: torch.Generator) -> NearTies:
+    """What `torch.multinomial` with this generator will nearly draw; the generator stays as it was."""
+    state = generator.get_state()
+    scores = probabilities / torch.empty_like(probabilities).exponential_(generator=generator)
+    generator.set_state(state)
+    best, tokens = scores.topk(2, dim=-1)
+    return NearTies(tokens[..., 1], 1 - best[..., 1] / best[..., 0])
 
 
 class PlainVAR:
@@ -81,8 +97,10 @@ class PlainVAR:
             self.decode = torch.compile(self.vqvae.decode_features)
 
     @torch.inference_mode()
-    def __call__(self, labels: Tensor, *, cfg: float, top_k: int, top_p: float, seed: int) -> tuple[Tensor, Tensor]:
-        """Tokens (B, L) and images of the labels, with classifier-free guidance."""
+    def __call__(
+        self, labels: Tensor, *, cfg: float, top_k: int, top_p: float, seed: int, ties: list[NearTies] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L) and images of the labels, with guidance; `ties` gets the near ties of each scale."""
         transformer, config = self.transformer, self.transformer.config
         batch, generator = len(labels), torch.Generator(labels.device).manual_seed(seed)
         cond = transformer.class_emb(torch.cat((labels, torch.full_like(labels, config.num_classes))))
@@ -99,7 +117,11 @@ class PlainVAR:
             logits = self._head(x, cond)
             t = cfg * k / last
             conditional, unconditional = logits.chunk(2)
-            tokens.append(sample((1 + t) * conditional - t * unconditional, top_k, top_p, generator))
+            probabilities = restrict((1 + t) * conditional - t * unconditional, top_k, top_p).softmax(dim=-1)
+            if ties is not None:
+                ties.append(near_ties(probabilities, generator))
+            drawn = torch.multinomial(probabilities.flatten(0, 1), 1, replacement=True, generator=generator)
+            tokens.append(drawn.view(batch, length))
             f_hat, following = self._next_scale(f_hat, tokens[-1], k)
             if following is not None:
                 x = transformer.word_embed(following)

@@ -10,6 +10,7 @@ from test_model import tiny_var, tiny_vqvae
 import var
 from var import Generator, VARConfig, VQVAEConfig, generate, memory
 from var.inference import InferenceDecoder, InferenceTransformer
+from var.sampler import fill_exponential
 
 LABELS = torch.tensor([0, 4, 2, 1, 3])
 OPTIONS = {"top_k": 9, "top_p": 0.9, "cfg": 2.0}
@@ -132,6 +133,14 @@ def test_an_image_depends_on_its_own_seed_only():
     alone = generator(LABELS[2:3], seeds=seeds[2:3], more_smooth=True, **OPTIONS)
     torch.testing.assert_close(alone.images, smooth.images[2:3], rtol=0, atol=1e-4)
     assert not torch.equal(generator(LABELS, seeds=[1, 2, 3, 4, 5], **OPTIONS).tokens, everything.tokens)
+
+
+@pytest.mark.parametrize("count", [1, 100, (1 << 17) + 5])
+def test_exponential_noise_is_torchs_own(count):
+    ours, generators = torch.full((count,), torch.nan), [torch.Generator().manual_seed(3) for _ in range(2)]
+    fill_exponential(ours, generators[0])
+    assert torch.equal(ours, torch.empty(count).exponential_(generator=generators[1]))
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
 
 
 def test_stream_is_the_calls_one_after_another():
