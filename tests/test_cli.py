@@ -30,7 +30,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "generate", "reconstruct", "info", "train-tokenizer", "train", "evaluate", "plot"]
+    "command", ["demo", "generate", "profile", "reconstruct", "info", "train-tokenizer", "train", "evaluate", "plot"]
 )
 def test_help_describes_every_option_and_shows_an_example(command):
     text = run(command, "--help")

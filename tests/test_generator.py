@@ -2,6 +2,8 @@
 
 import copy
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -263,3 +265,29 @@ def test_available_memory_is_the_smaller_of_machine_and_container(monkeypatch, t
     assert memory.available_bytes() == 600000
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available_bytes() != 600000
+
+
+def test_kept_memory_is_not_fetched_page_by_page():
+    """Page faults of calls whose activations are larger than what malloc keeps by itself."""
+    program = """
+import resource, sys, torch
+from var.memory import keep_freed_memory
+if "keep" in sys.argv:
+    print(keep_freed_memory(), end=" ")
+conv = torch.nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
+x = torch.zeros(1, 8, 1100, 1100)
+def call():
+    y = x
+    for _ in range(3):
+        y = torch.nn.functional.silu(conv(y)) + y
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    answers = [
+        subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True).stdout
+        for arguments in ([], ["keep"])
+    ]
+    kept, faults = answers[1].split()[0] == "True", [int(answer.split()[-1]) for answer in answers]
+    assert not kept or 10 * faults[1] < faults[0], faults

@@ -8,6 +8,7 @@ import typer
 
 from . import cli_images, cli_training
 from .cli import Commands, help_text
+from .memory import keep_freed_memory
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -31,4 +32,5 @@ cli_images.register(app)
 cli_training.register(app)
 
 if __name__ == "__main__":
+    keep_freed_memory()
     app(prog_name="python -m var")

@@ -1,4 +1,4 @@
-"""The commands about images: demo, generate, reconstruct, info. Declarations and dispatch; torch is imported on use."""
+"""The commands about images: demo, generate, profile, reconstruct, info. Declarations and dispatch; torch on use."""
 
 from __future__ import annotations
 
@@ -169,6 +169,35 @@ def _default_labels(labels: str | None, opened: Any) -> str:
     return "all"
 
 
+def profile(
+    model: Model = "fashion", path: ModelPath = None, precision: Precision = "fp32", batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, show_default="1; as many as generate takes for fashion",
+                                 help="Images that are generated together.")] = None,
+    cfg: Cfg = None, top_k: TopK = None, top_p: TopP = None, backend: Backend = "auto", device: Device = "cpu",
+    output: Annotated[Path, typer.Option(
+        "--output", "-o", metavar="FILE.png",
+        help="The picture: a bar for each scale and for the decoder, divided by stage.",
+    )] = Path("profile.png"),
+) -> None:
+    """See where the time of a generation goes: a table and a picture by scale and stage.
+
+    Released models (d16 … d36) are measured with random weights where --path names none: times do not depend on them.
+
+    Examples:
+
+    $ python -m var profile
+
+    $ python -m var profile -m d16 --precision bf16 --batch-size 4 -o d16.png
+    """
+    check_backend(backend)
+    check_device(device)
+    prepare_output(output, ".png")
+    from . import profiling
+
+    chosen = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
+    profiling.run(output, model, path, backend, device, precision, batch_size, chosen)
+
+
 def reconstruct(
     images: Annotated[list[Path], typer.Argument(
         metavar="IMAGE...", exists=True, dir_okay=False, readable=True, help="Image files: PNG, JPEG, WebP …")],
@@ -221,6 +250,6 @@ def info(
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the program."""
-    for command in (demo, generate, reconstruct, info):
+    for command in (demo, generate, profile, reconstruct, info):
         app.command(rich_help_panel="Images", help=help_text(command))(command)
 

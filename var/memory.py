@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from .config import VARConfig, VQVAEConfig
+
+if TYPE_CHECKING:
+    import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
 _DECODER_COPIES = 4  # activations of the widest size that live at once: input, branch, convolution's output, sum
 
 
+def keep_freed_memory() -> bool:
+    """Make glibc's malloc keep what this process frees, for all of the process; whether it could be told so.
+
+    As it is, malloc gives memory of more than 32 MiB back to the system at once, and every activation of that size
+    comes page by page again. `python -m var` calls this; a program that only uses the library may.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
+
+
 def available_bytes(device: str | torch.device = "cpu") -> int | None:
     """Bytes that a program may still take on this device; None where nobody says."""
-    if torch.device(device).type == "cuda":
+    if str(device).startswith("cuda"):
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     try:
         free = next(int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from var_kernels import sample_tokens
 from var_kernels.reference.sample_tokens import guide, restrict
 
+from . import graphs as graph_capture
 from .inference import PRECISIONS, InferenceDecoder, InferenceTransformer
 from .transformer import VAR
 from .vqvae import VQVAE
@@ -83,6 +85,18 @@ class _Noise:
         return noise
 
 
+class Options(NamedTuple):
+    """What a whole generation is done with; part of a captured graph."""
+
+    cfg: float
+    top_k: int
+    top_p: float
+
+    @property
+    def guided(self) -> bool:
+        return self.cfg > 0
+
+
 class Generator:
     """Images of a model, as fast as the machine allows: built once for a precision and a batch size, called often.
 
@@ -92,12 +106,16 @@ class Generator:
     activations of the projections, attention and the decoder in bfloat16; the residual stream, the norms, the head
     and sampling stay fp32.
 
+    `graphs`: whether each scale is captured as a CUDA graph, once for each batch size and set of options; None: on
+    GPUs. Never verified on a GPU. Where a capture fails, a warning says why and the scales are launched as usual.
+
     Raises ValueError for an unknown precision, a batch size below 1 and a VQ-VAE of another schedule, vocabulary or
     width than the transformer's.
     """
 
     def __init__(
-        self, var: VAR, vqvae: VQVAE, *, batch_size: int = 1, precision: str = "fp32", pack: bool = True
+        self, var: VAR, vqvae: VQVAE, *, batch_size: int = 1, precision: str = "fp32", pack: bool = True,
+        graphs: bool | None = None,
     ) -> None:
         for name in ("patch_nums", "vocab_size", "z_channels"):
             ours, theirs = getattr(var.config, name), getattr(vqvae.config, name)
@@ -108,7 +126,7 @@ class Generator:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         self.config, self.batch_size, self.precision = var.config, batch_size, precision
-        self._device = var.pos_1LC.device
+        self.device = var.pos_1LC.device
         self._backend = var.backend
         self._condition = var.condition
         self._quantize = vqvae.quantize
@@ -116,15 +134,22 @@ class Generator:
             self._transformer = InferenceTransformer(var, 2 * batch_size, PRECISIONS[precision], pack=pack)
             in_place = precision == "fp32" and not pack
             self._decoder = None if in_place else InferenceDecoder(vqvae, PRECISIONS[precision])
-            self._decode = self._decoder or vqvae.decode_features
+        self.decode = self._decoder or vqvae.decode_features  # features (B, z_channels, h, w) -> images
+        self.begin, self.empty_features = self._transformer.begin, vqvae.quantize.empty_features
+        on_gpu = self.device.type == "cuda"
+        if graphs and not on_gpu:
+            raise ValueError(f"graphs: expected a model on a GPU, got one on {self.device}")
+        self._capture = graph_capture.capture_cuda if on_gpu and graphs is not False else None
+        self._captured: dict[tuple, graph_capture.CapturedGeneration] = {}
 
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes that this object holds beside the model: packed weights, the decoder's copy, the KV cache."""
         return {
-            "packed weights": self._transformer.packed_bytes, "decoder": self._decoder.nbytes if self._decoder else 0,
+            "packed weights": self._transformer.packed_bytes,
+            "decoder": self._decoder.nbytes if self._decoder else 0,
             "KV cache": self._transformer.cache_bytes,
-        }  # fmt: skip
+        }
 
     def stream(self, labels: Tensor, *, seeds: Sequence[int] | Tensor | None = None, **options) -> Iterator[Generated]:
         """Generate any number of images, `batch_size` at a time, each group as soon as it is ready.
@@ -146,49 +171,88 @@ class Generator:
     ) -> Generated:
         """One image for each of up to `batch_size` labels; the options are those of `generate`."""
         _check_options(cfg, top_k, top_p)
-        labels = labels.to(self._device)
-        batch, config = len(labels), self.config
+        options, batch = Options(cfg, top_k, top_p), len(labels)
+        labels = labels.to(self.device)
         if batch > self.batch_size:
             raise ValueError(f"labels: expected at most batch_size = {self.batch_size}, got {batch}")
         seeds = _checked_seeds(seeds, seed, batch)
-        with torch.autocast(self._device.type, enabled=False):
-            guided = cfg > 0
-            if guided:
-                labels = torch.cat((labels, torch.full_like(labels, config.num_classes)))
-            self._condition(labels)  # refuses bad labels
-            f_hat = self._quantize.empty_features(batch)
+        self._condition(labels)  # refuses bad labels
+        if options.guided:
+            labels = torch.cat((labels, torch.full_like(labels, self.config.num_classes)))
+        with torch.autocast(self.device.type, enabled=False):
             if batch == 0:
-                return Generated(labels.new_zeros(0, config.schedule.length), self._decode(f_hat))
+                return Generated(labels.new_zeros(0, self.config.schedule.length), self.decode(self.empty_features(0)))
             # Seeds serve the kernel's own generator; `more_smooth` needs the numbers themselves.
-            noise = None
-            if seeds is None or more_smooth:
-                noise = _Noise(batch, config.vocab_size, self._device, seed, seeds)
-            x_BLC, sampled = self._transformer.begin(labels), []
-            for k, (start, length) in enumerate(zip(config.schedule.starts, config.schedule.lengths, strict=True)):
-                ratio = k / (config.schedule.num_scales - 1) if config.schedule.num_scales > 1 else 0.0
-                logits = self._transformer.step(x_BLC, k)
-                conditional, unconditional = logits.chunk(2) if guided else (logits, None)
-                draw = {"noise": noise.draw(length)} if noise else {"seeds": seeds.to(self._device), "offset": start}
-                tokens = sample_tokens(
-                    conditional, unconditional, guidance=cfg * ratio, top_k=top_k, top_p=top_p, backend=self._backend,
-                    **draw,
-                )
-                sampled.append(tokens)
-                codes = self._quantize.embedding(tokens)
-                if more_smooth:
-                    mixed = guide(conditional, unconditional, cfg * ratio) if guided else conditional
-                    codes = soft_codes(
-                        restrict(mixed, top_k, top_p), self._quantize.embedding.weight, ratio, noise.draw(length)
-                    )
-                if keep is not None:
-                    given = self._quantize.embedding(keep.tokens[:, start : start + length])
-                    codes = torch.where(keep.masks[k].view(1, -1, 1), given, codes)
-                f_hat, following = self._quantize.accumulate(f_hat, codes, k)
-                if on_scale is not None:
-                    on_scale(k, lambda features=f_hat: self._decode(features))
-                if following is not None:
-                    x_BLC = self._transformer.embed(following, k + 1, guided)
-            return Generated(torch.cat(sampled, dim=1), self._decode(f_hat))
+            from_noise = seeds is None or more_smooth
+            noise = _Noise(batch, self.config.vocab_size, self.device, seed, seeds) if from_noise else None
+            seeds = None if from_noise else seeds.to(self.device)
+            if keep is None and not more_smooth and (captured := self._captured_for(batch, options, seeds is not None)):
+                return captured(labels, noise, seeds, on_scale)
+            return self._run(labels, batch, options, noise, seeds, more_smooth, keep, on_scale)
+
+    def _run(
+        self, labels: Tensor, batch: int, options: Options, noise: _Noise | None, seeds: Tensor | None,
+        more_smooth: bool, keep: Kept | None, on_scale: OnScale | None,
+    ) -> Generated:
+        x_BLC, f_hat, sampled = self.begin(labels), self.empty_features(batch), []
+        schedule = self.config.schedule
+        for k, (start, length) in enumerate(zip(schedule.starts, schedule.lengths, strict=True)):
+            drawn = None if noise is None else noise.draw(length)
+            gumbel = noise.draw(length) if more_smooth else None
+            given = None if keep is None else (keep.tokens[:, start : start + length], keep.masks[k])
+            tokens, f_hat, x_BLC = self.scale(
+                k, x_BLC, f_hat, options, noise=drawn, seeds=seeds, gumbel=gumbel, given=given
+            )
+            sampled.append(tokens)
+            if on_scale is not None:
+                on_scale(k, lambda features=f_hat: self.decode(features))
+        return Generated(torch.cat(sampled, dim=1), self.decode(f_hat))
+
+    def scale(
+        self, k: int, x_BLC: Tensor, f_hat: Tensor, options: Options, *, noise: Tensor | None = None,
+        seeds: Tensor | None = None, gumbel: Tensor | None = None, given: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scale k from its input and the features so far: tokens, new features, input of the next scale.
+
+        Tensors in, tensors out, nothing read back: this is what is captured. `gumbel` makes the soft codes of
+        `more_smooth`; `given` holds tokens (B, l_k) and where (l_k,) they replace the sampled ones.
+        """
+        schedule = self.config.schedule
+        ratio = k / (schedule.num_scales - 1) if schedule.num_scales > 1 else 0.0
+        logits = self._transformer.step(x_BLC, k)
+        conditional, unconditional = logits.chunk(2) if options.guided else (logits, None)
+        guidance = options.cfg * ratio
+        tokens = sample_tokens(
+            conditional, unconditional, guidance=guidance, top_k=options.top_k, top_p=options.top_p, noise=noise,
+            seeds=seeds, offset=0 if seeds is None else schedule.starts[k], backend=self._backend,
+        )
+        codebook = self._quantize.embedding
+        codes = codebook(tokens)
+        if gumbel is not None:
+            mixed = guide(conditional, unconditional, guidance) if options.guided else conditional
+            codes = soft_codes(restrict(mixed, options.top_k, options.top_p), codebook.weight, ratio, gumbel)
+        if given is not None:
+            codes = torch.where(given[1].view(1, -1, 1), codebook(given[0]), codes)
+        f_hat, following = self._quantize.accumulate(f_hat, codes, k)
+        last = following is None
+        return tokens, f_hat, None if last else self._transformer.embed(following, k + 1, options.guided)
+
+    def _captured_for(
+        self, batch: int, options: Options, seeded: bool
+    ) -> graph_capture.CapturedGeneration | None:
+        """The graphs for such a call, captured at the first one; None where nothing is captured."""
+        if self._capture is None:
+            return None
+        key = (batch, options, seeded)
+        if key not in self._captured:
+            try:
+                self._captured[key] = graph_capture.CapturedGeneration(self, batch, options, seeded, self._capture)
+            except RuntimeError as error:
+                warnings.warn(f"the scales could not be captured as CUDA graphs and are launched as usual: {error}",
+                              RuntimeWarning, stacklevel=4)  # fmt: skip
+                self._capture = None
+                return None
+        return self._captured[key]
 
 
 def _check_options(cfg: float, top_k: int, top_p: float) -> None:
