@@ -19,6 +19,8 @@ from . import (
     multi_scale_quantize,
     nearest_code,
     next_scale_input,
+    qk_norm_cache,
+    sample_tokens,
 )
 from .testing import assert_accurate, attention_inputs, max_error, modulation, randn
 
@@ -161,10 +163,34 @@ def _quantize() -> tuple[Callable, Tensors]:
     return call, inputs
 
 
+def _qk_norm_cache() -> tuple[Callable, Tensors]:
+    def call(qkv, q_factor, backend):
+        k_cache, v_cache = (qkv.new_zeros(2, 3, 60, 40) for _ in range(2))
+        factor = q_factor.detach().to(torch.promote_types(q_factor.dtype, torch.float32))
+        q = qk_norm_cache(qkv.detach(), k_cache, v_cache, 7, q_factor=factor, backend=backend)
+        return {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+
+    return call, {"qkv": randn(2, 37, 3, 3, 40, seed=0), "q_factor": randn(3, seed=1).exp()}
+
+
+def _sample() -> tuple[Callable, Tensors]:
+    def call(conditional, unconditional, backend):
+        seeds = torch.arange(3, device=conditional.device)
+        options = {"guidance": 1.5, "top_k": 90, "top_p": 0.9, "seeds": seeds, "offset": 5}
+        # A rounding of the logits may change a draw: all precisions draw from the same ones.
+        logits = [tensor.detach().bfloat16().to(tensor.dtype) for tensor in (conditional, unconditional)]
+        return {"tokens": sample_tokens(*logits, **options, backend=backend)}
+
+    inputs = {"conditional": 3 * randn(3, 11, 517, seed=0), "unconditional": 3 * randn(3, 11, 517, seed=1)}
+    return call, inputs
+
+
 CASES: dict[str, Callable[[], tuple[Callable, Tensors]]] = {
     "block_causal_attention": _attention,
     "adaln_layer_norm": _adaln,
     "gated_residual_adaln": _gated,
     "nearest_code": _nearest,
     "multi_scale_quantize": _quantize,
+    "qk_norm_cache": _qk_norm_cache,
+    "sample_tokens": _sample,
 }

@@ -143,6 +143,15 @@ def _found_triton_reason() -> str | None:
     return None
 
 
+@functools.cache
+def _triton_stems() -> frozenset[str]:
+    return frozenset(path.stem for path in (Path(__file__).parent / "triton").glob("*.py"))
+
+
+def _has_triton_kernel(op: str) -> bool:
+    return page_of(op) in _triton_stems()  # a plain function, as torch.compile wants it
+
+
 def _launches_elsewhere() -> bool:
     """Whether Triton launches are handed to a function instead of a GPU, see `triton/launch.py`."""
     launch = sys.modules.get(f"{__package__}.triton.launch")  # nobody can have said so without importing it
@@ -174,7 +183,9 @@ def _first_on_gpu(op: str) -> str:
 
 # What torch.compiler.assume_constant_result does; calling it would import all of torch._dynamo, which takes seconds
 # and edits the environment.
-for _function in (_native_reason, _cuda_reason, _triton_reason, _launches_elsewhere, _first_on_gpu):
+for _function in (
+    _native_reason, _cuda_reason, _triton_reason, _has_triton_kernel, _launches_elsewhere, _first_on_gpu
+):  # fmt: skip
     _function._dynamo_marked_constant = True
 
 
@@ -187,7 +198,9 @@ def unavailable_reason(backend: str, device_type: str, op: str) -> str | None:
         return _native_reason()
     if backend == "cuda":
         return _cuda_reason(op)
-    return _triton_reason() if backend == "triton" else None
+    if backend == "triton":
+        return _triton_reason() or (None if _has_triton_kernel(op) else "it has no kernel for this op")
+    return None
 
 
 def auto_order(op: str, device_type: str) -> tuple[str, ...]:
