@@ -110,6 +110,12 @@ def _decoded(inputs: Inputs, tokens: torch.Tensor) -> torch.Tensor:
             vqvae.float()
 
 
+def _check_shapes(tokens: torch.Tensor, images: torch.Tensor, *expected: torch.Tensor) -> None:
+    for name, tensor, other in zip(("tokens", "images"), (tokens, images), expected, strict=True):
+        if tensor.shape != other.shape:
+            raise AssertionError(f"{name}: expected shape {tuple(other.shape)}, got {tuple(tensor.shape)}")
+
+
 def _compare_tokens(
     found: torch.Tensor, expected: torch.Tensor, ties: NearTies, starts: tuple[int, ...]
 ) -> torch.Tensor:
@@ -135,6 +141,7 @@ def judge_fp32(inputs: Inputs) -> Judge:
 
     def judge(results, peer: bool = False) -> float:
         found, images = results
+        _check_shapes(found, images, tokens, plain)
         same = _compare_tokens(found, tokens, ties, pipeline.var.config.schedule.starts)
         if not same.any():
             raise AssertionError("tokens: no image is plain PyTorch's")
@@ -160,9 +167,9 @@ def judge_bf16(inputs: Inputs) -> Judge:
 
     def judge(results, peer: bool = False) -> float:
         found, images = results
-        expected = fp32 if peer else ours_fp32
-        if (found == expected).double().mean() < 0.8 * agreement:
-            wrong = int((found != expected).sum())
+        _check_shapes(found, images, tokens, plain)
+        wrong = min(int((found != expected).sum()) for expected in (fp32, ours_fp32))  # by a generator, by seeds
+        if 1 - wrong / found.numel() < 0.8 * agreement:
             raise AssertionError(f"tokens: {wrong} of {found.numel()} differ from those of fp32")
         if not images.isfinite().all():
             raise AssertionError("images: not finite")
