@@ -142,6 +142,25 @@ TABLE |= {
     "adaln_layer_norm.sum_partials": (Row(Config({"ROWS": 32, "CHUNK": 64}, num_warps=4)),),
 }
 
+# qk_norm_cache: size is the head dimension, rounded up to a power of two. A program has enough heads for a 16-byte
+# vector in each thread, of queries, keys and values.
+TABLE |= {
+    "qk_norm_cache.qk_norm_cache_rows": tuple(
+        Row(Config({"HEADS": max(1, 2048 // itemsize // size)}, num_warps=4), size=size, itemsize=itemsize)
+        for itemsize in (2, 4)
+        for size in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+    )
+}
+
+# sample_tokens: size is the vocabulary, in whole blocks of 64 and a power of two of them: a row in registers.
+TABLE |= {
+    "sample_tokens.sample_row": (
+        Row(Config({}, num_warps=4), size=2048),
+        Row(Config({}, num_warps=8), size=8192),
+        Row(Config({}, num_warps=16)),
+    ),
+}
+
 # block_causal_attention: size is the head dimension, rounded up to a power of two, and twice that where rows are not
 # 16-byte aligned. A warp of the tensor cores takes 16 rows of its tile, so 64 rows are 4 warps; the blocks of the
 # other side are as wide as registers allow. B200 multiplies 128 rows at once. dk and dv of 128 columns leave registers
