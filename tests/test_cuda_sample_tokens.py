@@ -117,7 +117,7 @@ def test_ptx_is_accurate(dtype):
         check(conditional, unconditional, executor=execute_ptx_of(SOURCE), **options)
 
 
-REGISTERS = {"sample_tokens_kernel": 255}
+REGISTERS = {"sample_tokens_kernel": 128}
 
 
 @pytest.mark.slow
@@ -125,8 +125,10 @@ REGISTERS = {"sample_tokens_kernel": 255}
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
     assert len(kernels) == 3 * 3  # dtypes; counters of a thread
+    # Vocabularies above 4096, 64 values in each of 512 threads: newer compilers' code spills a few of them.
+    spilled = {"sm_100a": 16, "sm_120": 216}
     for kernel in kernels:
-        machine_code.assert_resources(kernel, REGISTERS)
+        machine_code.assert_resources(kernel, REGISTERS, spilled.get(arch, 0) if ", 8, 512>" in kernel.name else 0)
 
 
 CODE = "sample_tokens.cuh"
@@ -137,8 +139,7 @@ MUTANTS = {
     "of the words the wrong one": Mutant(CODE, "exponential(words[w])", "exponential(words[3 - w])", "values"),
     "nine rounds": Mutant(CODE, "round < kPhiloxRounds", "round < kPhiloxRounds - 1", "values"),
     "one token too few": Mutant(CODE, "if (count > k)", "if (count > k + 1)", "values"),
-    "top-p keeps too little": Mutant(CODE, "row.keys[i] <= key; })) <= budget", "row.keys[i] < key; })) <= budget",
-                                     "values"),
+    "top-p drops too much": Mutant(CODE, "a.dropped * total", "2 * a.dropped * total", "values"),
     "guidance of the other sign": Mutant(CODE, "* x - a.guidance", "* x + a.guidance", "values"),
 }  # fmt: skip
 

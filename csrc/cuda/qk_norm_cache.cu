@@ -29,7 +29,7 @@ void run(const OnDevice& device, const QkNormCache& a) {
   int lanes = 32;
   while (fit && lanes / 2 >= packs) lanes /= 2;
   const int64_t blocks = (heads * lanes + kQkNormThreads - 1) / kQkNormThreads;
-  VAR_CHECK(blocks <= INT32_MAX, "qkv", "fewer tokens", a.batch * a.length);
+  VAR_CHECK(heads <= INT32_MAX / 2 && a.dim <= INT32_MAX, "qkv", "less than 2^30 heads of all tokens", heads);
   const LaunchShape shape = {dim3(unsigned(blocks)), dim3(kQkNormThreads)};
   if (!fit)
     launch(device, "qk_norm_cache", plain_qk_norm_cache_kernel<T>, shape, a);

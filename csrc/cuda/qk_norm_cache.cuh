@@ -17,10 +17,12 @@ struct HeadPlaces {
   int64_t part;
   T *q, *k, *v;
 
-  __device__ HeadPlaces(const QkNormCache& a, int64_t group) : part(a.qkv_part) {
-    const int64_t row = group / a.heads, head = group % a.heads, sample = row / a.length, token = row % a.length;
+  // 32-bit divisions: the door sees to it that there are fewer groups.
+  __device__ HeadPlaces(const QkNormCache& a, unsigned group) : part(a.qkv_part) {
+    const unsigned row = group / unsigned(a.heads), length = unsigned(a.length);
+    const int64_t head = group % unsigned(a.heads), sample = row / length, token = row % length;
     in = static_cast<const T*>(a.qkv) + sample * a.qkv_sample + token * a.qkv_token + head * a.qkv_head;
-    q = static_cast<T*>(a.q) + group * a.dim;
+    q = static_cast<T*>(a.q) + int64_t(group) * a.dim;
     const auto cache_row = [&](const CacheRows& cache) {
       return static_cast<T*>(cache.data) + sample * cache.per_sample + head * cache.per_head +
              (a.start + token) * cache.per_token;
@@ -40,9 +42,9 @@ template <class T, int kPacks>
 __global__ void __launch_bounds__(kQkNormThreads) qk_norm_cache_kernel(const QkNormCache a, int lanes) {
   constexpr int kWidth = kPackWidth<T>;
   const int lane = int(threadIdx.x) % lanes, packs = int(a.dim) / kWidth;
-  const int64_t wanted = (int64_t(blockIdx.x) * kQkNormThreads + threadIdx.x) / lanes;
+  const unsigned wanted = blockIdx.x * (kQkNormThreads / unsigned(lanes)) + threadIdx.x / unsigned(lanes);
   const bool present = wanted < a.batch * a.length * a.heads;
-  const int64_t group = present ? wanted : 0;
+  const unsigned group = present ? wanted : 0;
   const HeadPlaces<T> head(a, group);
   uint4 raw[3][kPacks];
 #pragma unroll
@@ -53,7 +55,7 @@ __global__ void __launch_bounds__(kQkNormThreads) qk_norm_cache_kernel(const QkN
       raw[part][i] = present && at < packs ? ptx::load16(head.in + part * head.part + at * kWidth)
                                            : make_uint4(0, 0, 0, 0);
     }
-  const float factor = a.q_factor[group % a.heads];
+  const float factor = a.q_factor[group % unsigned(a.heads)];
 #pragma unroll
   for (int part = 0; part < 3; ++part) {
     T* const out = part == 0 ? head.q : part == 1 ? head.k : head.v;
@@ -87,18 +89,19 @@ __global__ void __launch_bounds__(kQkNormThreads) qk_norm_cache_kernel(const QkN
 template <class T>
 __global__ void __launch_bounds__(kQkNormThreads) plain_qk_norm_cache_kernel(const QkNormCache a) {
   const int lane = int(threadIdx.x) % 32;
-  const int64_t group = (int64_t(blockIdx.x) * kQkNormThreads + threadIdx.x) / 32;
+  const unsigned group = blockIdx.x * (kQkNormThreads / 32) + threadIdx.x / 32;
   if (group >= a.batch * a.length * a.heads) return;
   const HeadPlaces<T> head(a, group);
+#pragma unroll
   for (int part = 0; part < 2; ++part) {
     const T* const in = head.in + part * head.part;
     T* const out = part == 0 ? head.q : head.k;
     float squares = 0.0f;
-    for (int64_t d = lane; d < a.dim; d += 32) squares += to_float(in[d]) * to_float(in[d]);
-    const float scale = scale_of(warp_sum(squares), part == 0 ? a.q_factor[group % a.heads] : 1.0f);
-    for (int64_t d = lane; d < a.dim; d += 32) out[d] = from_float<T>(to_float(in[d]) * scale);
+    for (int d = lane; d < a.dim; d += 32) squares += to_float(in[d]) * to_float(in[d]);
+    const float scale = scale_of(warp_sum(squares), part == 0 ? a.q_factor[group % unsigned(a.heads)] : 1.0f);
+    for (int d = lane; d < a.dim; d += 32) out[d] = from_float<T>(to_float(in[d]) * scale);
   }
-  for (int64_t d = lane; d < a.dim; d += 32) head.v[d] = head.in[2 * head.part + d];
+  for (int d = lane; d < a.dim; d += 32) head.v[d] = head.in[2 * head.part + d];
 }
 
 }  // namespace var_kernels

@@ -15,11 +15,12 @@ using torch::stable::Tensor;
 
 template <class T>
 void run(const OnDevice& device, const SampleTokens& a) {
-  const LaunchShape shape = {dim3(unsigned(a.batch * a.length)), dim3(kSampleThreads)};
-  constexpr int64_t kPerCounter = 4 * kSampleThreads;  // tokens of one counter of every thread
-  const auto kernel = a.vocab <= kPerCounter       ? sample_tokens_kernel<T, 1>
-                      : a.vocab <= 4 * kPerCounter ? sample_tokens_kernel<T, 4>
-                                                   : sample_tokens_kernel<T, kMostSampleCounters>;
+  // Tokens by counters of a thread, four by each.
+  const bool small = a.vocab <= 1024, medium = a.vocab <= 4096;
+  const auto kernel = small    ? sample_tokens_kernel<T, 1, 256>
+                      : medium ? sample_tokens_kernel<T, 4, 256>
+                               : sample_tokens_kernel<T, 8, 512>;
+  const LaunchShape shape = {dim3(unsigned(a.batch * a.length)), dim3(medium ? 256 : 512)};
   launch(device, "sample_tokens", kernel, shape, a);
 }
 
@@ -37,7 +38,7 @@ Tensor sample_tokens(const Tensor& conditional_in, const std::optional<Tensor>& 
   const std::optional<Tensor> noise = contiguous(noise_in), seeds = contiguous(seeds_in);
   SampleTokens arguments =
       check_sample_tokens(conditional, unconditional, guidance, top_k, top_p, noise, seeds, offset);
-  constexpr int64_t kMostTokens = 4 * kSampleThreads * kMostSampleCounters;
+  constexpr int64_t kMostTokens = 4 * 8 * 512;
   VAR_CHECK(arguments.vocab <= kMostTokens, "conditional", "at most 16384 tokens to choose from on a GPU",
             arguments.vocab);
   VAR_CHECK(arguments.batch * arguments.length <= INT32_MAX, "conditional", "fewer rows",

@@ -12,16 +12,15 @@
 
 namespace var_kernels {
 
-constexpr int kSampleThreads = 256;
-constexpr int kMostSampleCounters = 16;  // of a thread: 16384 tokens
+constexpr int kMostSampleWarps = 16;  // of a block
 constexpr int kKeyOfMinusInfinity = -2139095041;
 constexpr int kLowestKey = -2147483647 - 1, kHighestKey = 2147483647;
 
 // One value for all threads of a block, combined in the order of the warps. Two buffers, taken in turn: a thread that is
 // a reduction ahead writes where no other still reads.
 struct BlockReduction {
-  unsigned (*buffers)[kSampleThreads / 32];
-  int turn;
+  unsigned (*buffers)[kMostSampleWarps];
+  int turn, warps;
 
   template <class V, class F>
   __device__ V operator()(V value, F f) {
@@ -32,7 +31,7 @@ struct BlockReduction {
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
     __syncthreads();
     V result = shared[0];
-    for (int warp = 1; warp < kSampleThreads / 32; ++warp) result = f(result, shared[warp]);
+    for (int warp = 1; warp < warps; ++warp) result = f(result, shared[warp]);
     return result;
   }
   __device__ int sum(int v) {
@@ -77,13 +76,13 @@ __device__ __forceinline__ float exponential(uint32_t word) {
 }
 
 // The tokens of a thread: element i is word i % 4 of its counter i / 4.
-template <int kCounters>
+template <int kCounters, int kThreads>
 struct ThreadRow {
   static constexpr int kElements = 4 * kCounters;
   int keys[kElements];
   float probabilities[kElements];
 
-  static __device__ int counter(int i) { return int(threadIdx.x) + i / 4 * kSampleThreads; }
+  static __device__ int counter(int i) { return int(threadIdx.x) + i / 4 * kThreads; }
   static __device__ int index(int i) { return counter(i) / 16 * 64 + i % 4 * 16 + counter(i) % 16; }
 
   template <class F>
@@ -103,8 +102,8 @@ struct ThreadRow {
 };
 
 // A key that exactly k tokens reach, or they and those that equal the k-th.
-template <int kCounters>
-__device__ int top_k_key(const ThreadRow<kCounters>& row, BlockReduction& reduce, int64_t k, int high) {
+template <class Row>
+__device__ int top_k_key(const Row& row, BlockReduction& reduce, int64_t k, int high) {
   int low = kKeyOfMinusInfinity;
   while (low < high) {  // at least k reach `low`, fewer than k exceed `high`
     const int key = middle(low, high);
@@ -120,8 +119,8 @@ __device__ int top_k_key(const ThreadRow<kCounters>& row, BlockReduction& reduce
 
 // The key of the first token that stays: what lies below fits the budget, it itself does not or is the largest. Of the
 // tokens with this key as many are dropped, the first first, as the budget still allows, but for the last one.
-template <int kCounters>
-__device__ int top_p_key(ThreadRow<kCounters>& row, BlockReduction& reduce, float budget, int low, int high) {
+template <class Row>
+__device__ int top_p_key(Row& row, BlockReduction& reduce, float budget, int low, int high) {
   low -= 1, high -= 1;
   while (low < high) {
     const int key = middle(low, high);
@@ -131,16 +130,18 @@ __device__ int top_p_key(ThreadRow<kCounters>& row, BlockReduction& reduce, floa
       high = key - 1;
   }
   int next = kHighestKey;
+#pragma unroll
   for (int i = 0; i < row.kElements; ++i) next = row.keys[i] > low && row.keys[i] < next ? row.keys[i] : next;
   const int border = reduce.min(next);
   const int equal = reduce.sum(row.count([&](int i) { return row.keys[i] == border; }));
   if (equal < 2) return border;
   const float left = budget - reduce.sum(row.add([&](int i) { return row.keys[i] <= low; }));
   float each = 0.0f;
+#pragma unroll
   for (int i = 0; i < row.kElements; ++i) each = row.keys[i] == border ? row.probabilities[i] : each;
   each = reduce.max(each);
   const int most = int(fminf(floorf(left / each), float(equal - 1)));
-  int first = 0, last = row.kElements * kSampleThreads;  // `first` tokens hold at most `most` of them
+  int first = 0, last = row.kElements * int(blockDim.x);  // `first` tokens hold at most `most` of them
   while (first < last) {
     const int end = middle(first, last);
     const auto tied_before = [&](int i) { return row.keys[i] == border && row.index(i) < end; };
@@ -149,16 +150,17 @@ __device__ int top_p_key(ThreadRow<kCounters>& row, BlockReduction& reduce, floa
     else
       last = end - 1;
   }
+#pragma unroll
   for (int i = 0; i < row.kElements; ++i)
     if (row.keys[i] == border && row.index(i) < first) row.keys[i] = kLowestKey;
   return border;
 }
 
-template <class T, int kCounters>
-__global__ void __launch_bounds__(kSampleThreads) sample_tokens_kernel(const SampleTokens a) {
-  __shared__ unsigned buffers[2][kSampleThreads / 32];
-  BlockReduction reduce = {buffers, 0};
-  ThreadRow<kCounters> row;
+template <class T, int kCounters, int kThreads>
+__global__ void __launch_bounds__(kThreads) sample_tokens_kernel(const SampleTokens a) {
+  __shared__ unsigned buffers[2][kMostSampleWarps];
+  BlockReduction reduce = {buffers, 0, kThreads / 32};
+  ThreadRow<kCounters, kThreads> row;
   const int64_t number = blockIdx.x, sample = number / a.length, token = number % a.length;
   const auto place = [&](const Rows& rows) {
     return static_cast<const T*>(rows.data) + sample * rows.per_sample + token * rows.per_token;
