@@ -18,6 +18,8 @@ from var_kernels import (
     multi_scale_quantize,
     nearest_code,
     next_scale_input,
+    qk_norm_cache,
+    sample_tokens,
 )
 from var_kernels.testing import SCHEDULES, assert_accurate, attention_inputs, modulation, randn, scale_lens
 
@@ -330,6 +332,45 @@ def test_auto_is_a_kernel(gpu):
     for op in backends.OPS:
         for dtype in DTYPES:
             assert backends.resolve(op, "auto", "cuda", dtype) in backends.GPU_BACKENDS
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 126])
+def test_qk_norm_cache(gpu, head_dim, dtype):
+    qkv, q_factor = randn(2, 256, 3, 16, head_dim, seed=1, dtype=dtype), randn(16, seed=2).exp()
+    outputs = []
+    plain, exact = ("reference", "cpu", dtype), ("reference", "cpu", torch.float64)
+    for backend, device, kind in ((gpu, DEVICE, dtype), plain, exact):
+        caches = [torch.zeros(2, 16, 680, head_dim, dtype=kind, device=device) for _ in range(2)]
+        q = qk_norm_cache(qkv.to(device, kind), *caches, 424, q_factor=q_factor.to(device), backend=backend)
+        outputs.append([tensor.cpu() for tensor in (q, *caches)])
+    for name, found, *others in zip(("q", "k", "v"), *outputs, strict=True):
+        assert_accurate(found, *others, name=name)
+
+
+@pytest.mark.parametrize("vocab", [512, 4096, 16384])
+def test_sample_tokens(gpu, vocab):
+    """A draw between scores that are equal to rounding may go either way: at most one in a thousand here."""
+    conditional, unconditional = (3 * randn(4, 256, vocab, seed=seed) for seed in (1, 2))
+    options = {"guidance": 1.5, "top_k": 300, "top_p": 0.96, "offset": 424}
+    seeds = torch.arange(4)
+    expected = sample_tokens(conditional, unconditional, seeds=seeds, **options, backend="reference")
+    found = sample_tokens(
+        conditional.to(DEVICE), unconditional.to(DEVICE), seeds=seeds.to(DEVICE), **options, backend=gpu
+    )
+    assert (found.cpu() != expected).float().mean() <= 1e-3
+
+
+def test_captured_generation(gpu):
+    """Each scale as a CUDA graph: what the launches give, for other labels, seeds and options than at the capture."""
+    pipeline = var.load(backend=gpu)
+    vqvae, transformer = pipeline.vqvae.to(DEVICE), pipeline.var.to(DEVICE)
+    captured, launched = (var.Generator(transformer, vqvae, batch_size=4, graphs=graphs) for graphs in (True, False))
+    for labels, seeds, cfg in (([0, 1, 2, 3], [1, 2, 3, 4], 2.0), ([9, 8, 7, 6], [5, 6, 7, 8], 2.0), ([3], [1], 1.0)):
+        one, other = (generator(torch.tensor(labels), seeds=seeds, cfg=cfg, top_k=100, top_p=0.95)
+                      for generator in (captured, launched))  # fmt: skip
+        assert torch.equal(one.tokens, other.tokens)
+    assert captured._captured, "the capture must not have failed"
 
 
 def test_generation_with_the_embedded_model(gpu):

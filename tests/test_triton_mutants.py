@@ -129,6 +129,34 @@ MUTANTS = [
         "tl.maximum(below - 1 + tap, 0)",
         "test_triton_multi_scale_quantize.py::test_forward_and_backward",
     ),
+    Mutant(
+        "keys go one row too far into the cache",
+        "triton/qk_norm_cache.py",
+        "place = start + token\n",
+        "place = start + 1 + token\n",
+        "test_triton_qk_norm_cache.py::test_interpreted",
+    ),
+    Mutant(
+        "columns beyond the head dimension are written",
+        "triton/qk_norm_cache.py",
+        "mask = present & (column < D)",
+        "mask = present & (column < WIDTH)",
+        "test_triton_qk_norm_cache.py::test_interpreted",
+    ),
+    Mutant(
+        "top-p drops the last of equal tokens",
+        "triton/sample_tokens.py",
+        "tied & (index < low), _LOWEST",
+        "tied & (index >= tokens - low), _LOWEST",
+        "test_triton_sample_tokens.py::test_equal_logits_on_the_border",
+    ),
+    Mutant(
+        "the second half of the key is not used",
+        "triton/sample_tokens.py",
+        "key1 = (seed >> 32).to(tl.uint32)",
+        "key1 = (seed >> 32).to(tl.uint32) * 0",
+        "test_triton_sample_tokens.py::test_seeds_stand_for_the_documented_noise",
+    ),
 ]
 
 

@@ -182,6 +182,34 @@ def _quantizer(name: str, raw: str, k: int | None = None, tokenizer: _Tokenizer 
     return Problem("multi_scale_quantize", name, raw, arguments, BATCH * operations)
 
 
+def _qk_norm(name: str, scale: int = -1) -> Problem:
+    """The new tokens of one scale, with and without the class; of the caches only the rows that are written."""
+    shape, length = SHAPES[name], SCHEDULES["256px"][scale] ** 2
+    dim = shape.width // shape.heads
+
+    def arguments(device):
+        qkv = torch.empty(2 * BATCH, length, 3, shape.heads, dim, dtype=torch.bfloat16, device=device)
+        caches = torch.empty(2, 2 * BATCH, shape.heads, length, dim, dtype=torch.bfloat16, device=device)
+        return qkv, torch.empty(shape.heads, device=device), *caches, 0
+
+    # Of queries and keys a square, a sum and a product for each element.
+    operations = 2 * 3 * 2 * BATCH * length * shape.width
+    return Problem("qk_norm_cache", f"{name} last scale bf16", "_qk_norm_cache", arguments, operations)
+
+
+def _sample(name: str, dtype=torch.float32) -> Problem:
+    length = SCHEDULES["256px"][-1] ** 2
+
+    def arguments(device):
+        conditional, unconditional = torch.empty(2, BATCH, length, _CODES, dtype=dtype, device=device)
+        seeds = torch.zeros(BATCH, dtype=torch.int64, device=device)
+        return conditional, unconditional, 1.5, 900, 0.96, None, seeds, 424
+
+    logits = BATCH * length * _CODES
+    # Guidance, a comparison and an addition for each threshold at least, ten rounds of two products for four tokens.
+    return Problem("sample_tokens", f"{name} {_NAMES[dtype]}", "_sample_tokens", arguments, 12 * logits, logits)
+
+
 def _both(make: Callable[..., Problem], *args, **kwargs) -> tuple[Problem, Problem]:
     return make(*args, **kwargs), make(*args, **kwargs, backward=True)
 
@@ -208,4 +236,6 @@ PROBLEMS: tuple[Problem, ...] = (
     _quantizer("encode 8 images backward", "_multi_scale_quantize_backward"),
     _quantizer("next scale input, scale 4 of 10", "_next_scale_input", k=3),
     _quantizer("next scale input, scale 9 of 10", "_next_scale_input", k=8),
+    _qk_norm("d16"),
+    _sample("last scale of 8 images"),
 )  # fmt: skip
