@@ -332,6 +332,7 @@ def test_info_shows_configuration_schedule_and_metadata(model):
 def test_info_describes_released_models_without_weights():
     text = run("info", "-m", "d30")
     assert "680 tokens per image" in text and "1920" in text and "described without its weights" in text
+    assert "packed weights of a generator" in text and "working memory of one image" in text
 
 
 # ------------------------------------------------------------------------------------------------------------ demo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from . import checkpoints
+from . import checkpoints, memory
 from .checkpoints import Pipeline
 from .cli import console, say
 from .config import PRESETS, ScaleSchedule
@@ -92,6 +93,12 @@ def _sizes(pipeline: Pipeline) -> Table:
         table.add_row(name, f"{count:,}", f"{count * 4 / _MIB:,.1f}", f"{count * 2 / _MIB:,.1f}")
     cache = cache_bytes(var.config) / _MIB
     table.add_row("KV cache, per image with guidance", "", f"{cache:,.1f}", f"{cache / 2:,.1f}")
+    packed, working = (
+        [f"{size(itemsize) / _MIB:,.1f}" for itemsize in (4, 2)]
+        for size in (partial(memory.fixed_bytes, var.config), partial(memory.batch_bytes, var.config, vqvae.config, 1))
+    )
+    table.add_row("packed weights of a generator", "", *packed)
+    table.add_row("working memory of one image, at most", "", *working)
     return table
 
 
