@@ -67,6 +67,8 @@ def group_norm_silu(
             raise TypeError(f"{argument}: expected torch.float32, got {tensor.dtype}")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias)):
         raise RuntimeError("group_norm_silu: has no gradient; call it under torch.no_grad() or torch.inference_mode()")
+    if x.numel() == 0:
+        return x if inplace else torch.empty_like(x)
     dense = x.contiguous(memory_format=torch.channels_last)
     check(not inplace or dense is x, "x", "a dense tensor with its channels last", f"strides {x.stride()}")
     if x.device.type == "cpu" and x.dtype in _DTYPES and _native.load().available:
@@ -77,6 +79,7 @@ def group_norm_silu(
         y = torch.ops.var_kernels._group_norm_silu(rows, weight, bias, groups, eps, silu)
         return y.view(batch, height, width, channels).permute(0, 3, 1, 2)
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = F.group_norm(dense.to(wide), groups, weight.to(wide), bias.to(wide), eps)
+    # Channels first: of channels-last images PyTorch's kernel for CPUs loses the digits that this op is to keep.
+    y = F.group_norm(dense.to(wide).contiguous(), groups, weight.to(wide), bias.to(wide), eps)
     y = (F.silu(y) if silu else y).to(x.dtype)
-    return x.copy_(y) if inplace else y
+    return x.copy_(y) if inplace else y.contiguous(memory_format=torch.channels_last)
