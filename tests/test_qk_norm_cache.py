@@ -113,8 +113,9 @@ def test_compile_writes_the_caches():
     k_cache.fill_(torch.nan), v_cache.fill_(torch.nan)
     with torch.no_grad():
         found = step(qkv, k_cache, v_cache, q_factor)
+    # Without the library it is the reference that is compiled, whose squares then add up in another order.
     for one, other in zip((found, k_cache, v_cache), want, strict=True):
-        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
