@@ -207,6 +207,9 @@ def test_bytes_are_what_the_tensors_take():
     )  # fmt: skip
     assert held["packed weights"] in (0, linears)
     assert Generator(pipeline.var, pipeline.vqvae, pack=False).nbytes["packed weights"] == 0
+    if held["packed weights"]:
+        fixed = memory.fixed_bytes(config, pipeline.vqvae.config, 4)
+        assert fixed <= held["packed weights"] + held["decoder"] < fixed * 1.05  # without biases and norms
 
 
 @pytest.mark.parametrize(
@@ -243,7 +246,8 @@ def test_refuses_bad_calls(labels, options, match):
 
 def test_a_batch_that_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
     vqvae, transformer = VQVAEConfig(), VARConfig(depth=16)
-    needed = [memory.fixed_bytes(transformer, 4) + memory.batch_bytes(transformer, vqvae, n, 4) for n in (1, 8, 200)]
+    fixed = memory.fixed_bytes(transformer, vqvae, 4)
+    needed = [fixed + memory.batch_bytes(transformer, vqvae, n, 4) for n in (1, 8, 200)]
     assert 1 << 30 < needed[0] < 4 << 30 < needed[2]
     monkeypatch.setattr(memory, "available_bytes", lambda device: needed[1])
     memory.check_batch(transformer, vqvae, 8, 4, "cpu")

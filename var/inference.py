@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from var_kernels import adaln_layer_norm, block_causal_attention, gated_residual_adaln, qk_norm_cache
 from var_kernels.group_norm_silu import group_norm_silu
 from var_kernels.packed_linear import PackedLinear
+from var_kernels.winograd_conv import PackedConv3x3
 
 from .transformer import VAR
 from .vqvae import VQVAE, Norm, ResnetBlock, Upsample
@@ -142,24 +144,15 @@ class InferenceTransformer:
         return q
 
 
-class DoublingConv(nn.Module):
-    """Upsampling by nearest neighbour and a 3×3 convolution, as one transposed convolution with 4 products for its 9.
+class Conv3x3(nn.Module):
+    """A 3×3 convolution with its weights prepared; `forward(x, residual)` adds the residual."""
 
-    Output pixel 2i + a sees input rows i − 1, i (a = 0) or i, i + 1 (a = 1) only: taps that fall on the same row are
-    added up beforehand, in each direction: (w2, w1 + w2, w0 + w1, w0).
-    """
-
-    def __init__(self, upsample: Upsample) -> None:
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, doubling: bool, pack: bool) -> None:
         super().__init__()
-        weight = upsample.conv.weight.detach().double()
-        for dim in (2, 3):
-            w0, w1, w2 = weight.unbind(dim)
-            weight = torch.stack((w2, w1 + w2, w0 + w1, w0), dim)
-        self.weight = nn.Parameter(weight.transpose(0, 1).to(upsample.conv.weight.dtype), requires_grad=False)
-        self.bias = nn.Parameter(upsample.conv.bias.detach().clone(), requires_grad=False)
+        self.prepared = PackedConv3x3(conv.weight, conv.bias, dtype=dtype, doubling=doubling, pack=pack)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv_transpose2d(x, self.weight, self.bias, stride=2, padding=1)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.prepared(x, residual)
 
 
 class FusedNorm(nn.Module):
@@ -178,34 +171,44 @@ class FusedNorm(nn.Module):
 
 
 class InPlaceResnetBlock(nn.Module):
-    """A residual block that writes over what nobody reads again: its branch, normalised, and the sum."""
+    """A residual block whose branch is normalised in place, and whose second convolution adds the shortcut."""
 
     def __init__(self, block: ResnetBlock) -> None:
         super().__init__()
-        self.norm1, self.norm2 = FusedNorm(block.norm1), FusedNorm(block.norm2)
+        self.norm1, self.norm2 = block.norm1, block.norm2
         self.conv1, self.conv2, self.nin_shortcut = block.conv1, block.conv2, block.nin_shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm2.activated(self.conv1(self.norm1.activated(x)), inplace=True)
-        return self.conv2(h).add_(self.nin_shortcut(x))
+        return self.conv2(h, self.nin_shortcut(x))
 
 
-def _replace(module: nn.Module, replacements: dict[type, type]) -> None:
-    """Every submodule of one of these types gives way to the prepared one made from it."""
+def _replace(module: nn.Module, replacements: dict[type, Callable[[nn.Module], nn.Module]]) -> None:
+    """Every submodule of one of these types gives way to the prepared one made from it, then those within."""
     for name, child in module.named_children():
         if type(child) in replacements:
-            setattr(module, name, replacements[type(child)](child))
-        else:
-            _replace(child, replacements)
+            child = replacements[type(child)](child)
+            setattr(module, name, child)
+        _replace(child, replacements)
 
 
 class InferenceDecoder:
     """The decoder of `vqvae` in `dtype`, channels last; a copy of its weights as they are now."""
 
-    def __init__(self, vqvae: VQVAE, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, vqvae: VQVAE, dtype: torch.dtype = torch.float32, *, pack: bool = True) -> None:
         self.dtype = dtype
+
+        def prepared(conv: nn.Conv2d, doubling: bool = False) -> nn.Module:
+            return conv if conv.kernel_size != (3, 3) else Conv3x3(conv, dtype, doubling, pack)
+
         decoder = copy.deepcopy(nn.Sequential(vqvae.post_quant_conv, vqvae.decoder)).requires_grad_(False)
-        _replace(decoder, {Upsample: DoublingConv, ResnetBlock: InPlaceResnetBlock, Norm: FusedNorm})
+        _replace(
+            decoder,
+            {
+                Upsample: lambda upsample: prepared(upsample.conv, doubling=True), nn.Conv2d: prepared,
+                ResnetBlock: InPlaceResnetBlock, Norm: FusedNorm,
+            },
+        )  # fmt: skip
         self._decoder = decoder.to(dtype=dtype, memory_format=torch.channels_last)
         config, side = vqvae.config, vqvae.config.schedule.side
         widths = [config.ch * mult for mult in config.ch_mult]
@@ -218,7 +221,8 @@ class InferenceDecoder:
     @property
     def nbytes(self) -> int:
         """Bytes of the copy of the weights."""
-        return sum(parameter.nbytes for parameter in self._decoder.parameters())
+        convs = [module.prepared for module in self._decoder.modules() if isinstance(module, Conv3x3)]
+        return sum(held.nbytes for held in (*self._decoder.parameters(), *convs))
 
     @property
     def group(self) -> int:

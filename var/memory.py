@@ -56,12 +56,30 @@ def _cgroup_room() -> int | None:
         return None
 
 
-def fixed_bytes(var: VARConfig, precision_bytes: int) -> int:
-    """Bytes of the packed weights of a `Generator`, whatever its batch size."""
+def fixed_bytes(var: VARConfig, vqvae: VQVAEConfig, precision_bytes: int, device: str | torch.device = "cpu") -> int:
+    """Bytes of the weights of a `Generator`, whatever its batch size."""
+    import torch
+
+    from var_kernels.winograd_conv import prepared_bytes
+
+    from .vqvae import Decoder, Upsample
+
     width = var.width
     modulation = 6 * width * width * (1 if var.shared_aln else var.depth)
     per_block = (4 + 2 * var.mlp_ratio) * width * width
-    return int(precision_bytes * (var.depth * per_block + modulation + 2 * width * width) + 4 * width * var.vocab_size)
+    packed = precision_bytes * (var.depth * per_block + modulation + 2 * width * width) + 4 * width * var.vocab_size
+    with torch.device("meta"):
+        decoder = Decoder(vqvae)
+    doubling = {module.conv for module in decoder.modules() if isinstance(module, Upsample)}
+    dtype = torch.float32 if precision_bytes == 4 else torch.bfloat16
+    for conv in decoder.modules():
+        if isinstance(conv, torch.nn.Conv2d):
+            large = conv.kernel_size == (3, 3)
+            packed += (
+                prepared_bytes(conv.out_channels, conv.in_channels, dtype, conv in doubling, device) if large
+                else conv.weight.numel() * precision_bytes
+            )  # fmt: skip
+    return int(packed)
 
 
 def batch_bytes(var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes: int) -> int:
@@ -86,7 +104,7 @@ def check_batch(
     room = available_bytes(device)
     if room is None:
         return
-    fixed = fixed_bytes(var, precision_bytes)
+    fixed = fixed_bytes(var, vqvae, precision_bytes, device)
     needed = fixed + batch_bytes(var, vqvae, batch, precision_bytes)
     if needed <= room:
         return

@@ -95,7 +95,10 @@ def _sizes(pipeline: Pipeline) -> Table:
     table.add_row("KV cache, per image with guidance", "", f"{cache:,.1f}", f"{cache / 2:,.1f}")
     packed, working = (
         [f"{size(itemsize) / _MIB:,.1f}" for itemsize in (4, 2)]
-        for size in (partial(memory.fixed_bytes, var.config), partial(memory.batch_bytes, var.config, vqvae.config, 1))
+        for size in (
+            partial(memory.fixed_bytes, var.config, vqvae.config),
+            partial(memory.batch_bytes, var.config, vqvae.config, 1),
+        )
     )
     table.add_row("packed weights of a generator", "", *packed)
     table.add_row("working memory of one image, at most", "", *working)

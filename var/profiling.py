@@ -15,6 +15,8 @@ from rich import box
 from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from var_kernels.winograd_conv import SCHEMES
+
 from . import memory
 from .checkpoints import EMBEDDED, Pipeline, write_atomically
 from .cli import console, progress, say
@@ -35,7 +37,7 @@ _STAGES = {
     "next input": ("_next_scale_input", "embedding"),
 }
 _CONVOLUTIONS, _NORMS = "convolutions", "GroupNorm, SiLU"
-_DECODER_STAGES = {_CONVOLUTIONS: ("conv2d", "conv_transpose2d"), _NORMS: ("group_norm", "silu")}
+_DECODER_STAGES = {_CONVOLUTIONS: ("conv2d", "conv_transpose2d", "_winograd_conv"), _NORMS: ("group_norm", "silu")}
 _REST = "rest"  # smaller operators, and Python between all of them
 _DECODER = "decoder"
 _ROUNDS = 3
@@ -83,7 +85,10 @@ def _stage_of(operator: str, in_decoder: bool) -> str | None:
 
 
 def _operations(operator: str, args: tuple) -> float:
-    """Multiplications and additions of the operators that consist of them; of attention those of visible pairs."""
+    """Multiplications and additions of the operators that consist of them, as they are carried out.
+
+    Of attention those of visible pairs, of minimal filtering those of the products of matrices.
+    """
     if "linear" in operator:
         x, weight = args[:2]
         return 2.0 * x.numel() * weight.shape[0]
@@ -94,6 +99,9 @@ def _operations(operator: str, args: tuple) -> float:
         # All taps meet every pixel of the input: no convolution of the decoder has strides that skip some.
         x, weight = args[:2]
         return 2.0 * weight.numel() * x.numel() / x.shape[1]
+    if "_winograd_conv" in operator:
+        x, out_channels, scheme = args[0], args[4], SCHEMES[args[5]]
+        return 2.0 * x.numel() * out_channels * scheme.products_per_input
     return 0.0
 
 

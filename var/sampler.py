@@ -100,11 +100,11 @@ class Options(NamedTuple):
 class Generator:
     """Images of a model, as fast as the machine allows: built once for a precision and a batch size, called often.
 
-    Building copies the weights as they are now, packed for oneDNN on a CPU and the decoder's with its channels last;
-    `nbytes` says how much that is, with the KV cache. Later changes of the model do not show. With `pack=False` nothing
-    is copied in fp32: projections are `F.linear`, and the model's own decoder runs. Precision "bf16" holds weights,
-    activations of the projections, attention and the decoder in bfloat16; the residual stream, the norms, the head
-    and sampling stay fp32.
+    Building copies the weights as they are now, on a CPU packed for the kernels, else the decoder's with its channels
+    last; `nbytes` says how much that is, with the KV cache. Later changes of the model do not show. With `pack=False`
+    nothing is copied in fp32: projections are `F.linear`, and the model's own decoder runs. Precision "bf16" holds
+    weights, activations of the projections, attention and the decoder in bfloat16; the residual stream, the norms, the
+    head and sampling stay fp32.
 
     `graphs`: whether each scale is captured as a CUDA graph, once for each batch size and set of options; None: on
     GPUs. Never verified on a GPU. Where a capture fails, a warning says why and the scales are launched as usual.
@@ -133,7 +133,7 @@ class Generator:
         with torch.inference_mode():
             self._transformer = InferenceTransformer(var, 2 * batch_size, PRECISIONS[precision], pack=pack)
             in_place = precision == "fp32" and not pack
-            self._decoder = None if in_place else InferenceDecoder(vqvae, PRECISIONS[precision])
+            self._decoder = None if in_place else InferenceDecoder(vqvae, PRECISIONS[precision], pack=pack)
         self.decode = self._decoder or vqvae.decode_features  # features (B, z_channels, h, w) -> images
         self.begin, self.empty_features = self._transformer.begin, vqvae.quantize.empty_features
         on_gpu = self.device.type == "cuda"

@@ -1,0 +1,88 @@
+// The door of winograd_conv on CPU: checks, allocation, and blocks of tiles over threads.
+#include "winograd_conv.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "../checks.h"
+#include "dispatch.h"
+
+namespace var_kernels {
+
+VAR_DECLARE_ISA_TABLES(WinogradConvTable, winograd_conv_table)
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// x is (B, H, W, C_in), dense; see winograd_conv.py for the order of the packed weights.
+Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, const std::optional<Tensor>& residual,
+                     int64_t out_channels, int64_t scheme_index) {
+  const ScalarType dtype = x.scalar_type();
+  VAR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x", "float32 or bfloat16",
+            torch::headeronly::toString(dtype));
+  VAR_CHECK(x.dim() == 4 && x.is_contiguous(), "x", "a dense tensor of shape (B, H, W, C)", x.dim(), " dimensions");
+  VAR_CHECK(scheme_index >= 0 && scheme_index < 3, "scheme", "0, 1 or 2", scheme_index);
+  const WinogradScheme& scheme = kWinogradSchemes[scheme_index];
+  const int64_t batch = x.size(0), height = x.size(1), width = x.size(2), channels = x.size(3);
+  const int64_t depth = up(channels, kWinogradDepth), points = scheme.points * scheme.points;
+  const bool pairs = packed.scalar_type() == ScalarType::BFloat16;
+  VAR_CHECK((pairs && dtype == ScalarType::BFloat16) || packed.scalar_type() == ScalarType::Float, "packed",
+            "float32, or bfloat16 like x", torch::headeronly::toString(packed.scalar_type()));
+  VAR_CHECK(out_channels > 0 && packed.is_contiguous() &&
+                packed.numel() == points * depth * up(out_channels, kWinogradColumns),
+            "packed", points * depth * up(out_channels, kWinogradColumns), packed.numel());
+  VAR_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == out_channels && bias.is_contiguous(), "bias",
+            "a dense float32 vector, one for each output channel", bias.numel(), " elements");
+  Tensor y = empty_cpu({batch, height * scheme.scale, width * scheme.scale, out_channels}, dtype);
+  if (residual) {
+    bool same = residual->scalar_type() == dtype && residual->dim() == 4 && residual->is_contiguous();
+    for (int64_t d = 0; same && d < 4; ++d) same = residual->size(d) == y.size(d);
+    VAR_CHECK(same, "residual", "shape and dtype of the result, dense", residual->numel(), " elements");
+  }
+  if (y.numel() == 0) return y;
+
+  const auto kernel = winograd_conv_table().tiles[scheme_index][dtype == ScalarType::Float ? 0 : pairs ? 1 : 2];
+  VAR_CHECK(kernel != nullptr, "packed", "float32: this instruction set has no product of bfloat16", "bfloat16");
+  WinogradConv arguments{x.const_data_ptr(), packed.const_data_ptr(), bias.const_data_ptr<float>(),
+                         residual ? residual->const_data_ptr() : nullptr, y.mutable_data_ptr(),
+                         height, width, channels, out_channels, false};
+  // What is larger than three quarters of a common last-level cache will not be found there by the next operation.
+  constexpr int64_t kStreamBytes = 24 << 20, kLine = 64;
+  const int64_t size = dtype == ScalarType::Float ? 4 : 2;
+  arguments.stream = y.numel() * size > kStreamBytes && out_channels * size % kLine == 0 &&
+                     reinterpret_cast<uintptr_t>(arguments.y) % kLine == 0;
+
+  // Transformed inputs of a block take a good half of a common second-level cache (1 MiB).
+  constexpr int64_t kBlockBytes = 640 << 10, kLeast = 32, kMost = 128;
+  const int64_t tiles = scheme.tiles(height) * scheme.tiles(width);
+  const int64_t fitting = kBlockBytes / (points * depth * (pairs ? 2 : 4)) / kWinogradColumns * kWinogradColumns;
+  const int64_t block = std::min(std::max(kLeast, std::min(kMost, fitting)), up(tiles, kWinogradColumns));
+  const int64_t blocks = (tiles + block - 1) / block;
+  const int64_t floats = points * block * (kWinogradStrip + depth) + scheme.inputs * scheme.inputs * channels;
+
+  // A task is a block, or where blocks would leave threads idle some strips of its columns: to transform the inputs
+  // again for each costs little.
+  const int64_t columns = up(out_channels, kWinogradColumns), strips = (columns + kWinogradStrip - 1) / kWinogradStrip;
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto idle = [&](int64_t tasks) { return up(tasks, threads) * 4 > tasks * 5; };
+  int64_t parts = 1;
+  while (parts < strips && idle(batch * blocks * parts)) ++parts;
+  const int64_t work = batch * tiles * points * depth * out_channels;
+  parallel_tasks(batch * blocks * parts, work, [&](int64_t task) {
+    const int64_t part = task % parts, first = task / parts % blocks * block;
+    kernel(arguments, task / parts / blocks, first, std::min(block, tiles - first), strips * part / parts * kWinogradStrip,
+           std::min(columns, strips * (part + 1) / parts * kWinogradStrip), thread_scratch(floats));
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace var_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(var_kernels, CPU, m) { m.impl("_winograd_conv", TORCH_BOX(&var_kernels::winograd_conv)); }

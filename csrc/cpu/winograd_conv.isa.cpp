@@ -1,0 +1,207 @@
+// 3×3 convolution of channels-last images by Winograd's minimal filtering: a tile of 2×2 outputs takes 4×4 products of
+// channels instead of 36, 4×4 outputs 6×6 instead of 144, and 2×2 outputs of an image doubled by nearest neighbour 3×3
+// instead of 36.
+//
+// The limit is arithmetic: inputs of a block of tiles are transformed (additions only), multiplied, one product of
+// matrices (tiles, C_in) · (C_in, C_out) for each point, and transformed back. The block is small enough to stay in the
+// second-level cache throughout; of the packed weights, which come from further away, each line serves the whole block.
+#include "winograd_conv.h"
+
+#include "gemm.h"
+#include "tiles.h"
+
+namespace var_kernels::VAR_ISA {
+namespace {
+
+// One direction: inputs to points, points to outputs. (Filters are transformed by the caller, in fp64.)
+struct TwoOutputs {
+  static constexpr WinogradScheme kScheme = kWinogradSchemes[0];
+  static VAR_INLINE void input(const Vec (&d)[4], Vec (&m)[4]) {
+    m[0] = d[0] - d[2];
+    m[1] = d[1] + d[2];
+    m[2] = d[2] - d[1];
+    m[3] = d[1] - d[3];
+  }
+  static VAR_INLINE void output(const Vec (&m)[4], Vec (&y)[2]) {
+    y[0] = m[0] + m[1] + m[2];
+    y[1] = m[1] - m[2] - m[3];
+  }
+};
+
+// Points 0, ±a, ±b and infinity. a = 5/8 and b = 3/2 halve the error of the usual 1 and 2: the best of all pairs of
+// dyadic fractions tried, whose products here are exact.
+struct FourOutputs {
+  static constexpr WinogradScheme kScheme = kWinogradSchemes[1];
+  static constexpr float a = 0.625f, b = 1.5f, a2 = a * a, b2 = b * b;
+  static VAR_INLINE void input(const Vec (&d)[6], Vec (&m)[6]) {
+    const Vec even_a = d[4] - d[2] * b2, odd_a = (d[3] - d[1] * b2) * a;
+    const Vec even_b = d[4] - d[2] * a2, odd_b = (d[3] - d[1] * a2) * b;
+    m[0] = d[0] * (a2 * b2) - d[2] * (a2 + b2) + d[4];
+    m[1] = even_a + odd_a;
+    m[2] = even_a - odd_a;
+    m[3] = even_b + odd_b;
+    m[4] = even_b - odd_b;
+    m[5] = d[1] * (a2 * b2) - d[3] * (a2 + b2) + d[5];
+  }
+  static VAR_INLINE void output(const Vec (&m)[6], Vec (&y)[4]) {
+    const Vec even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
+    y[0] = m[0] + even_a + even_b;
+    y[1] = odd_a * a + odd_b * b;
+    y[2] = even_a * a2 + even_b * b2;
+    y[3] = odd_a * (a2 * a) + odd_b * (b2 * b) + m[5];
+  }
+};
+
+// Of a doubled image the middle two of four inputs are equal, so that the third of four points vanishes.
+struct DoubledOutputs {
+  static constexpr WinogradScheme kScheme = kWinogradSchemes[2];
+  static VAR_INLINE void input(const Vec (&d)[3], Vec (&m)[3]) {
+    m[0] = d[0] - d[1];
+    m[1] = d[1];
+    m[2] = d[1] - d[2];
+  }
+  static VAR_INLINE void output(const Vec (&m)[3], Vec (&y)[2]) {
+    y[0] = m[0] + m[1];
+    y[1] = m[1] - m[2];
+  }
+};
+
+template <class S>
+struct Operand {
+  using Stored = float;
+};
+template <>
+struct Operand<Pair> {
+  using Stored = bf16;
+};
+
+// x at the top left of a tile, `row` elements apart, to its points, `point` elements apart.
+template <class F, class T, class S>
+VAR_INLINE void transform_input(const T* x, int64_t row, int64_t channels, S* v, int64_t point) {
+  constexpr int inputs = F::kScheme.inputs, points = F::kScheme.points;
+  const auto vector = [&](int64_t c, auto read) VAR_LAMBDA {
+    Vec w[points][inputs];  // transformed along the columns
+    for (int j = 0; j < inputs; ++j) {
+      Vec d[inputs], m[points];
+      for (int i = 0; i < inputs; ++i) d[i] = read(x + i * row + j * channels + c);
+      F::input(d, m);
+      for (int p = 0; p < points; ++p) w[p][j] = m[p];
+    }
+    for (int p = 0; p < points; ++p) {
+      Vec m[points];
+      F::input(w[p], m);
+      for (int q = 0; q < points; ++q) store(v + (p * points + q) * point + c, m[q]);
+    }
+  };
+  int64_t c = 0;
+  for (; c + kWidth <= channels; c += kWidth) vector(c, [](const T* p) VAR_LAMBDA { return load(p); });
+  const int64_t rest = channels - c;
+  if (rest > 0) vector(c, [rest](const T* p) VAR_LAMBDA { return load_tail(p, rest); });
+  for (c += rest > 0 ? kWidth : 0; c < round_up(channels, kWinogradDepth); c += kWidth)
+    for (int p = 0; p < points * points; ++p) store(v + p * point + c, Vec{});
+}
+
+// The points of a tile, `point` floats apart, to rows × columns outputs at y, `row` elements apart.
+template <class F, class T>
+VAR_INLINE void transform_output(const float* m, int64_t point, const float* bias, int64_t channels, int64_t rows,
+                                 int64_t columns, const T* residual, T* y, int64_t row, int64_t column, bool streamed) {
+  constexpr int outputs = F::kScheme.outputs, points = F::kScheme.points;
+  const auto vector = [&](int64_t c, auto read, auto write) VAR_LAMBDA {
+    Vec w[outputs][points];
+    for (int q = 0; q < points; ++q) {
+      Vec line[points], y[outputs];
+      for (int p = 0; p < points; ++p) line[p] = load(m + (p * points + q) * point + c);
+      F::output(line, y);
+      for (int i = 0; i < outputs; ++i) w[i][q] = y[i];
+    }
+    const Vec start = read(bias + c);
+    for (int i = 0; i < outputs; ++i) {
+      if (i >= rows) break;
+      Vec sums[outputs];
+      F::output(w[i], sums);
+      for (int j = 0; j < outputs; ++j) {
+        if (j >= columns) break;
+        const int64_t at = i * row + j * column + c;
+        write(y + at, residual ? sums[j] + start + read(residual + at) : sums[j] + start);
+      }
+    }
+  };
+  int64_t c = 0;
+  if (streamed)
+    for (; c + kWidth <= channels; c += kWidth)
+      vector(c, [](const auto* p) VAR_LAMBDA { return load(p); }, [](T* p, Vec v) VAR_LAMBDA { stream(p, v); });
+  for (; c + kWidth <= channels; c += kWidth)
+    vector(c, [](const auto* p) VAR_LAMBDA { return load(p); }, [](T* p, Vec v) VAR_LAMBDA { store(p, v); });
+  if (const int64_t rest = channels - c; rest > 0)
+    vector(c, [rest](const auto* p) VAR_LAMBDA { return load_tail(p, rest); },
+           [rest](T* p, Vec v) VAR_LAMBDA { store_tail(p, v, rest); });
+}
+
+template <class F, class T, class S>
+void tiles(const WinogradConv& a, int64_t image, int64_t first, int64_t count, int64_t column, int64_t end,
+           float* scratch) {
+  using Stored = typename Operand<S>::Stored;
+  constexpr WinogradScheme scheme = F::kScheme;
+  constexpr int64_t kPoints = scheme.points * scheme.points, per_scalar = sizeof(S) / sizeof(Stored);
+  const TileUnit unit_is_ready;
+  const int64_t depth = round_up(a.in_channels, kWinogradDepth), across = scheme.tiles(a.width);
+  const int64_t rows = round_up(count, kWinogradColumns);
+  float *products = scratch, *transformed = products + kPoints * rows * kWinogradStrip;
+  T* patch = (T*)(transformed + kPoints * rows * depth);
+  Stored* v = (Stored*)transformed;
+
+  const int64_t in_row = a.width * a.in_channels;
+  const T* x = (const T*)a.x + image * a.height * in_row;
+  constexpr int step = scheme.outputs / scheme.scale;  // inputs from one tile to the next
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t top = (first + t) / across * step - 1, left = (first + t) % across * step - 1;
+    Stored* to = v + t * depth;
+    if (top >= 0 && left >= 0 && top + scheme.inputs <= a.height && left + scheme.inputs <= a.width) {
+      transform_input<F>(x + top * in_row + left * a.in_channels, in_row, a.in_channels, to, rows * depth);
+      continue;
+    }
+    const int64_t cell = a.in_channels * sizeof(T);
+    for (int i = 0; i < scheme.inputs; ++i)
+      for (int j = 0; j < scheme.inputs; ++j) {
+        const int64_t r = top + i, s = left + j;
+        T* at = patch + (i * scheme.inputs + j) * a.in_channels;
+        if (r < 0 || r >= a.height || s < 0 || s >= a.width)
+          memset(at, 0, cell);
+        else
+          memcpy(at, x + r * in_row + s * a.in_channels, cell);
+      }
+    transform_input<F>(patch, scheme.inputs * a.in_channels, a.in_channels, to, rows * depth);
+  }
+
+  const int64_t out_height = a.height * scheme.scale, out_width = a.width * scheme.scale;
+  const int64_t out_row = out_width * a.out_channels;
+  const S* weight = (const S*)a.weight + kPoints * (depth / per_scalar) * column;
+  for (int64_t n = column; n < end; n += kWinogradStrip) {
+    const int64_t strip = min_i(kWinogradStrip, end - n);
+    for (int64_t p = 0; p < kPoints; ++p, weight += depth / per_scalar * strip)
+      gemm(rows, strip, depth / per_scalar, (const S*)(v + p * rows * depth), depth / per_scalar, int64_t{1}, weight,
+           strip, products + p * rows * strip, strip, false);
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t r = (first + t) / across * scheme.outputs, s = (first + t) % across * scheme.outputs;
+      const int64_t at = ((image * out_height + r) * out_width + s) * a.out_channels + n;
+      transform_output<F>(products + t * strip, rows * strip, a.bias + n, min_i(strip, a.out_channels - n),
+                          out_height - r, out_width - s, a.residual ? (const T*)a.residual + at : nullptr,
+                          (T*)a.y + at, out_row, a.out_channels, a.stream);
+    }
+  }
+  if (a.stream) stream_fence();
+}
+
+#if defined(__AVX512BF16__)
+#define VAR_PAIRS(F) tiles<F, bf16, Pair>
+#else
+#define VAR_PAIRS(F) nullptr
+#endif
+#define VAR_TYPES(F) {tiles<F, float, float>, VAR_PAIRS(F), tiles<F, bf16, float>}
+
+}  // namespace
+
+extern const WinogradConvTable winograd_conv_table;
+const WinogradConvTable winograd_conv_table = {{VAR_TYPES(TwoOutputs), VAR_TYPES(FourOutputs), VAR_TYPES(DoubledOutputs)}};
+
+}  // namespace var_kernels::VAR_ISA
