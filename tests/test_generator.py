@@ -107,6 +107,18 @@ def test_cached_steps_equal_one_forward(fields):
         torch.testing.assert_close(logits, on_reference(model)(LABELS, inputs), rtol=1e-4, atol=1e-4)
 
 
+def test_guidance_in_front_of_the_head_is_that_of_the_logits():
+    with torch.inference_mode():
+        transformer = InferenceTransformer(tiny_var(), 4)
+        x = transformer.begin(torch.tensor([0, 1, 6, 6]))
+        conditional, unconditional = transformer.step(x, 0).chunk(2)
+        for guidance in (0.0, 0.7, 4.0):
+            guided = transformer.step(x, 0, guidance)
+            expected = (1 + guidance) * conditional - guidance * unconditional
+            torch.testing.assert_close(guided, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(transformer.step(x, 0, 0.0), conditional, rtol=1e-6, atol=1e-6)
+
+
 # ---- the object ----------------------------------------------------------------------------------------------------
 
 

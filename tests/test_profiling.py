@@ -40,7 +40,8 @@ def test_times_add_up_to_what_a_generation_takes(profile):
 def test_operations_are_those_of_the_model(profile):
     config = tiny_var().config
     rows, lengths, width = 6, config.schedule.lengths, config.width
-    linear = 2 * rows * sum(lengths) * (12 * width**2 * config.depth + width * config.vocab_size)
+    # Guidance combines the two halves in front of the head.
+    linear = 2 * sum(lengths) * (rows * 12 * width**2 * config.depth + rows // 2 * width * config.vocab_size)
     modulation = 2 * rows * (6 * width**2 * config.depth + 2 * width**2)
     embedding = 2 * 3 * sum(lengths[1:]) * config.z_channels * width
     assert profile.operations["projections"] == linear + modulation + embedding

@@ -116,8 +116,11 @@ def test_report(tmp_path):
     vqvae, model = VQVAE(VQVAE_CONFIG, "reference").eval(), VAR(VAR_CONFIG, "reference").eval()
     classifier = Classifier(10).eval()
     options = {"classifier": classifier, "num_generated": 25, "held_out": 15, "batch_size": 10}
-    report = evaluate(vqvae, generator_of(model, vqvae, cfg=0.0), train, test, **options)
-    assert report == evaluate(vqvae, generator_of(model, vqvae, cfg=0.0), train, test, **options)
+    report = evaluate(vqvae, generator_of(model, vqvae, batch_size=10, cfg=0.0), train, test, **options)
+    assert report == evaluate(vqvae, generator_of(model, vqvae, batch_size=10, cfg=0.0), train, test, **options)
+    smaller_groups = generator_of(model, vqvae, batch_size=3, cfg=0.0)
+    other = evaluate(vqvae, smaller_groups, train, test, **options | {"batch_size": 3})
+    assert other.frechet_generated == pytest.approx(report.frechet_generated, rel=1e-6)  # the same images
     assert report.test_images == 20 and report.generated_images == 25
     assert 0 < report.codes_used <= 1 and 1 <= report.code_perplexity <= VQVAE_CONFIG.vocab_size
     assert len(report.class_agreement_by_class) == 10

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli import INTERRUPTED, check_backend, check_device, help_text, integers, prepare_output, say
-from .cli_images import Backend, BatchSize, Cfg, Data, Device, Model, ModelPath, Seed, TopK, TopP
+from .cli_images import Backend, BatchSize, Cfg, Data, Device, Model, ModelPath, Precision, Seed, TopK, TopP
 
 _RUN, _OPTIMIZER, _MODEL, _DATA = "Run", "Optimization", "Model", "Data"
 
@@ -184,7 +184,8 @@ def evaluate(
     held_out: Annotated[int, typer.Option(
         "--held-out", min=2, help="Training images kept from the classifier, for the floor of the distance.")] = 2000,
     epochs: Annotated[float, typer.Option("--epochs", min=0.0, help="Epochs of training of the classifier.")] = 4.0,
-    cfg: Cfg = None, top_k: TopK = None, top_p: TopP = None, seed: Seed = 0, batch_size: BatchSize = None,
+    cfg: Cfg = None, top_k: TopK = None, top_p: TopP = None, seed: Seed = 0, precision: Precision = "fp32",
+    batch_size: BatchSize = None,
 ) -> None:
     """Measure a model on its data set; a few minutes, most of it for the measuring classifier.
 
@@ -199,9 +200,11 @@ def evaluate(
     check_backend(backend)
     prepare_output(output, ".json")
     from . import evaluation
+    from .generation import check_precision
 
+    check_precision(precision)
     sampling = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
-    evaluation.run(output, model, path, data, backend, images, held_out, epochs, sampling, seed, batch_size)
+    evaluation.run(output, model, path, data, backend, images, held_out, epochs, sampling, seed, precision, batch_size)
 
 
 def plot(

@@ -24,7 +24,7 @@ _UNITS = {"psnr": "dB", "mse": "of values in [−1, 1]", "code_perplexity": "cod
 
 def run(
     output: Path, model: str, path: str | None, data: Path | None, backend: str, images: int, held_out: int,
-    epochs: float, chosen: dict[str, Any], seed: int, batch_size: int | None,
+    epochs: float, chosen: dict[str, Any], seed: int, precision: str, batch_size: int | None,
 ) -> None:
     """Measure, print a table, write `output`."""
     started = time.perf_counter()
@@ -41,20 +41,22 @@ def run(
         train, fit, epochs=epochs, batch_size=min(_CLASSIFIER_BATCH, len(fit)), seed=seed,
         progress=lambda step, steps, loss: note(f"classifier: step {step}/{steps}, loss {loss:.3f}"),
     )
+    batch_size = batch_size or default_batch_size(var.config)
+    generate = generator_of(var, vqvae, batch_size=batch_size, precision=precision, **dataclasses.asdict(sampling))
     report = evaluate(
-        vqvae, generator_of(var, vqvae, **dataclasses.asdict(sampling)), train, test, classifier=classifier,
-        num_generated=images, held_out=held_out, batch_size=batch_size or default_batch_size(var.config), seed=seed,
-        progress=note,
+        vqvae, generate, train, test, classifier=classifier, num_generated=images, held_out=held_out,
+        batch_size=batch_size, seed=seed, progress=note,
     )
     conditions = {
         "model": opened.name, "data": describe(test), "sampling": dataclasses.asdict(sampling), "seed": seed,
+        "precision": precision, "batch_size": batch_size,
         "classifier_epochs": epochs, "backend": backend, "torch": torch.__version__,
         "seconds": round(time.perf_counter() - started, 1),
     }
     text = json.dumps(conditions | {"quality": report.as_dict()}, indent=2) + "\n"
     checkpoints.write_atomically(output, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
     _print(report, train)
-    say(f"{output}: {opened.name} on {test.name}, {sampling}, seed {seed}, {conditions['seconds']} s")
+    say(f"{output}: {opened.name} on {test.name}, {sampling}, seed {seed}, {precision}, {conditions['seconds']} s")
 
 
 def _print(report: QualityReport, data: ImageData) -> None:

@@ -110,8 +110,12 @@ class InferenceTransformer:
         x_BLC = F.linear(map_BLC, *self._word_embed) + self._positions[:, start : start + length]
         return torch.cat((x_BLC, x_BLC)) if guided else x_BLC
 
-    def step(self, x_BLC: Tensor, k: int) -> Tensor:
-        """Logits (rows, l_k, V), fp32, of scale k; its keys and values join those of the coarser scales."""
+    def step(self, x_BLC: Tensor, k: int, guidance: float | None = None) -> Tensor:
+        """Logits (rows, l_k, V), fp32, of scale k; its keys and values join those of the coarser scales.
+
+        With `guidance` t the second half of the rows is the unconditional one, and the result, of half as many rows,
+        (1 + t)·conditional − t·unconditional: combined in front of the head, which is linear.
+        """
         rows, length, width = x_BLC.shape
         config, start = self.config, self.config.schedule.starts[k]
         lens, end = config.schedule.lengths[: k + 1], start + length
@@ -131,6 +135,9 @@ class InferenceTransformer:
             )
             branch = layer.fc2(layer.fc1(y_BLC.to(self.dtype))).to(x_BLC.dtype)
             x_BLC, y_BLC = gated_residual_adaln(x_BLC, branch, p[:, 1:2], scale, shift, backend=self.backend)
+        if guidance is not None:
+            conditional, unconditional = y_BLC.chunk(2)
+            y_BLC = torch.lerp(unconditional, conditional, 1 + guidance)
         return self._head(y_BLC)
 
     def _extend_cache(self, layer: _Layer, qkv: Tensor, start: int) -> Tensor:

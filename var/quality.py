@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import ImageData, batch_indices, split_indices, step_generator
+from .generation import image_seeds
+from .sampler import Generator
 
 if TYPE_CHECKING:
     from .transformer import VAR
@@ -179,7 +181,7 @@ class QualityReport:
 
 def evaluate(
     vqvae: VQVAE,
-    generate: Callable[[Tensor, int], Tensor],
+    generate: Callable[[Tensor, list[int]], Tensor],
     train: ImageData,
     test: ImageData,
     *,
@@ -190,7 +192,7 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> QualityReport:
-    """Quality of `vqvae` and of ``generate(labels, seed) -> images`` on the data set of `train` and `test`.
+    """Quality of `vqvae` and of ``generate(labels, seeds) -> images`` on the data set of `train` and `test`.
 
     Generated labels cycle through the classes. The classifier is trained on `train` without its held-out images unless
     one is given; the floor is the Fréchet distance of min(held_out, num_generated) of those held-out images, because
@@ -209,9 +211,12 @@ def evaluate(
     real_classes, real_features = classify(classifier, real)
     reconstructed_classes, reconstructed_features = classify(classifier, reconstructed)
     say(f"generating {num_generated} images")
-    labels = torch.arange(num_generated) % len(train.class_names)
-    parts = labels.split(batch_size)
-    generated = torch.cat([generate(part, seed * 1_000_003 + i).clamp(-1, 1) for i, part in enumerate(parts)])
+    numbers = torch.arange(num_generated)
+    labels = numbers % len(train.class_names)
+    seeds = image_seeds(seed, range(num_generated))
+    generated = torch.cat([
+        generate(labels[part], [seeds[i] for i in part]).clamp(-1, 1) for part in numbers.split(batch_size)
+    ])
     generated_classes, generated_features = classify(classifier, generated.float().cpu())
     agrees = (generated_classes == labels).double()
     floor_images = train.batch(held_indices[:num_generated])[0]
@@ -249,6 +254,12 @@ def _reconstruct(vqvae: VQVAE, images: Tensor, batch_size: int) -> tuple[Tensor,
     return torch.cat(outputs), counts
 
 
-def generator_of(model: VAR, vqvae: VQVAE, **sampling: object) -> Callable[[Tensor, int], Tensor]:
-    """``generate(labels, seed) -> images`` for `evaluate`, with fixed `sampling` options of ``VAR.generate``."""
-    return lambda labels, seed: model.generate(vqvae, labels, seed=seed, **sampling).images
+def generator_of(
+    model: VAR, vqvae: VQVAE, *, batch_size: int, precision: str = "fp32", **sampling: object
+) -> Callable[[Tensor, list[int]], Tensor]:
+    """``generate(labels, seeds) -> images`` for `evaluate`, at most `batch_size` labels at a time.
+
+    `sampling` are options of a call of `Generator`.
+    """
+    generator = Generator(model, vqvae, batch_size=batch_size, precision=precision)
+    return lambda labels, seeds: generator(labels, seeds=seeds, **sampling).images

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from var_kernels import sample_tokens
-from var_kernels.reference.sample_tokens import guide, restrict
+from var_kernels.reference.sample_tokens import restrict
 
 from . import graphs as graph_capture
 from .inference import PRECISIONS, InferenceDecoder, InferenceTransformer
@@ -219,18 +219,15 @@ class Generator:
         """
         schedule = self.config.schedule
         ratio = k / (schedule.num_scales - 1) if schedule.num_scales > 1 else 0.0
-        logits = self._transformer.step(x_BLC, k)
-        conditional, unconditional = logits.chunk(2) if options.guided else (logits, None)
-        guidance = options.cfg * ratio
+        logits = self._transformer.step(x_BLC, k, options.cfg * ratio if options.guided else None)
         tokens = sample_tokens(
-            conditional, unconditional, guidance=guidance, top_k=options.top_k, top_p=options.top_p, noise=noise,
-            seeds=seeds, offset=0 if seeds is None else schedule.starts[k], backend=self._backend,
+            logits, top_k=options.top_k, top_p=options.top_p, noise=noise, seeds=seeds,
+            offset=0 if seeds is None else schedule.starts[k], backend=self._backend,
         )
         codebook = self._quantize.embedding
         codes = codebook(tokens)
         if gumbel is not None:
-            mixed = guide(conditional, unconditional, guidance) if options.guided else conditional
-            codes = soft_codes(restrict(mixed, options.top_k, options.top_p), codebook.weight, ratio, gumbel)
+            codes = soft_codes(restrict(logits, options.top_k, options.top_p), codebook.weight, ratio, gumbel)
         if given is not None:
             codes = torch.where(given[1].view(1, -1, 1), codebook(given[0]), codes)
         f_hat, following = self._quantize.accumulate(f_hat, codes, k)

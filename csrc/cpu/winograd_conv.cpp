@@ -64,7 +64,7 @@ Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, 
   const int64_t fitting = kBlockBytes / (points * depth * (pairs ? 2 : 4)) / kWinogradColumns * kWinogradColumns;
   const int64_t block = std::min(std::max(kLeast, std::min(kMost, fitting)), up(tiles, kWinogradColumns));
   const int64_t blocks = (tiles + block - 1) / block;
-  const int64_t floats = points * block * (kWinogradStrip + depth) + scheme.inputs * scheme.inputs * channels;
+  const int64_t floats = points * (block * (kWinogradStrip + depth) + 2 * kWinogradGap) + scheme.inputs * scheme.inputs * channels;
 
   // A task is a block, or where blocks would leave threads idle some strips of its columns: to transform the inputs
   // again for each costs little.

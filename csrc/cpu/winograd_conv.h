@@ -15,7 +15,7 @@ constexpr WinogradScheme kWinogradSchemes[] = {{2, 4, 4, 1}, {4, 6, 6, 1}, {2, 3
 constexpr int kWinogradTypes = 3;  // float; bf16 multiplied as pairs; bf16 multiplied as floats
 
 // Columns of the packed weights that lie together, and what the two channel counts are rounded up to.
-constexpr int64_t kWinogradStrip = 80, kWinogradColumns = 16, kWinogradDepth = 32;
+constexpr int64_t kWinogradStrip = 80, kWinogradColumns = 16, kWinogradDepth = 32, kWinogradGap = 32;
 
 struct WinogradConv {
   const void* x;  // (B, H, W, C_in), dense

@@ -146,8 +146,10 @@ void tiles(const WinogradConv& a, int64_t image, int64_t first, int64_t count, i
   const TileUnit unit_is_ready;
   const int64_t depth = round_up(a.in_channels, kWinogradDepth), across = scheme.tiles(a.width);
   const int64_t rows = round_up(count, kWinogradColumns);
-  float *products = scratch, *transformed = products + kPoints * rows * kWinogradStrip;
-  T* patch = (T*)(transformed + kPoints * rows * depth);
+  // One line more than the rows of a point take: else a tile's points would all fall on the same sets of the caches.
+  const int64_t v_point = rows * depth + kWinogradGap, m_point = rows * kWinogradStrip + kWinogradGap;
+  float *products = scratch, *transformed = products + kPoints * m_point;
+  T* patch = (T*)(transformed + kPoints * v_point);
   Stored* v = (Stored*)transformed;
 
   const int64_t in_row = a.width * a.in_channels;
@@ -157,7 +159,7 @@ void tiles(const WinogradConv& a, int64_t image, int64_t first, int64_t count, i
     const int64_t top = (first + t) / across * step - 1, left = (first + t) % across * step - 1;
     Stored* to = v + t * depth;
     if (top >= 0 && left >= 0 && top + scheme.inputs <= a.height && left + scheme.inputs <= a.width) {
-      transform_input<F>(x + top * in_row + left * a.in_channels, in_row, a.in_channels, to, rows * depth);
+      transform_input<F>(x + top * in_row + left * a.in_channels, in_row, a.in_channels, to, v_point);
       continue;
     }
     const int64_t cell = a.in_channels * sizeof(T);
@@ -170,7 +172,7 @@ void tiles(const WinogradConv& a, int64_t image, int64_t first, int64_t count, i
         else
           memcpy(at, x + r * in_row + s * a.in_channels, cell);
       }
-    transform_input<F>(patch, scheme.inputs * a.in_channels, a.in_channels, to, rows * depth);
+    transform_input<F>(patch, scheme.inputs * a.in_channels, a.in_channels, to, v_point);
   }
 
   const int64_t out_height = a.height * scheme.scale, out_width = a.width * scheme.scale;
@@ -179,12 +181,12 @@ void tiles(const WinogradConv& a, int64_t image, int64_t first, int64_t count, i
   for (int64_t n = column; n < end; n += kWinogradStrip) {
     const int64_t strip = min_i(kWinogradStrip, end - n);
     for (int64_t p = 0; p < kPoints; ++p, weight += depth / per_scalar * strip)
-      gemm(rows, strip, depth / per_scalar, (const S*)(v + p * rows * depth), depth / per_scalar, int64_t{1}, weight,
-           strip, products + p * rows * strip, strip, false);
+      gemm(rows, strip, depth / per_scalar, (const S*)(v + p * v_point), depth / per_scalar, int64_t{1}, weight, strip,
+           products + p * m_point, strip, false);
     for (int64_t t = 0; t < count; ++t) {
       const int64_t r = (first + t) / across * scheme.outputs, s = (first + t) % across * scheme.outputs;
       const int64_t at = ((image * out_height + r) * out_width + s) * a.out_channels + n;
-      transform_output<F>(products + t * strip, rows * strip, a.bias + n, min_i(strip, a.out_channels - n),
+      transform_output<F>(products + t * strip, m_point, a.bias + n, min_i(strip, a.out_channels - n),
                           out_height - r, out_width - s, a.residual ? (const T*)a.residual + at : nullptr,
                           (T*)a.y + at, out_row, a.out_channels, a.stream);
     }
