@@ -110,7 +110,7 @@ def test_cached_steps_equal_one_forward(fields):
 def test_guidance_in_front_of_the_head_is_that_of_the_logits():
     with torch.inference_mode():
         transformer = InferenceTransformer(tiny_var(), 4)
-        x = transformer.begin(torch.tensor([0, 1, 6, 6]))
+        x = transformer.begin(torch.tensor([0, 1, 5, 5]))
         conditional, unconditional = transformer.step(x, 0).chunk(2)
         for guidance in (0.0, 0.7, 4.0):
             guided = transformer.step(x, 0, guidance)
