@@ -22,7 +22,9 @@ from pathlib import Path
 import torch
 import var_kernels as vk
 from var_kernels import _build, _native
+from var_kernels.group_norm_silu import group_norm_silu
 from var_kernels.testing import randn
+from var_kernels.winograd_conv import PackedConv3x3
 from quantizer_inputs import SHAPES, gradients, inputs, leaves
 
 _build.AHEAD_OF_TIME_LIBRARY = Path(BUILT)
@@ -49,6 +51,23 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for metric in ("l2", "cosine"):
             vk.nearest_code(randn(rows, channels, seed=1, dtype=dtype), randn(codes, channels, seed=2, dtype=dtype),
                             metric=metric)
+torch.set_grad_enabled(False)
+for dtype in (torch.float32, torch.bfloat16):
+    for batch, length, heads, dim in ((2, 3, 2, 7), (1, 40, 3, 126)):
+        caches = [torch.zeros(batch, heads, length + 2, dim, dtype=dtype) for _ in range(2)]
+        vk.qk_norm_cache(randn(batch, length, 3, heads, dim, seed=1, dtype=dtype), *caches, 2)
+    for batch, channels, side in ((2, 33, 5), (1, 64, 20)):
+        x = randn(batch, channels, side, side + 3, seed=1, dtype=dtype)
+        group_norm_silu(x, torch.ones(channels), torch.zeros(channels), 1)
+        for out_channels, doubling in ((17, False), (100, False), (40, True)):
+            weight = randn(out_channels, channels, 3, 3, seed=2)
+            conv = PackedConv3x3(weight, torch.zeros(out_channels), dtype=dtype, doubling=doubling)
+            y = conv(x)
+            assert torch.equal(conv(x, torch.zeros_like(y)), y)
+for rows, vocab in ((3, 65), (20, 1000)):
+    logits = [3 * randn(1, rows, vocab, seed=seed) for seed in (1, 2)]
+    vk.sample_tokens(*logits, guidance=1.5, top_k=40, top_p=0.9, seeds=torch.tensor([5]))
+torch.set_grad_enabled(True)
 for name in ("just over a vector", "wide", "nine images"):
     tensors = leaves(inputs(SHAPES[name]))
     gradients(vk.multi_scale_quantize(*tensors, SHAPES[name][-1]), tensors)

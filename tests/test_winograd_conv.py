@@ -167,6 +167,7 @@ def test_opcheck(dtype, scheme):
         ({"x": torch.zeros(8, 4, 4)}, ValueError, "x: expected 4 dimensions"),
         ({"x": torch.zeros(2, 7, 4, 4)}, ValueError, "x: expected shape"),
         ({"x": torch.zeros(2, 8, 4, 4).half()}, TypeError, "x: expected torch.float32, got torch.float16"),
+        ({"x": torch.zeros(2, 8, 4, 4, requires_grad=True)}, RuntimeError, "no gradient"),
         ({"residual": torch.zeros(2, 16, 4, 5)}, ValueError, "residual: expected shape"),
         ({"residual": torch.zeros(2, 16, 4, 4).half()}, TypeError, "residual: expected torch.float32"),
     ],
@@ -186,6 +187,7 @@ def test_bad_input(change, error, match):
     [
         ({0: torch.zeros(1, 4, 4, 8).half()}, "x: expected float32 or bfloat16"),
         ({0: torch.zeros(1, 8, 4, 4).permute(0, 2, 3, 1)}, "x: expected a dense tensor"),
+        ({0: torch.zeros(1, 4, 4, 0), 1: torch.zeros(0)}, "x: expected at least one channel"),
         ({1: torch.zeros(5)}, "packed: expected"),
         ({1: torch.zeros(36 * 32 * 16).bfloat16()}, "packed: expected float32"),
         ({2: torch.zeros(15)}, "bias: expected"),

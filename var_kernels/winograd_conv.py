@@ -132,7 +132,8 @@ class PackedConv3x3:
     Errors: rms against exact arithmetic, times that of PyTorch's direct convolution with channels last in the same
     dtype: fp32 F(4×4) 1.8, fp32 F(2×2) 0.6, bfloat16 1.4; with channels first PyTorch's fp32 is 2.8 times better.
 
-    Raises TypeError and ValueError for a weight, bias, x or residual of another dtype, shape or device.
+    Raises TypeError and ValueError for a weight, bias, x or residual of another dtype, shape or device; RuntimeError
+    where a gradient would be needed.
 
     Source: Lavin and Gray, "Fast algorithms for convolutional neural networks" (arXiv 1509.09308).
     """
@@ -179,6 +180,8 @@ class PackedConv3x3:
             if residual.dtype != self.dtype:
                 raise TypeError(f"residual: expected {self.dtype} like x, got {residual.dtype}")
             check(residual.device == self.device, "residual", f"device {self.device} like x", residual.device)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual)):
+            raise RuntimeError("PackedConv3x3: has no gradient; call it under torch.no_grad()")
         if self.packed:
             y = torch.ops.var_kernels._winograd_conv(
                 _channels_last(x), self._weight, self._bias, None if residual is None else _channels_last(residual),

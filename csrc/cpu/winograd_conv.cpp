@@ -30,6 +30,7 @@ Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, 
   VAR_CHECK(scheme_index >= 0 && scheme_index < 3, "scheme", "0, 1 or 2", scheme_index);
   const WinogradScheme& scheme = kWinogradSchemes[scheme_index];
   const int64_t batch = x.size(0), height = x.size(1), width = x.size(2), channels = x.size(3);
+  VAR_CHECK(channels > 0, "x", "at least one channel", channels);
   const int64_t depth = up(channels, kWinogradDepth), points = scheme.points * scheme.points;
   const bool pairs = packed.scalar_type() == ScalarType::BFloat16;
   VAR_CHECK((pairs && dtype == ScalarType::BFloat16) || packed.scalar_type() == ScalarType::Float, "packed",

@@ -1,0 +1,97 @@
+"""3×3 convolutions of the decoder of VAR at 256 px, beside oneDNN's."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from var_kernels.testing import randn
+from var_kernels.winograd_conv import PackedConv3x3
+
+from .harness import Call, Case, Judge, judge_floats
+from .table import Work
+
+
+class Inputs(NamedTuple):
+    """x (B, C, H, W), channels last; weight (O, C, 3, 3), bias (O,); whether x is doubled first."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    doubling: bool
+
+
+def make_inputs(channels, out_channels, side, doubling, dtype) -> Inputs:
+    x = randn(1, channels, side, side, seed=0, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = randn(out_channels, channels, 3, 3, seed=1) / (9 * channels) ** 0.5
+    return Inputs(x, weight.contiguous(memory_format=torch.channels_last), randn(out_channels, seed=2), doubling)
+
+
+def _ours(inputs: Inputs) -> Call:
+    x, weight, bias, doubling = inputs
+    conv = PackedConv3x3(weight, bias, dtype=x.dtype, doubling=doubling)
+    return lambda: conv(x)
+
+
+def _direct(inputs: Inputs, dtype: torch.dtype | None = None) -> Call:
+    dtype = dtype or inputs.x.dtype
+    x, weight, bias = (tensor.to(dtype) for tensor in inputs[:3])
+
+    def call():
+        wide = F.interpolate(x, scale_factor=2, mode="nearest") if inputs.doubling else x
+        return F.conv2d(wide, weight, bias, padding=1)
+
+    return call
+
+
+def _summed_taps(inputs: Inputs) -> Call:
+    """Doubling as a transposed convolution with 4 products for 9: what serves without the kernel."""
+    conv = PackedConv3x3(*inputs[1:3], dtype=inputs.x.dtype, doubling=True, pack=False)
+    return lambda: conv(inputs.x)
+
+
+def _judge(inputs: Inputs) -> Judge:
+    judge = judge_floats({"y": _direct(inputs, torch.float64)()}, {"y": _direct(inputs)()})
+    return lambda results, peer=False: judge(results, peer=True)  # F(4×4) has up to three times the error
+
+
+def case(tier, channels, out_channels, side, dtype, doubling=False) -> Case:
+    name = f"{channels} to {out_channels}, {side}×{side}{' doubled' if doubling else ''}"
+    pixels = (side * (2 if doubling else 1)) ** 2
+    return Case(
+        group="conv 3×3",
+        name=f"{name} {str(dtype).removeprefix('torch.')}",
+        tier=tier,
+        inputs=functools.partial(make_inputs, channels, out_channels, side, doubling, dtype),
+        providers={
+            "var_kernels": _ours, "F.conv2d": _direct,
+            **({"transposed, summed taps": _summed_taps} if doubling else {}),
+        },
+        baseline="F.conv2d",
+        judge=_judge,
+        work=Work(18.0 * channels * out_channels * pixels, "FLOP", "fp32" if dtype == torch.float32 else "bf16"),
+    )  # fmt: skip
+
+
+_FP32, _BF16 = torch.float32, torch.bfloat16
+CASES = (
+    case("smoke", 32, 32, 16, _FP32),
+    case("smoke", 32, 48, 8, _BF16, doubling=True),
+    case("quick", 160, 160, 256, _FP32),
+    case("quick", 160, 160, 256, _BF16),
+    *(
+        case("full", *shape, dtype, doubling)
+        for *shape, doubling in (
+            (640, 640, 16, False), (320, 320, 64, False), (160, 160, 128, False), (320, 320, 64, True),
+            (160, 160, 128, True),
+        )
+        for dtype in (_FP32, _BF16)
+    ),
+)  # fmt: skip
+
+
+def test_winograd_conv(duel):
+    duel()
