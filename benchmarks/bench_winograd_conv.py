@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from var_kernels.testing import randn
-from var_kernels.winograd_conv import PackedConv3x3
+from var_kernels.winograd_conv import PackedConv3x3, winograd_unavailable_reason
 
-from .harness import Call, Case, Judge, judge_floats
+from .harness import OURS, Call, Case, Judge, Unavailable, judge_floats
 from .table import Work
 
 
@@ -32,6 +32,8 @@ def make_inputs(channels, out_channels, side, doubling, dtype) -> Inputs:
 
 def _ours(inputs: Inputs) -> Call:
     x, weight, bias, doubling = inputs
+    if (reason := winograd_unavailable_reason(x.dtype, x.device)) is not None:
+        raise Unavailable(reason)
     conv = PackedConv3x3(weight, bias, dtype=x.dtype, doubling=doubling)
     return lambda: conv(x)
 
@@ -67,11 +69,12 @@ def case(tier, channels, out_channels, side, dtype, doubling=False) -> Case:
         tier=tier,
         inputs=functools.partial(make_inputs, channels, out_channels, side, doubling, dtype),
         providers={
-            "var_kernels": _ours, "F.conv2d": _direct,
+            OURS: _ours, "F.conv2d": _direct,
             **({"transposed, summed taps": _summed_taps} if doubling else {}),
         },
         baseline="F.conv2d",
         judge=_judge,
+        devices=("cpu", "cuda"),
         work=Work(18.0 * channels * out_channels * pixels, "FLOP", "fp32" if dtype == torch.float32 else "bf16"),
     )  # fmt: skip
 
