@@ -24,8 +24,8 @@ class Inputs(NamedTuple):
     doubling: bool
 
 
-def make_inputs(channels, out_channels, side, doubling, dtype) -> Inputs:
-    x = randn(1, channels, side, side, seed=0, dtype=dtype).contiguous(memory_format=torch.channels_last)
+def make_inputs(batch, channels, out_channels, side, doubling, dtype) -> Inputs:
+    x = randn(batch, channels, side, side, seed=0, dtype=dtype).contiguous(memory_format=torch.channels_last)
     weight = randn(out_channels, channels, 3, 3, seed=1) / (9 * channels) ** 0.5
     return Inputs(x, weight.contiguous(memory_format=torch.channels_last), randn(out_channels, seed=2), doubling)
 
@@ -60,14 +60,14 @@ def _judge(inputs: Inputs) -> Judge:
     return lambda results, peer=False: judge(results, peer=True)  # F(4×4) has up to three times the error
 
 
-def case(tier, channels, out_channels, side, dtype, doubling=False) -> Case:
-    name = f"{channels} to {out_channels}, {side}×{side}{' doubled' if doubling else ''}"
-    pixels = (side * (2 if doubling else 1)) ** 2
+def case(tier, channels, out_channels, side, dtype, doubling=False, batch=1) -> Case:
+    name = f"B{batch} {channels} to {out_channels}, {side}×{side}{' doubled' if doubling else ''}"
+    pixels = batch * (side * (2 if doubling else 1)) ** 2
     return Case(
         group="conv 3×3",
         name=f"{name} {str(dtype).removeprefix('torch.')}",
         tier=tier,
-        inputs=functools.partial(make_inputs, channels, out_channels, side, doubling, dtype),
+        inputs=functools.partial(make_inputs, batch, channels, out_channels, side, doubling, dtype),
         providers={
             OURS: _ours, "F.conv2d": _direct,
             **({"transposed, summed taps": _summed_taps} if doubling else {}),
@@ -81,8 +81,8 @@ def case(tier, channels, out_channels, side, dtype, doubling=False) -> Case:
 
 _FP32, _BF16 = torch.float32, torch.bfloat16
 CASES = (
-    case("smoke", 32, 32, 16, _FP32),
-    case("smoke", 32, 48, 8, _BF16, doubling=True),
+    case("smoke", 32, 32, 16, _FP32, batch=2),
+    case("smoke", 32, 48, 8, _BF16, doubling=True, batch=2),
     case("quick", 160, 160, 256, _FP32),
     case("quick", 160, 160, 256, _BF16),
     *(
