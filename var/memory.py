@@ -73,12 +73,12 @@ def fixed_bytes(var: VARConfig, vqvae: VQVAEConfig, precision_bytes: int, device
     doubling = {module.conv for module in decoder.modules() if isinstance(module, Upsample)}
     dtype = torch.float32 if precision_bytes == 4 else torch.bfloat16
     for conv in decoder.modules():
-        if isinstance(conv, torch.nn.Conv2d):
-            large = conv.kernel_size == (3, 3)
-            packed += (
-                prepared_bytes(conv.out_channels, conv.in_channels, dtype, conv in doubling, device) if large
-                else conv.weight.numel() * precision_bytes
-            )  # fmt: skip
+        if not isinstance(conv, torch.nn.Conv2d):
+            continue
+        if conv.kernel_size == (3, 3):
+            packed += prepared_bytes(conv.out_channels, conv.in_channels, dtype, conv in doubling, device)
+        else:
+            packed += conv.weight.numel() * precision_bytes
     return int(packed)
 
 

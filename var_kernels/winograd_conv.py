@@ -45,7 +45,7 @@ def _four_outputs(a: float = 5 / 8, b: float = 3 / 2) -> list[list[float]]:
     return [[1 / (a * b) ** 2, 0, 0], *points, [0, 0, 1]]
 
 
-# By the values of the raw op's argument `scheme`.
+_TWO, _FOUR, _DOUBLING = range(3)  # the raw op's argument `scheme`
 SCHEMES = (
     Scheme("two", [[1, 0, 0], [1 / 2, 1 / 2, 1 / 2], [1 / 2, -1 / 2, 1 / 2], [0, 0, 1]], 2, 1),
     Scheme("four", _four_outputs(), 4, 1),
@@ -63,8 +63,13 @@ def _(x, packed, bias, residual, out_channels, scheme):
 def choose(out_channels: int, in_channels: int, dtype: torch.dtype, doubling: bool) -> tuple[int, torch.dtype]:
     """The scheme, and in which dtype numbers are multiplied: bfloat16 as such where the processor can."""
     pairs = dtype == torch.bfloat16 and _native.load().isa in ("avx512_bf16", "amx")
-    few = pairs or 4 * SCHEMES[1].points * out_channels * in_channels > _CACHED_BYTES
-    return 2 if doubling else 0 if few else 1, torch.bfloat16 if pairs else torch.float32
+    if doubling:
+        scheme = _DOUBLING
+    elif pairs or 4 * SCHEMES[_FOUR].points * out_channels * in_channels > _CACHED_BYTES:
+        scheme = _TWO
+    else:
+        scheme = _FOUR
+    return scheme, torch.bfloat16 if pairs else torch.float32
 
 
 def _is_packed(out_channels: int, dtype: torch.dtype, device: str | torch.device) -> bool:

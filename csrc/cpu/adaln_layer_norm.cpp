@@ -22,20 +22,16 @@ using torch::stable::Tensor;
 // Below this many elements a thread costs more to wake than its share of the work.
 constexpr int64_t kSerialElements = 1 << 15;
 constexpr int64_t kElementsPerTask = 1 << 15;
-// Where an op's (B, L, C) tensors together exceed this, its outputs are stored past the caches: what is larger than
-// three quarters of a common last-level cache (32 MiB) will not be found there by the next operation.
-constexpr int64_t kStreamBytes = 24 << 20;
 // Tokens per row of partial sums in backward. It fixes the order of summation, so it must not depend on the number of
 // threads; 48 keeps the partials' traffic at 1/16 of one input and leaves 15 tasks per sample at L = 680.
 constexpr int64_t kTokensPerPartial = 48;
 
 // Whether to stream the outputs of an op over `tensors` (B, L, C) tensors; their rows have to start on a cache line.
 bool streams(const Tensor& x, int64_t tensors, std::initializer_list<const Tensor*> outputs) {
-  constexpr int64_t kLine = 64;
   const int64_t element = x.scalar_type() == ScalarType::Float ? 4 : 2;
-  bool aligned = x.size(2) * element % kLine == 0;
-  for (const Tensor* output : outputs) aligned &= reinterpret_cast<uintptr_t>(output->const_data_ptr()) % kLine == 0;
-  return aligned && x.numel() * element * tensors > kStreamBytes;
+  return std::all_of(outputs.begin(), outputs.end(), [&](const Tensor* output) {
+    return stored_past_caches(x.numel() * element * tensors, x.size(2) * element, output->const_data_ptr());
+  });
 }
 
 template <class F>

@@ -70,6 +70,13 @@ void parallel_tasks(int64_t tasks, int64_t work, const F& f) {
   for (int64_t task = 0; task < tasks; ++task) f(task);
 }
 
+// Whether an output is to be stored past the caches, where `bytes` of data pass by: what is larger than three quarters
+// of a common last-level cache (32 MiB) will not be found there by the next operation. Its rows must fill whole lines.
+inline bool stored_past_caches(int64_t bytes, int64_t row_bytes, const void* output) {
+  constexpr int64_t kStreamBytes = 24 << 20, kLine = 64;
+  return bytes > kStreamBytes && row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(output) % kLine == 0;
+}
+
 // At least `floats` floats of 64-byte aligned memory owned by the calling thread, kept between calls: fresh
 // allocations of this size would fault in their pages on every call. Contents are unspecified; one user at a time.
 float* thread_scratch(int64_t floats);

@@ -91,10 +91,7 @@ void normalise(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_
     fold(mean + at, squares + at, chunks, pixels, channels, groups, eps, weight.const_data_ptr<float>(),
          bias.const_data_ptr<float>(), factor + image * channels, addend + image * channels);
   });
-  // What is larger than three quarters of a common last-level cache will not be found there by the next operation.
-  constexpr int64_t kStreamBytes = 24 << 20, kLine = 64;
-  const bool stream = batch * pixels * row_bytes > kStreamBytes && row_bytes % kLine == 0 &&
-                      reinterpret_cast<uintptr_t>(out) % kLine == 0;
+  const bool stream = stored_past_caches(batch * pixels * row_bytes, row_bytes, out);
   for_each_chunk([&](int64_t, int64_t image, int64_t at, int64_t count) {
     table.apply[index](in + at, count, channels, factor + image * channels, addend + image * channels, silu, stream,
                        out + at);

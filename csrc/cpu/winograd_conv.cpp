@@ -53,11 +53,8 @@ Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, 
   WinogradConv arguments{x.const_data_ptr(), packed.const_data_ptr(), bias.const_data_ptr<float>(),
                          residual ? residual->const_data_ptr() : nullptr, y.mutable_data_ptr(),
                          height, width, channels, out_channels, false};
-  // What is larger than three quarters of a common last-level cache will not be found there by the next operation.
-  constexpr int64_t kStreamBytes = 24 << 20, kLine = 64;
   const int64_t size = dtype == ScalarType::Float ? 4 : 2;
-  arguments.stream = y.numel() * size > kStreamBytes && out_channels * size % kLine == 0 &&
-                     reinterpret_cast<uintptr_t>(arguments.y) % kLine == 0;
+  arguments.stream = stored_past_caches(y.numel() * size, out_channels * size, arguments.y);
 
   // Transformed inputs of a block take a good half of a common second-level cache (1 MiB).
   constexpr int64_t kBlockBytes = 640 << 10, kLeast = 32, kMost = 128;
@@ -65,7 +62,7 @@ Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, 
   const int64_t fitting = kBlockBytes / (points * depth * (pairs ? 2 : 4)) / kWinogradColumns * kWinogradColumns;
   const int64_t block = std::min(std::max(kLeast, std::min(kMost, fitting)), up(tiles, kWinogradColumns));
   const int64_t blocks = (tiles + block - 1) / block;
-  const int64_t floats = points * (block * (kWinogradStrip + depth) + 2 * kWinogradGap) + scheme.inputs * scheme.inputs * channels;
+  const int64_t floats = scheme.scratch_floats(block, depth, channels);
 
   // A task is a block, or where blocks would leave threads idle some strips of its columns: to transform the inputs
   // again for each costs little.
@@ -77,8 +74,9 @@ Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, 
   const int64_t work = batch * tiles * points * depth * out_channels;
   parallel_tasks(batch * blocks * parts, work, [&](int64_t task) {
     const int64_t part = task % parts, first = task / parts % blocks * block;
-    kernel(arguments, task / parts / blocks, first, std::min(block, tiles - first), strips * part / parts * kWinogradStrip,
-           std::min(columns, strips * (part + 1) / parts * kWinogradStrip), thread_scratch(floats));
+    const auto column_of = [&](int64_t i) { return std::min(columns, strips * i / parts * kWinogradStrip); };
+    kernel(arguments, task / parts / blocks, first, std::min(block, tiles - first), column_of(part),
+           column_of(part + 1), thread_scratch(floats));
   });
   return y;
 }

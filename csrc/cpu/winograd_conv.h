@@ -4,18 +4,27 @@
 
 namespace var_kernels {
 
-// How a tile of outputs, kOutputs in each direction, comes from kInputs inputs by way of kPoints products.
-// By the values of the raw op's argument `scheme`.
+// Columns of the packed weights that lie together, and what the two channel counts are rounded up to.
+constexpr int64_t kWinogradStrip = 80, kWinogradColumns = 16, kWinogradDepth = 32;
+// Elements between the points of a tile, beside those that they take: without them all points would fall on the same
+// sets of the first-level cache.
+constexpr int64_t kWinogradGap = 32;
+
+// How a tile of outputs comes from inputs by way of products at points: numbers of each in one direction.
 struct WinogradScheme {
   int outputs, inputs, points;
   int scale;  // outputs for each input
+
   int64_t tiles(int64_t side) const { return (side * scale + outputs - 1) / outputs; }
+
+  // For `rows` tiles: products of one strip, transformed inputs, and the inputs of one tile at a border.
+  int64_t scratch_floats(int64_t rows, int64_t depth, int64_t channels) const {
+    return points * points * (rows * (kWinogradStrip + depth) + 2 * kWinogradGap) + inputs * inputs * channels;
+  }
 };
+// By the values of the raw op's argument `scheme`.
 constexpr WinogradScheme kWinogradSchemes[] = {{2, 4, 4, 1}, {4, 6, 6, 1}, {2, 3, 3, 2}};
 constexpr int kWinogradTypes = 3;  // float; bf16 multiplied as pairs; bf16 multiplied as floats
-
-// Columns of the packed weights that lie together, and what the two channel counts are rounded up to.
-constexpr int64_t kWinogradStrip = 80, kWinogradColumns = 16, kWinogradDepth = 32, kWinogradGap = 32;
 
 struct WinogradConv {
   const void* x;  // (B, H, W, C_in), dense
@@ -29,8 +38,7 @@ struct WinogradConv {
 
 struct WinogradConvTable {
   // Output channels [column, end) of tiles [first, first + count) of one image, row by row; `column` is a multiple of
-  // the strip. Null where this level has no such product. `scratch` holds points² · count, up to a multiple of 16, ·
-  // (C_in up to the depth + strip) + inputs² · C_in floats.
+  // the strip. Null where this level has no such product. `scratch` is that of `count` up to a multiple of 16.
   void (*tiles[3][kWinogradTypes])(const WinogradConv&, int64_t image, int64_t first, int64_t count, int64_t column,
                                    int64_t end, float* scratch);
 };

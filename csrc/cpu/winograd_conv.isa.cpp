@@ -146,7 +146,6 @@ void tiles(const WinogradConv& a, int64_t image, int64_t first, int64_t count, i
   const TileUnit unit_is_ready;
   const int64_t depth = round_up(a.in_channels, kWinogradDepth), across = scheme.tiles(a.width);
   const int64_t rows = round_up(count, kWinogradColumns);
-  // One line more than the rows of a point take: else a tile's points would all fall on the same sets of the caches.
   const int64_t v_point = rows * depth + kWinogradGap, m_point = rows * kWinogradStrip + kWinogradGap;
   float *products = scratch, *transformed = products + kPoints * m_point;
   T* patch = (T*)(transformed + kPoints * v_point);
@@ -204,6 +203,7 @@ void tiles(const WinogradConv& a, int64_t image, int64_t first, int64_t count, i
 }  // namespace
 
 extern const WinogradConvTable winograd_conv_table;
-const WinogradConvTable winograd_conv_table = {{VAR_TYPES(TwoOutputs), VAR_TYPES(FourOutputs), VAR_TYPES(DoubledOutputs)}};
+const WinogradConvTable winograd_conv_table = {
+    {VAR_TYPES(TwoOutputs), VAR_TYPES(FourOutputs), VAR_TYPES(DoubledOutputs)}};
 
 }  // namespace var_kernels::VAR_ISA
