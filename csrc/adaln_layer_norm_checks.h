@@ -35,13 +35,26 @@ inline torch::stable::Tensor with_dense_rows(const torch::stable::Tensor& tensor
   return tensor.size(2) <= 1 || tensor.stride(2) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-// (B, L, C) like x, as rows that need no more than a dense last dimension.
+// (B, L, C) like x, in the dtype of `typed`, as rows that need no more than a dense last dimension.
 inline torch::stable::Tensor token_rows(const char* name, const torch::stable::Tensor& tensor,
-                                        const torch::stable::Tensor& x) {
-  check_like(name, tensor, x);
+                                        const torch::stable::Tensor& x, const torch::stable::Tensor& typed) {
+  check_like(name, tensor, typed);
+  VAR_CHECK(tensor.size(2) == x.size(2), name, x.size(2), tensor.size(2), " channels");
   VAR_CHECK(tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1), name, "the shape of x", "(", tensor.size(0),
             ", ", tensor.size(1), ", ", tensor.size(2), ")");
   return with_dense_rows(tensor);
+}
+inline torch::stable::Tensor token_rows(const char* name, const torch::stable::Tensor& tensor,
+                                        const torch::stable::Tensor& x) {
+  return token_rows(name, tensor, x, x);
+}
+
+// The branch, whose dtype is that of x or, beside fp32, one of 16 bits; y will have it as well.
+inline torch::stable::Tensor branch_rows(const torch::stable::Tensor& branch, const torch::stable::Tensor& x) {
+  const bool mixed = x.scalar_type() == torch::headeronly::ScalarType::Float &&
+                     (branch.scalar_type() == torch::headeronly::ScalarType::BFloat16 ||
+                      branch.scalar_type() == torch::headeronly::ScalarType::Half);
+  return token_rows("branch", branch, x, mixed ? branch : x);
 }
 
 // (B, 1, C), (1, 1, C) or (B, L, C).

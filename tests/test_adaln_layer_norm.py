@@ -331,7 +331,7 @@ WRONG = [
 WRONG_GATED = [
     ("branch", lambda t: t["x"][:, :2], ValueError, r"branch: expected shape \(2, 3, 6\) like x"),
     ("branch", lambda t: t["x"][0], ValueError, "branch: expected 3 dimensions"),
-    ("branch", lambda t: t["x"].half(), TypeError, "branch: expected torch.float32 like x"),
+    ("branch", lambda t: t["x"].double(), TypeError, "branch: expected torch.float32 or torch.bfloat16 or"),
     ("gate", lambda t: torch.zeros(6, 2), ValueError, r"gate: expected shape .* got \(6, 2\)"),
 ]
 

@@ -45,6 +45,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         rows = randn(batch, 6, channels, seed=3, dtype=dtype).requires_grad_()
         gate, scale, shift = rows[:, 1:2], rows[:, 2:3], randn(batch, length, channels, seed=4, dtype=dtype)
         residual, y = vk.gated_residual_adaln(x, branch, gate, scale, shift)
+        wide = [tensor.detach().float() for tensor in (x, gate, scale, shift)]
+        vk.gated_residual_adaln(wide[0], branch.detach(), *wide[1:])
         torch.autograd.grad((residual + y).float().sum(), (x, branch, rows))
         torch.autograd.grad(vk.adaln_layer_norm(x, scale, shift).float().sum(), (x, rows))
     for rows, codes, channels in ((1, 1, 1), (7, 65, 32), (100, 130, 9), (13, 33, 70)):

@@ -17,9 +17,10 @@ from test_adaln_layer_norm import (
     rotated_forms,
     values_and_gradients,
 )
+from test_gated_residual_mixed import mixed_inputs
 
-from var_kernels import _build
-from var_kernels.testing import modulation, randn
+from var_kernels import _build, gated_residual_adaln
+from var_kernels.testing import assert_accurate, modulation, randn
 
 pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
@@ -74,6 +75,27 @@ def test_accurate_over_modulation_forms(op):
         assert_op_accurate("race" if index % 4 == 0 else "fast", op, inputs(op, (2, 9, channels), seed=7, forms=forms))
 
 
+def assert_mixed_accurate(variant, tensors, seed=0, executor=None):
+    """fp32 with branch and y in 16 bits: nearly always the bits of fp32 kernels on the widened branch."""
+    x, branch, *rest = tensors
+    exact = gated_residual_adaln(x.double(), branch.double(), *(tensor.double() for tensor in rest))
+    plain = gated_residual_adaln(*tensors, backend="reference")
+    emulation = emulated(variant) if isinstance(variant, str) else variant
+    with as_backend(emulation), emulation.run(seed=seed, executor=executor):
+        found = gated_residual_adaln(*tensors, backend="cuda")
+    assert [tensor.dtype for tensor in found] == [torch.float32, branch.dtype]
+    for name, *values in zip(("residual", "y"), found, plain, exact, strict=True):
+        assert_accurate(*values, name=name)
+
+
+@pytest.mark.parametrize("variant", ["fast", "race"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_branch_of_another_dtype(dtype, variant):
+    for index, shape in enumerate(VECTOR_SHAPES + PLAIN_SHAPES):
+        tensors = mixed_inputs(shape, dtype, seed=index, forms=rotated_forms(index))
+        assert_mixed_accurate(variant, tensors, seed=(0, 1, 7)[index % 3])
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_many_tokens_for_each_worker(op):
     # More rows than warps in flight: modulation stays in registers from token to token, sums run over many.
@@ -109,6 +131,7 @@ def test_sanitizers_are_silent():
             for op, dtype in (("adaln", torch.bfloat16), ("gated", torch.float16), ("gated", torch.float32)):
                 tensors = tests.inputs(op, shape, seed=index, dtype=dtype, forms=tests.rotated_forms(index))
                 tests.assert_op_accurate("sanitized", op, tensors, seed=index)
+            tests.assert_mixed_accurate("sanitized", tests.mixed_inputs(shape, torch.bfloat16), seed=index)
         print("fine")
     """)
     assert (answer.returncode, answer.stdout) == (0, "fine\n"), answer.stderr[-4000:]
@@ -224,6 +247,16 @@ def test_ptx_is_accurate(op, dtype):
         assert_op_accurate("fast", op, tensors, executor=executor)
 
 
+@needs_nvcc
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_ptx_is_accurate_with_a_branch_of_another_dtype(dtype):
+    from cuda_emulation.ptx import execute_ptx_of
+
+    executor = execute_ptx_of(SOURCE)
+    for index, shape in enumerate([(1, 3, 264), (2, 5, 40), (1, 2, 33)]):
+        assert_mixed_accurate("fast", mixed_inputs(shape, dtype, seed=index), executor=executor)
+
+
 # Registers that leave room for what the partition of the work assumes, per kernel and element type.
 REGISTERS = {
     "forward_kernel<bf16, false, 2>": 88,
@@ -238,12 +271,17 @@ REGISTERS = {
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
-    assert len(kernels) == 33
+    assert len(kernels) == 39
     for kernel in kernels:
         machine_code.assert_resources(kernel, REGISTERS)
         if kernel.name.startswith(("forward_kernel", "backward_kernel")):
             narrow_loads = 2 if kernel.name.startswith("backward") else 0  # mean and rstd
             narrow_stores = 2 - narrow_loads
+            if kernel.name.startswith("forward_kernel<float, true") and kernel.name.count(",") == 3:
+                # Branch and y of half the bytes: 8 for each 16 of x, none narrower.
+                halves = int(kernel.name.split(",")[2])
+                assert sum(".64" in line for line in kernel.narrow("LDG")) == halves, kernel.having("LDG")
+                narrow_loads, narrow_stores = halves, narrow_stores + halves
             assert len(kernel.narrow("LDG")) <= narrow_loads, f"{kernel.name}: {kernel.having('LDG')}"
             assert len(kernel.narrow("STG")) <= narrow_stores, f"{kernel.name}: {kernel.having('STG')}"
 
@@ -269,6 +307,11 @@ MUTANTS = {
     "modulation of the first token": Mutant(HEADER, "if (first || a.scale.per_token != 0)", "if (first)", "values", 2),
     "no check of the alignment": Mutant(
         DOOR, "reinterpret_cast<uintptr_t>(rows->data) % 16 == 0 && ", "", "misaligned"),
+    "the stream's values in y": Mutant(
+        HEADER, "ptx::store8(p, pack_half<T>(v))", "ptx::store8(p, pack_half<T>({v[0], v[1], v[3], v[2]}))", "values"),
+    "the first half of the branch": Mutant(HEADER, "ptx::load8(row + c)", "ptx::load8(row + c / 2)", "values"),
+    "the column of whole packs": Mutant(
+        HEADER, "column(i, sizeof(Pack) / sizeof(T))", "column(i, kPackWidth<T>)", "values"),
 }  # fmt: skip
 
 
@@ -290,4 +333,10 @@ def test_planted_faults_are_found(name, selected):
             found += [report.kind for report in error.reports]
         except AssertionError:
             found.append("values")
+    try:
+        assert_mixed_accurate(emulation, mixed_inputs((1, 9, 264), torch.bfloat16))
+    except EmulationError as error:
+        found += [report.kind for report in error.reports]
+    except AssertionError:
+        found.append("values")
     assert layer in found

@@ -98,6 +98,15 @@ def test_attention_of_views(gpu):
     check(lambda qkv, backend: attention(lens)(*qkv.permute(2, 0, 3, 1, 4), backend=backend), [packed], gpu)
 
 
+@pytest.mark.parametrize("shape", [(4, 680, 1024), (3, 37, 203)])
+def test_gated_residual_with_a_branch_of_another_dtype(gpu, shape):
+    x, branch = (randn(*shape, seed=seed) for seed in range(2))
+    parts = modulation(shape[0], shape[2], seed=7, parts=3)
+    check(
+        lambda *tensors, backend: gated_residual_adaln(*tensors, backend=backend), [x, branch.bfloat16(), *parts], gpu
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(4, 680, 1024), (2, 680, 1920), (2, 2240, 2304), (1, 521, 3584), (3, 37, 203)])
 @pytest.mark.parametrize("gated", [False, True])

@@ -122,18 +122,21 @@ class InferenceTransformer:
         parameters = self._modulation[:, :rows].unbind(0)  # (rows, 6, C) of each block
         following = [*((p[:, 2:3], p[:, 4:5]) for p in parameters[1:]), self._head_modulation[:rows].split(1, dim=1)]
         y_BLC = adaln_layer_norm(x_BLC, parameters[0][:, 2:3], parameters[0][:, 4:5], backend=self.backend)
+        y_BLC = y_BLC.to(self.dtype)
         for layer, p, (scale, shift) in zip(self._layers, parameters, following, strict=True):
-            qkv = layer.qkv(y_BLC.to(self.dtype)).view(rows, length, 3, config.heads, config.head_dim)
+            qkv = layer.qkv(y_BLC).view(rows, length, 3, config.heads, config.head_dim)
             q_BHLD = self._extend_cache(layer, qkv, start)
             out_BHLD = block_causal_attention(
                 q_BHLD, layer.k[:rows, :, :end], layer.v[:rows, :, :end], lens, softmax_scale=config.softmax_scale,
                 backend=self.backend,
             )
-            branch = layer.proj(out_BHLD.transpose(1, 2).reshape(rows, length, width)).to(x_BLC.dtype)
+            branch = layer.proj(out_BHLD.transpose(1, 2).reshape(rows, length, width))
             x_BLC, y_BLC = gated_residual_adaln(
                 x_BLC, branch, p[:, 0:1], p[:, 3:4], p[:, 5:6], backend=self.backend
             )
-            branch = layer.fc2(layer.fc1(y_BLC.to(self.dtype))).to(x_BLC.dtype)
+            branch = layer.fc2(layer.fc1(y_BLC))
+            if layer is self._layers[-1]:  # for the head, which is fp32
+                branch = branch.to(x_BLC.dtype)
             x_BLC, y_BLC = gated_residual_adaln(x_BLC, branch, p[:, 1:2], scale, shift, backend=self.backend)
         if guidance is not None:
             conditional, unconditional = y_BLC.chunk(2)

@@ -13,6 +13,8 @@ from ._library import autocast_dtype, define, needs_grad, raw_ops, register_fake
 from .backends import resolve
 from .reference import adaln_layer_norm as _reference
 
+_FLOAT32_BRANCHES = (torch.float32, torch.bfloat16, torch.float16)
+
 # Raw ops take modulation (scale, shift, gate) as 3-D views of shape (B or 1, L or 1, C). mean and rstd are (B, L) fp32.
 # A gradient of modulation has the shape of that view; shift itself is not needed to differentiate, only its shape.
 define(
@@ -59,7 +61,7 @@ def _(dy, x, scale, mean, rstd, shift_per_sample, shift_per_token):
 @register_fake("_gated_residual_adaln")
 def _(x, branch, gate, scale, shift, eps):
     mean = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return _dense(x), _dense(x), mean, torch.empty_like(mean)
+    return _dense(x), _dense(branch, x.shape), mean, torch.empty_like(mean)
 
 
 @register_fake("_gated_residual_adaln_backward")
@@ -184,16 +186,19 @@ def gated_residual_adaln(
     is the composition of the two lines.
 
     Args:
-        x, branch: (B, L, C), float32, bfloat16 or float16 (float64 is served by the reference).
+        x: (B, L, C), float32, bfloat16 or float16 (float64 is served by the reference).
+        branch: (B, L, C) in the dtype of x; beside a float32 x also bfloat16 or float16, as a projection in that dtype
+            gives it.
         gate, scale, shift: each (B, C), (B, 1, C), (1, 1, C) or (B, L, C), as in `adaln_layer_norm`. Under autocast
             they and `branch` are converted to the dtype of x; otherwise they must have it.
         eps: added to the variance; not negative.
         backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
-        (residual, y), both (B, L, C), dense, in the dtype of x.
+        (residual, y), both (B, L, C), dense: residual in the dtype of x, y in that of branch, for the next projection.
 
-    Differentiable once in all five tensors; deterministic, see `adaln_layer_norm`.
+    Differentiable once in all five tensors (a branch of another dtype than x is converted first, y afterwards);
+    deterministic, see `adaln_layer_norm`.
 
     Raises:
         TypeError: for an argument that is not a tensor, or of an unsupported or different dtype.
@@ -214,13 +219,23 @@ def gated_residual_adaln(
     if not alike:
         if autocast_dtype(x.device.type) is not None:
             branch, gate, scale, shift = (tensor.to(x.dtype) for tensor in (branch, gate, scale, shift))
-        check_same("x", x, branch=branch, gate=gate, scale=scale, shift=shift)
+        check_same("x", x, gate=gate, scale=scale, shift=shift)
+        if branch.dtype not in _branch_dtypes(x.dtype):
+            allowed = " or ".join(str(dtype) for dtype in _branch_dtypes(x.dtype))
+            raise TypeError(f"branch: expected {allowed} beside x in {x.dtype}, got {branch.dtype}")
+        if branch.device != x.device:
+            raise ValueError(f"branch: expected device {x.device} like x, got {branch.device}")
     backend = resolve("gated_residual_adaln", backend, x.device.type, x.dtype)
     if x.numel() == 0 or backend == "reference":
         return _reference.gated_residual_adaln(x, branch, gate, scale, shift, eps=eps)
     if needs_grad(x, branch, gate, scale, shift):
-        return _GatedResidualAdaLN.apply(x, branch, gate, scale, shift, eps, backend)[:2]
+        residual, y = _GatedResidualAdaLN.apply(x, branch.to(x.dtype), gate, scale, shift, eps, backend)[:2]
+        return residual, y.to(branch.dtype)
     return raw_ops(backend)._gated_residual_adaln(x, branch, gate, scale, shift, eps)[:2]
+
+
+def _branch_dtypes(x: torch.dtype) -> tuple[torch.dtype, ...]:
+    return _FLOAT32_BRANCHES if x == torch.float32 else (x,)
 
 
 def _modulation_view(argument: str, modulation: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -26,11 +26,13 @@ constexpr int64_t kElementsPerTask = 1 << 15;
 // threads; 48 keeps the partials' traffic at 1/16 of one input and leaves 15 tasks per sample at L = 680.
 constexpr int64_t kTokensPerPartial = 48;
 
-// Whether to stream the outputs of an op over `tensors` (B, L, C) tensors; their rows have to start on a cache line.
-bool streams(const Tensor& x, int64_t tensors, std::initializer_list<const Tensor*> outputs) {
-  const int64_t element = x.scalar_type() == ScalarType::Float ? 4 : 2;
+int64_t bytes(const Tensor& x) { return x.scalar_type() == ScalarType::Float ? 4 : 2; }  // of an element
+
+// Whether to stream the outputs of an op that moves `moved` bytes for each element of x; their rows have to start on a
+// cache line.
+bool streams(const Tensor& x, int64_t moved, std::initializer_list<const Tensor*> outputs) {
   return std::all_of(outputs.begin(), outputs.end(), [&](const Tensor* output) {
-    return stored_past_caches(x.numel() * element * tensors, x.size(2) * element, output->const_data_ptr());
+    return stored_past_caches(x.numel() * moved, x.size(2) * bytes(*output), output->const_data_ptr());
   });
 }
 
@@ -42,11 +44,12 @@ void run_tasks(int64_t tasks, int64_t elements, const F& f) {
 
 // ---- forward ----------------------------------------------------------------------------------------------------
 
-void forward(const Tensor& x, const AdaLNForward& arguments) {
+void forward(const Tensor& x, const Tensor& y, const AdaLNForward& arguments) {
   const int64_t total = x.size(0) * x.size(1), channels = x.size(2);
   if (channels == 0) return;
   const int64_t rows_per_task = std::max<int64_t>(1, kElementsPerTask / channels);
-  const auto kernel = adaln_table().forward[dtype_index(x)];
+  const bool mixed = y.scalar_type() != x.scalar_type();
+  const auto kernel = adaln_table().forward[mixed ? 2 + dtype_index(y) : dtype_index(x)];
   run_tasks((total + rows_per_task - 1) / rows_per_task, total * channels, [&](int64_t task) {
     kernel(arguments, task * rows_per_task, std::min(total, (task + 1) * rows_per_task), thread_scratch(channels));
   });
@@ -60,10 +63,10 @@ std::tuple<Tensor, Tensor, Tensor> adaln_layer_norm(const Tensor& x_in, const Te
   Tensor y = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
   Tensor mean = empty_cpu({x.size(0), x.size(1)}, ScalarType::Float);
   Tensor rstd = empty_cpu({x.size(0), x.size(1)}, ScalarType::Float);
-  forward(x, {.x = rows(x), .branch = {}, .gate = {}, .scale = rows(scale), .shift = rows(shift), .residual = nullptr,
+  forward(x, y, {.x = rows(x), .branch = {}, .gate = {}, .scale = rows(scale), .shift = rows(shift), .residual = nullptr,
               .y = y.mutable_data_ptr(), .mean = mean.mutable_data_ptr<float>(),
               .rstd = rstd.mutable_data_ptr<float>(), .length = x.size(1), .channels = x.size(2), .eps = float(eps),
-              .stream = streams(x, 2, {&y})});
+              .stream = streams(x, 2 * bytes(x), {&y})});
   return {y, mean, rstd};
 }
 
@@ -71,17 +74,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_adaln(const Tensor& x_
                                                                 const Tensor& gate_in, const Tensor& scale_in,
                                                                 const Tensor& shift_in, double eps) {
   check_x(x_in);
-  const Tensor x = token_rows("x", x_in, x_in), branch = token_rows("branch", branch_in, x);
+  const Tensor x = token_rows("x", x_in, x_in), branch = branch_rows(branch_in, x);
   const Tensor gate = modulation_rows("gate", gate_in, x);
   const Tensor scale = modulation_rows("scale", scale_in, x), shift = modulation_rows("shift", shift_in, x);
   Tensor residual = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
-  Tensor y = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  Tensor y = empty_cpu({x.size(0), x.size(1), x.size(2)}, branch.scalar_type());
   Tensor mean = empty_cpu({x.size(0), x.size(1)}, ScalarType::Float);
   Tensor rstd = empty_cpu({x.size(0), x.size(1)}, ScalarType::Float);
-  forward(x, {.x = rows(x), .branch = rows(branch), .gate = rows(gate), .scale = rows(scale), .shift = rows(shift),
+  forward(x, y, {.x = rows(x), .branch = rows(branch), .gate = rows(gate), .scale = rows(scale), .shift = rows(shift),
               .residual = residual.mutable_data_ptr(), .y = y.mutable_data_ptr(),
               .mean = mean.mutable_data_ptr<float>(), .rstd = rstd.mutable_data_ptr<float>(), .length = x.size(1),
-              .channels = x.size(2), .eps = float(eps), .stream = streams(x, 4, {&residual, &y})});
+              .channels = x.size(2), .eps = float(eps),
+              .stream = streams(x, 2 * bytes(x) + 2 * bytes(branch), {&residual, &y})});
   return {residual, y, mean, rstd};
 }
 
@@ -155,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_layer_norm_backward(const Tensor& dy_in
                      .mean = mean.const_data_ptr<float>(), .rstd = rstd.const_data_ptr<float>(),
                      .dx = dx.mutable_data_ptr(), .dbranch = nullptr, .dgate = {}, .dscale = dscale.target,
                      .dshift = dshift.target, .length = x.size(1), .channels = x.size(2),
-                     .stream = streams(x, 3, {&dx})});
+                     .stream = streams(x, 3 * bytes(x), {&dx})});
     for (const Reduction* reduction : {&dscale, &dshift}) finish(x, *reduction);
   }
   return {dx, dscale.out, dshift.out};
@@ -185,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_backward
                      .rstd = rstd.const_data_ptr<float>(), .dx = dx.mutable_data_ptr(),
                      .dbranch = dbranch.mutable_data_ptr(), .dgate = dgate.target, .dscale = dscale.target,
                      .dshift = dshift.target, .length = x.size(1), .channels = x.size(2),
-                     .stream = streams(x, 6, {&dx, &dbranch})});
+                     .stream = streams(x, 6 * bytes(x), {&dx, &dbranch})});
     for (const Reduction* reduction : {&dgate, &dscale, &dshift}) finish(x, *reduction);
   }
   return {dx, dbranch, dgate.out, dscale.out, dshift.out};

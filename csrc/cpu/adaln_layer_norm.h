@@ -11,7 +11,7 @@ struct AdaLNForward {
   Rows branch, gate;  // (B, L, C); data is null in both where there is no gated residual
   Rows scale, shift;  // (B or 1, L or 1, C)
   void* residual;     // (B, L, C) dense; null like branch
-  void* y;            // (B, L, C) dense
+  void* y;            // (B, L, C) dense, in the dtype of branch
   float* mean;        // (B, L) dense
   float* rstd;        // (B, L) dense
   int64_t length, channels;
@@ -42,9 +42,9 @@ struct AdaLNBackward {
 };
 
 struct AdaLNTable {
-  // Indexed by dtype: fp32, bf16, fp16.
+  // Indexed by dtype: fp32, bf16, fp16; forward also 3, 4: fp32 with branch and y in bf16, fp16.
   // Rows [begin, end) of the B·L rows. `row_copy`: scratch memory for one row in fp32.
-  void (*forward[3])(const AdaLNForward&, int64_t begin, int64_t end, float* row_copy);
+  void (*forward[5])(const AdaLNForward&, int64_t begin, int64_t end, float* row_copy);
   // Tokens [begin, end) of one sample; their modulation gradients are summed into row `chunk` of the partials.
   void (*backward[3])(const AdaLNBackward&, int64_t sample, int64_t begin, int64_t end, int64_t chunk);
   // out[c] = sum over i of partial[i * channels + c], i ascending, for c in [begin, end).

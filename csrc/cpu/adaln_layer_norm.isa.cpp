@@ -96,16 +96,16 @@ VAR_INLINE const T* row_of(const Rows& rows, int64_t sample, int64_t token) {
 
 // The later passes read x (the residual in the gated form) again, or its fp32 copy in `row_copy` where that saves
 // widening it twice, or where it was streamed out.
-template <class T, bool kGated, bool kStream>
+template <class T, class Branch, bool kGated, bool kStream>
 VAR_INLINE void forward_row(const AdaLNForward& a, int64_t row, float* row_copy) {
   constexpr bool kCopy = sizeof(T) == 2 || (kGated && kStream);
   const int64_t sample = row / a.length, token = row % a.length, channels = a.channels;
   const T* x = row_of<T>(a.x, sample, token);
   const T* scale = row_of<T>(a.scale, sample, token);
   const T* shift = row_of<T>(a.shift, sample, token);
-  const T* branch = kGated ? row_of<T>(a.branch, sample, token) : nullptr;
+  const Branch* branch = kGated ? row_of<Branch>(a.branch, sample, token) : nullptr;
   T* residual = kGated ? static_cast<T*>(a.residual) + row * channels : nullptr;
-  T* y = static_cast<T*>(a.y) + row * channels;
+  Branch* y = static_cast<Branch*>(a.y) + row * channels;
   float sum[1];
   if constexpr (kGated) {
     const T* gate = row_of<T>(a.gate, sample, token);
@@ -145,9 +145,9 @@ VAR_INLINE void forward_row(const AdaLNForward& a, int64_t row, float* row_copy)
   a.rstd[row] = rstd;
 }
 
-template <class T, bool kGated, bool kStream>
+template <class T, class Branch, bool kGated, bool kStream>
 void forward_rows(const AdaLNForward& a, int64_t begin, int64_t end, float* row_copy) {
-  for (int64_t row = begin; row < end; ++row) forward_row<T, kGated, kStream>(a, row, row_copy);
+  for (int64_t row = begin; row < end; ++row) forward_row<T, Branch, kGated, kStream>(a, row, row_copy);
   if constexpr (kStream) stream_fence();
 }
 
@@ -155,9 +155,16 @@ template <class T>
 void forward(const AdaLNForward& a, int64_t begin, int64_t end, float* row_copy) {
   const bool gated = a.branch.data != nullptr;
   if (a.stream)
-    (gated ? forward_rows<T, true, true> : forward_rows<T, false, true>)(a, begin, end, row_copy);
+    (gated ? forward_rows<T, T, true, true> : forward_rows<T, T, false, true>)(a, begin, end, row_copy);
   else
-    (gated ? forward_rows<T, true, false> : forward_rows<T, false, false>)(a, begin, end, row_copy);
+    (gated ? forward_rows<T, T, true, false> : forward_rows<T, T, false, false>)(a, begin, end, row_copy);
+}
+
+// The gated form of fp32 rows with branch and y in 16 bits.
+template <class Branch>
+void mixed_forward(const AdaLNForward& a, int64_t begin, int64_t end, float* row_copy) {
+  (a.stream ? forward_rows<float, Branch, true, true> : forward_rows<float, Branch, true, false>)(a, begin, end,
+                                                                                                  row_copy);
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------------
@@ -265,7 +272,7 @@ void sum_partials(const float* partial, int64_t count, int64_t channels, int64_t
 
 extern const AdaLNTable adaln_table;
 const AdaLNTable adaln_table = {
-    {forward<float>, forward<bf16>, forward<fp16>},
+    {forward<float>, forward<bf16>, forward<fp16>, mixed_forward<bf16>, mixed_forward<fp16>},
     {backward<float>, backward<bf16>, backward<fp16>},
     {sum_partials<float>, sum_partials<bf16>, sum_partials<fp16>},
 };

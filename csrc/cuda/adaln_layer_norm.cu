@@ -70,12 +70,12 @@ Tiling tiling(const Tensor& x, int elements, std::initializer_list<const Rows*> 
 
 // ---- launchers ----------------------------------------------------------------------------------------------------
 
-template <class T, bool kGated>
+template <class T, bool kGated, class Branch = T>
 void launch_forward(const OnDevice& device, const Tiling& tile, const LaunchShape& shape, const Forward& arguments) {
   constexpr int kEight = 8 / kPackWidth<T>;
-  const auto kernel = tile.elements == 8    ? forward_kernel<T, kGated, kEight>
-                      : tile.elements == 16 ? forward_kernel<T, kGated, 2 * kEight>
-                                            : plain_forward_kernel<T, kGated>;
+  const auto kernel = tile.elements == 8    ? forward_kernel<T, kGated, kEight, Branch>
+                      : tile.elements == 16 ? forward_kernel<T, kGated, 2 * kEight, Branch>
+                                            : plain_forward_kernel<T, kGated, Branch>;
   launch(device, kGated ? "gated_residual_adaln" : "adaln_layer_norm", kernel, shape, arguments);
 }
 
@@ -90,13 +90,16 @@ void launch_backward(const OnDevice& device, const Tiling& tile, const LaunchSha
   launch(device, kGated ? "gated_residual_adaln backward" : "adaln_layer_norm backward", kernel, shape, arguments);
 }
 
-void forward(const OnDevice& device, const Tensor& x, Forward arguments) {
+void forward(const OnDevice& device, const Tensor& x, const Tensor& y, Forward arguments) {
   if (x.numel() == 0) return;
   // More elements in a thread are more bytes in flight, and fewer warps to wait for; one warp shares out short rows.
   const Tiling tile = tiling(x, x.size(2) <= 256 ? 8 : 16,
                              {&arguments.x, &arguments.branch, &arguments.gate, &arguments.scale, &arguments.shift});
   arguments.partition = forward_partition(x, tile.threads);
   const LaunchShape shape = launch_shape(tile.threads, arguments.partition);
+  if (y.scalar_type() != x.scalar_type())
+    return y.scalar_type() == ScalarType::BFloat16 ? launch_forward<float, true, bf16>(device, tile, shape, arguments)
+                                                   : launch_forward<float, true, fp16>(device, tile, shape, arguments);
   with_dtype(x, [&](auto zero) {
     using T = decltype(zero);
     arguments.branch.data != nullptr ? launch_forward<T, true>(device, tile, shape, arguments)
@@ -156,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_layer_norm(const Tensor& x_in, const Te
   Tensor y = device.empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
   Tensor mean = device.empty({x.size(0), x.size(1)}, ScalarType::Float);
   Tensor rstd = device.empty({x.size(0), x.size(1)}, ScalarType::Float);
-  forward(device, x, {.x = rows(x), .branch = {}, .gate = {}, .scale = rows(scale), .shift = rows(shift),
+  forward(device, x, y, {.x = rows(x), .branch = {}, .gate = {}, .scale = rows(scale), .shift = rows(shift),
                       .residual = nullptr, .y = y.mutable_data_ptr(), .mean = mean.mutable_data_ptr<float>(),
                       .rstd = rstd.mutable_data_ptr<float>(), .partition = {}, .channels = int(x.size(2)),
                       .eps = float(eps)});
@@ -168,14 +171,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_adaln(const Tensor& x_
                                                                 const Tensor& shift_in, double eps) {
   check_x(x_in);
   const OnDevice device(x_in);
-  const Tensor x = token_rows("x", x_in, x_in), branch = token_rows("branch", branch_in, x);
+  const Tensor x = token_rows("x", x_in, x_in), branch = branch_rows(branch_in, x);
   const Tensor gate = modulation_rows("gate", gate_in, x);
   const Tensor scale = modulation_rows("scale", scale_in, x), shift = modulation_rows("shift", shift_in, x);
   Tensor residual = device.empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
-  Tensor y = device.empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
+  Tensor y = device.empty({x.size(0), x.size(1), x.size(2)}, branch.scalar_type());
   Tensor mean = device.empty({x.size(0), x.size(1)}, ScalarType::Float);
   Tensor rstd = device.empty({x.size(0), x.size(1)}, ScalarType::Float);
-  forward(device, x, {.x = rows(x), .branch = rows(branch), .gate = rows(gate), .scale = rows(scale),
+  forward(device, x, y, {.x = rows(x), .branch = rows(branch), .gate = rows(gate), .scale = rows(scale),
                       .shift = rows(shift), .residual = residual.mutable_data_ptr(), .y = y.mutable_data_ptr(),
                       .mean = mean.mutable_data_ptr<float>(), .rstd = rstd.mutable_data_ptr<float>(), .partition = {},
                       .channels = int(x.size(2)), .eps = float(eps)});

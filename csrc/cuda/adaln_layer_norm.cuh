@@ -17,6 +17,8 @@
 // Rows whose 16-byte accesses would be misaligned (C no multiple of 4 or 8, odd strides) or that are too long for the
 // registers (8192 channels in forward, 4096 in backward) go to plain kernels that read a row again for each pass.
 #pragma once
+#include <type_traits>
+
 #include "../rows.h"
 #include "device.cuh"
 
@@ -71,36 +73,44 @@ __device__ __forceinline__ void sum_over_row(float (&v)[N], float (*exchange)[N]
   }
 }
 
-// ---- a row in registers: kPacks packs of 16 bytes for each thread -------------------------------------------------
+// ---- a row in registers: kPacks packs of 16 bytes for each thread, or of 8 where T has half the bytes of x -------------------------------------------------
 
 __device__ __forceinline__ int column(int pack, int width) {
   return (int(threadIdx.x) + pack * int(blockDim.x)) * width;
 }
 
 // Zeros where there is no column, and where there is no row at all.
-template <class T, int kPacks>
-__device__ __forceinline__ void load_row(uint4 (&packs)[kPacks], const Rows& rows, int sample, int token,
+template <class T, class Pack, int kPacks>
+__device__ __forceinline__ void load_row(Pack (&packs)[kPacks], const Rows& rows, int sample, int token,
                                          int channels) {
   const T* row = row_of<T>(rows, sample, token);
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
-    const int c = column(i, kPackWidth<T>);
-    packs[i] = c < channels && rows.data != nullptr ? ptx::load16(row + c) : make_uint4(0, 0, 0, 0);
+    const int c = column(i, sizeof(Pack) / sizeof(T));
+    if constexpr (sizeof(Pack) == 16)
+      packs[i] = c < channels && rows.data != nullptr ? ptx::load16(row + c) : make_uint4(0, 0, 0, 0);
+    else
+      packs[i] = c < channels && rows.data != nullptr ? ptx::load8(row + c) : make_uint2(0, 0);
   }
 }
 
 // Pack i of a dense row.
-template <class T>
-__device__ __forceinline__ void store_pack(void* out, int row, int i, const float (&v)[kPackWidth<T>], int channels) {
-  const int c = column(i, kPackWidth<T>);
-  if (c < channels) ptx::store16(static_cast<T*>(out) + int64_t(row) * channels + c, pack<T>(v));
+template <class T, int kWidth>
+__device__ __forceinline__ void store_pack(void* out, int row, int i, const float (&v)[kWidth], int channels) {
+  const int c = column(i, kWidth);
+  if (c >= channels) return;
+  T* p = static_cast<T*>(out) + int64_t(row) * channels + c;
+  if constexpr (sizeof(T) * kWidth == 16)
+    ptx::store16(p, pack<T>(v));
+  else
+    ptx::store8(p, pack_half<T>(v));
 }
 
 // ---- forward ------------------------------------------------------------------------------------------------------
 
 struct Forward {
   Rows x, branch, gate, scale, shift;  // (B, L, C) or broadcast; branch and gate in the gated form only
-  void *residual, *y;                  // (B, L, C) dense
+  void *residual, *y;                  // (B, L, C) dense; y in the dtype of branch
   float *mean, *rstd;                  // (B, L) dense
   Partition partition;
   int channels;
@@ -114,15 +124,15 @@ __device__ __forceinline__ void store_statistics(const Forward& a, int row, floa
 }
 
 // residual = x + gate·branch, rounded to T as it is stored: the norm is that of the rounded sum.
-template <class T, int kPacks>
-__device__ __forceinline__ void add_branch(uint4 (&x)[kPacks], const uint4 (&branch)[kPacks],
+template <class T, class Branch, class BranchPack, int kPacks>
+__device__ __forceinline__ void add_branch(uint4 (&x)[kPacks], const BranchPack (&branch)[kPacks],
                                            const uint4 (&gate)[kPacks], void* residual, int row, int channels) {
   constexpr int kWidth = kPackWidth<T>;
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
     float v[kWidth], b[kWidth], g[kWidth];
     unpack<T>(x[i], v);
-    unpack<T>(branch[i], b);
+    unpack<Branch>(branch[i], b);
     unpack<T>(gate[i], g);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) v[j] += g[j] * b[j];
@@ -132,7 +142,8 @@ __device__ __forceinline__ void add_branch(uint4 (&x)[kPacks], const uint4 (&bra
   }
 }
 
-template <class T, bool kGated, int kPacks>
+// Branch: the type of branch and y, T or one of half its bytes.
+template <class T, bool kGated, int kPacks, class Branch = T>
 __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(Forward a) {
   constexpr int kWidth = kPackWidth<T>;
   __shared__ float exchange[2][kMaxWarps][1];
@@ -144,10 +155,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(Forward a) {
     uint4 x[kPacks];
     load_row<T>(x, a.x, work.sample, token, a.channels);
     if constexpr (kGated) {
-      uint4 branch[kPacks];
-      load_row<T>(branch, a.branch, work.sample, token, a.channels);
+      std::conditional_t<sizeof(Branch) == sizeof(T), uint4, uint2> branch[kPacks];
+      load_row<Branch>(branch, a.branch, work.sample, token, a.channels);
       if (first || a.gate.per_token != 0) load_row<T>(gate, a.gate, work.sample, token, a.channels);
-      add_branch<T>(x, branch, gate, a.residual, row, a.channels);
+      add_branch<T, Branch>(x, branch, gate, a.residual, row, a.channels);
     }
     if (first || a.scale.per_token != 0) load_row<T>(scale, a.scale, work.sample, token, a.channels);
     if (first || a.shift.per_token != 0) load_row<T>(shift, a.shift, work.sample, token, a.channels);
@@ -182,13 +193,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(Forward a) {
       unpack<T>(shift[i], t);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) v[j] = (v[j] - mean) * rstd * (1.0f + s[j]) + t[j];
-      store_pack<T>(a.y, row, i, v, a.channels);
+      store_pack<Branch>(a.y, row, i, v, a.channels);
     }
   }
 }
 
 // Any strides, any C: each pass reads the row again, which the caches then hold.
-template <class T, bool kGated>
+template <class T, bool kGated, class Branch = T>
 __global__ void __launch_bounds__(kPlainThreads, 1) plain_forward_kernel(Forward a) {
   __shared__ float exchange[2][kMaxWarps][1];
   const Work work = my_work(a.partition);
@@ -198,10 +209,10 @@ __global__ void __launch_bounds__(kPlainThreads, 1) plain_forward_kernel(Forward
     const T* x = row_of<T>(a.x, work.sample, token);
     const T* scale = row_of<T>(a.scale, work.sample, token);
     const T* shift = row_of<T>(a.shift, work.sample, token);
-    T* y = static_cast<T*>(a.y) + int64_t(row) * channels;
+    Branch* y = static_cast<Branch*>(a.y) + int64_t(row) * channels;
     float sum[1] = {0.0f};
     if constexpr (kGated) {
-      const T* branch = row_of<T>(a.branch, work.sample, token);
+      const Branch* branch = row_of<Branch>(a.branch, work.sample, token);
       const T* gate = row_of<T>(a.gate, work.sample, token);
       T* residual = static_cast<T*>(a.residual) + int64_t(row) * channels;
       for (int c = int(threadIdx.x); c < channels; c += step)
@@ -220,7 +231,7 @@ __global__ void __launch_bounds__(kPlainThreads, 1) plain_forward_kernel(Forward
     const float rstd = 1.0f / sqrtf(sum[0] / float(channels) + a.eps);
     store_statistics(a, row, mean, rstd);
     for (int c = int(threadIdx.x); c < channels; c += step)
-      y[c] = from_float<T>((to_float(x[c]) - mean) * rstd * (1.0f + to_float(scale[c])) + to_float(shift[c]));
+      y[c] = from_float<Branch>((to_float(x[c]) - mean) * rstd * (1.0f + to_float(scale[c])) + to_float(shift[c]));
   }
 }
 

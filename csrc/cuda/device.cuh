@@ -32,6 +32,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint3
 // 16 bytes of global memory that nothing writes while the kernel runs.
 __device__ __forceinline__ uint4 load16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
 __device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+// The same of 8 bytes.
+__device__ __forceinline__ uint2 load8(const void* p) { return __ldg(static_cast<const uint2*>(p)); }
+__device__ __forceinline__ void store8(void* p, uint2 v) { *static_cast<uint2*>(p) = v; }
 
 // Four 8×8 matrices of 16-bit elements; lane 8i + j gives the address of row j of matrix i, 16-byte aligned.
 // Lane 4r + c receives elements (r, 2c) and (r, 2c + 1) of each; in the transposed form (2c, r) and (2c + 1, r).
@@ -168,6 +171,18 @@ __device__ __forceinline__ uint4 pack(const float (&v)[kPackWidth<T>]) {
       words[i] = pack2<T>(v[2 * i], v[2 * i + 1]);
   }
   return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Four elements of 16 bits, which lie beside a pack of fp32.
+template <class T>
+__device__ __forceinline__ void unpack(uint2 pack, float (&v)[4]) {
+  const float2 low = unpack2<T>(pack.x), high = unpack2<T>(pack.y);
+  v[0] = low.x, v[1] = low.y, v[2] = high.x, v[3] = high.y;
+}
+
+template <class T>
+__device__ __forceinline__ uint2 pack_half(const float (&v)[4]) {
+  return make_uint2(pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3]));
 }
 
 __device__ __forceinline__ float warp_sum(float v) {

@@ -87,6 +87,8 @@ namespace ptx {
 
 uint4 load16(const void* p);
 void store16(void* p, uint4 v);
+uint2 load8(const void* p);
+void store8(void* p, uint2 v);
 void ldmatrix_x4(uint32_t (&r)[4], const void* row);
 void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row);
 template <class T>

@@ -184,8 +184,9 @@ void land(const AsyncCopy& copy) {
   if (settings.late_copies) copy_now(copy);
 }
 
-void check_vector(const void* p, const char* name, uintptr_t code) {
-  if (uintptr_t(p) % 16 != 0) fail("misaligned", std::string(name) + ": the address is not 16-byte aligned", code);
+void check_vector(const void* p, const char* name, uintptr_t code, size_t bytes = 16) {
+  if (uintptr_t(p) % bytes != 0)
+    fail("misaligned", std::string(name) + ": the address is not " + std::to_string(bytes) + "-byte aligned", code);
 }
 
 }  // namespace
@@ -238,6 +239,20 @@ void store16(void* p, uint4 v) {
   check_vector(p, "a store of 16 bytes", EMU_CALLER);
   access(p, 16, Access::write, EMU_CALLER);
   std::memcpy(p, &v, 16);
+}
+
+uint2 load8(const void* p) {
+  check_vector(p, "a load of 8 bytes", EMU_CALLER, 8);
+  access(p, 8, Access::read, EMU_CALLER);
+  uint2 v;
+  std::memcpy(&v, p, 8);
+  return v;
+}
+
+void store8(void* p, uint2 v) {
+  check_vector(p, "a store of 8 bytes", EMU_CALLER, 8);
+  access(p, 8, Access::write, EMU_CALLER);
+  std::memcpy(p, &v, 8);
 }
 
 void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, false, EMU_CALLER); }

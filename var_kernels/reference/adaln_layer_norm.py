@@ -20,9 +20,12 @@ def gated_residual_adaln(
     *,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`residual = x + gate * branch`, rounded to the dtype of x, and `adaln_layer_norm(residual, scale, shift)`."""
+    """`residual = x + gate * branch`, rounded to the dtype of x, and `adaln_layer_norm(residual, scale, shift)`.
+
+    The second in the dtype of branch.
+    """
     residual = (_widen(x) + _modulation(gate) * _widen(branch)).to(x.dtype)
-    return residual, adaln_layer_norm(residual, scale, shift, eps=eps)
+    return residual, adaln_layer_norm(residual, scale, shift, eps=eps).to(branch.dtype)
 
 
 def _widen(tensor: torch.Tensor) -> torch.Tensor:

@@ -96,12 +96,15 @@ def _attention(
     )
 
 
-def _adaln(name: str, dtype=torch.bfloat16, backward: bool = False, gated: bool = False) -> Problem:
+def _adaln(
+    name: str, dtype=torch.bfloat16, backward: bool = False, gated: bool = False, branch: torch.dtype | None = None
+) -> Problem:
+    """`branch`: another dtype of the branch and of y than that of the rest."""
     shape = SHAPES[name]
     size = (BATCH, shape.length, shape.width)
 
     def arguments(device):
-        def tokens():
+        def tokens(dtype=dtype):
             return torch.empty(size, dtype=dtype, device=device)
 
         # Views of the six modulation vectors of a block.
@@ -109,7 +112,8 @@ def _adaln(name: str, dtype=torch.bfloat16, backward: bool = False, gated: bool 
         gate, scale, shift = packed.chunk(6, dim=-1)[:3]
         mean, rstd = torch.empty(2, *size[:2], device=device)
         if not backward:
-            return (tokens(), tokens(), gate, scale, shift, 1e-6) if gated else (tokens(), scale, shift, 1e-6)
+            streams = (tokens(), tokens(branch or dtype), gate) if gated else (tokens(),)
+            return (*streams, scale, shift, 1e-6)
         given = (scale, mean, rstd, True, False)  # shift is one per sample, not one per token
         return (tokens(), tokens(), tokens(), tokens(), gate, *given) if gated else (tokens(), tokens(), *given)
 
@@ -117,9 +121,10 @@ def _adaln(name: str, dtype=torch.bfloat16, backward: bool = False, gated: bool 
     # Sums of x and of squares 4, normalised 2, modulated 2; backward with three more sums; gating one fma each way.
     per_element = (16 if backward else 8) + (4 if backward else 2) * gated
     elements = size[0] * size[1] * size[2]
+    dtypes = _NAMES[dtype] if branch is None else f"{_NAMES[dtype]}, branch {_NAMES[branch]},"
     return Problem(
         "gated_residual_adaln" if gated else "adaln_layer_norm",
-        f"{name} {_NAMES[dtype]} {'backward' if backward else 'forward'}",
+        f"{name} {dtypes} {'backward' if backward else 'forward'}",
         raw + "_backward" if backward else raw,
         arguments,
         operations=per_element * elements,
@@ -229,6 +234,7 @@ PROBLEMS: tuple[Problem, ...] = (
     *_both(_attention, "D 256, 2 of infinity-256px", 8, "infinity-256px", 256, batch=2, targets=DISTINCT_TARGETS),
     *(p for name in ("d16", "d36") for dtype in (torch.bfloat16, _FP32) for gated in (False, True)
       for p in _both(_adaln, name, dtype, gated=gated)),
+    _adaln("d16", _FP32, gated=True, branch=torch.bfloat16),
     _nearest("tokens of 8 images", BATCH * sum(scale_lens("256px"))),
     _nearest("tokens of 8 images", BATCH * sum(scale_lens("256px")), torch.bfloat16),
     _quantizer("encode 8 images", "_multi_scale_quantize"),

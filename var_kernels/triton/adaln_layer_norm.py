@@ -350,7 +350,7 @@ def adaln_layer_norm(x, scale, shift, eps):
 
 
 def gated_residual_adaln(x, branch, gate, scale, shift, eps):
-    residual, y = x.new_empty(x.shape), x.new_empty(x.shape)
+    residual, y = x.new_empty(x.shape), branch.new_empty(x.shape)
     return residual, y, *_forward(x, branch, gate, scale, shift, residual, y, eps)
 
 
