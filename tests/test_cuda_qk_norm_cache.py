@@ -12,7 +12,7 @@ from test_qk_norm_cache import DTYPES, expected, problem
 
 from var_kernels import _build, qk_norm_cache
 from var_kernels.report import nvcc
-from var_kernels.testing import assert_accurate
+from var_kernels.testing import assert_accurate, randn
 
 pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
@@ -65,6 +65,52 @@ def test_strides_alignment_zeros_and_nan():
         torch.testing.assert_close(q, expected_q, equal_nan=True)
         torch.testing.assert_close(k_cache, want[0], equal_nan=True)
         assert not q[0, 0, 0].any()
+
+
+def unfit_for_packs() -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """qkv and caches each of which only one check of `packs_fit` refuses: 16 bytes are four elements."""
+    shape = {"qkv": (2, 4, 3, 3, 24), "cache": (2, 3, 9, 24)}
+
+    def strided(kind: str, dim: int) -> torch.Tensor:
+        """Aligned, with a stride of `dim` that is odd, and one in every other dimension that is not."""
+        sizes, stride, strides = shape[kind], 24, {}
+        for other in sorted(range(len(sizes) - 1), key=lambda d: (d == dim, -d)):  # the odd one is the outermost
+            strides[other] = stride + (other == dim)
+            stride *= sizes[other]
+        memory = torch.zeros(sum((size - 1) * strides.get(d, 1) for d, size in enumerate(sizes)) + 1)
+        return memory.as_strided(sizes, [*(strides[d] for d in range(len(sizes) - 1)), 1])
+
+    def fit(kind: str) -> torch.Tensor:
+        return torch.zeros(shape[kind])
+
+    def shifted(kind: str) -> torch.Tensor:
+        return torch.zeros(fit(kind).numel() + 1)[1:].view(shape[kind])
+
+    cases = {f"qkv, stride {dim}": (strided("qkv", dim), fit("cache"), fit("cache")) for dim in range(4)}
+    cases["qkv, address"] = (shifted("qkv"), fit("cache"), fit("cache"))
+    faults = {f"stride {dim}": functools.partial(strided, dim=dim) for dim in range(3)} | {"address": shifted}
+    for what, make in faults.items():
+        cases[f"k, {what}"] = (fit("qkv"), make("cache"), fit("cache"))
+        cases[f"v, {what}"] = (fit("qkv"), fit("cache"), make("cache"))
+    return cases
+
+
+def check_unfit(variant, names=None) -> None:
+    for name, (qkv, k_cache, v_cache) in unfit_for_packs().items():
+        if names is not None and name not in names:
+            continue
+        qkv.copy_(randn(*qkv.shape, seed=1))
+        q_factor = torch.tensor([1.0, 2.0, 0.5])
+        want = [torch.zeros(k_cache.shape) for _ in range(2)]
+        expected_q = qk_norm_cache(qkv, *want, 1, q_factor=q_factor, backend="reference")
+        with serving(emulated(variant) if isinstance(variant, str) else variant):
+            q = qk_norm_cache(qkv, k_cache, v_cache, 1, q_factor=q_factor, backend="cuda")
+        for found, exact in zip((q, k_cache, v_cache), (expected_q, *want), strict=True):
+            torch.testing.assert_close(found, exact)
+
+
+def test_layouts_that_no_pack_fits():
+    check_unfit("fast")
 
 
 def test_empty_and_bad_arguments_of_the_raw_op():
@@ -132,6 +178,32 @@ MUTANTS = {
     "keys are scaled as queries": Mutant(CODE, "part == 0 ? factor : 1.0f", "factor", "values"),
     "a row too far": Mutant(CODE, "(a.start + token) * cache", "(a.start + 1 + token) * cache", "values"),
 }  # fmt: skip
+
+
+# Each check of `packs_fit` left out: 16-byte accesses at addresses that are not aligned.
+DOOR = "qk_norm_cache.cu"
+UNCHECKED = {
+    "qkv, address": Mutant(DOOR, "aligned(a.qkv) && ", "", "misaligned"),
+    **{f"qkv, stride {dim}": Mutant(DOOR, "{a.qkv_sample, a.qkv_token, a.qkv_part, a.qkv_head}",
+                                    "{" + ", ".join(f"a.qkv_{part}" for part in parts) + "}", "misaligned")
+       for dim, parts in enumerate((("token", "part", "head"), ("sample", "part", "head"), ("sample", "token", "head"),
+                                    ("sample", "token", "part")))},
+    "k, address": Mutant(DOOR, "fit &= aligned(cache->data) && cache", "fit &= cache", "misaligned"),
+    "k, stride 0": Mutant(DOOR, "cache->per_sample % width == 0 && ", "", "misaligned"),
+    "k, stride 1": Mutant(DOOR, "cache->per_head % width == 0 &&\n           ", "", "misaligned"),
+    "k, stride 2": Mutant(DOOR, "cache->per_head % width == 0 &&\n           cache->per_token % width == 0",
+                          "cache->per_head % width == 0", "misaligned"),
+    "v, address": Mutant(DOOR, "{&a.k, &a.v}", "{&a.k}", "misaligned"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNCHECKED)
+def test_every_check_of_the_layout_is_needed(name, selected):
+    faulty = load_mutant(SOURCE, UNCHECKED[name], [UNCHECKED[each] for each in selected("name")])
+    with pytest.raises(EmulationError) as caught:
+        check_unfit(faulty, {name})
+    assert "misaligned" in {report.kind for report in caught.value.reports}
 
 
 @pytest.mark.slow

@@ -87,10 +87,11 @@ __device__ __forceinline__ void load_row(Pack (&packs)[kPacks], const Rows& rows
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
     const int c = column(i, sizeof(Pack) / sizeof(T));
+    const bool exists = c < channels && rows.data != nullptr;
     if constexpr (sizeof(Pack) == 16)
-      packs[i] = c < channels && rows.data != nullptr ? ptx::load16(row + c) : make_uint4(0, 0, 0, 0);
+      packs[i] = exists ? ptx::load16(row + c) : make_uint4(0, 0, 0, 0);
     else
-      packs[i] = c < channels && rows.data != nullptr ? ptx::load8(row + c) : make_uint2(0, 0);
+      packs[i] = exists ? ptx::load8(row + c) : make_uint2(0, 0);
   }
 }
 
