@@ -132,7 +132,8 @@ def _write_images(
     opened: Any, labels: list[int], sampling: Any, seed: int, precision: str, batch_size: int | None, output: Path,
     backend: str,
 ) -> None:
-    from . import generation, image_sets
+    from . import generation, image_sets, memory
+    from .inference import PRECISIONS
 
     pipeline, count = opened.pipeline, len(labels)
     how = f"{sampling}, seed {seed}, {precision}"
@@ -156,8 +157,12 @@ def _write_images(
             note(f"{output}: {images.finished()} of {count} images are finished and kept; the same command goes on")
         raise
     seconds = time.perf_counter() - started
-    say(f"{output}: {count} image{'s' * (count > 1)}, {how}, backend {backend}; {seconds:.2f} s"
-        + (f", {seconds / new:.3f} s per image" if new else ""))
+    spent = ""
+    if new:
+        configs, device = (pipeline.var.config, pipeline.vqvae.config), pipeline.var.pos_1LC.device
+        prepared = memory.fixed_bytes(*configs, PRECISIONS[precision].itemsize, device)
+        spent = f", {seconds / new:.3f} s per image, with a prepared copy of the weights of {prepared / 2**20:.0f} MiB"
+    say(f"{output}: {count} image{'s' * (count > 1)}, {how}, backend {backend}; {seconds:.2f} s{spent}")
 
 
 def _default_labels(labels: str | None, opened: Any) -> str:
