@@ -63,10 +63,10 @@ std::tuple<Tensor, Tensor, Tensor> adaln_layer_norm(const Tensor& x_in, const Te
   Tensor y = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
   Tensor mean = empty_cpu({x.size(0), x.size(1)}, ScalarType::Float);
   Tensor rstd = empty_cpu({x.size(0), x.size(1)}, ScalarType::Float);
-  forward(x, y, {.x = rows(x), .branch = {}, .gate = {}, .scale = rows(scale), .shift = rows(shift), .residual = nullptr,
-              .y = y.mutable_data_ptr(), .mean = mean.mutable_data_ptr<float>(),
-              .rstd = rstd.mutable_data_ptr<float>(), .length = x.size(1), .channels = x.size(2), .eps = float(eps),
-              .stream = streams(x, 2 * bytes(x), {&y})});
+  forward(x, y, {.x = rows(x), .branch = {}, .gate = {}, .scale = rows(scale), .shift = rows(shift),
+                 .residual = nullptr, .y = y.mutable_data_ptr(), .mean = mean.mutable_data_ptr<float>(),
+                 .rstd = rstd.mutable_data_ptr<float>(), .length = x.size(1), .channels = x.size(2),
+                 .eps = float(eps), .stream = streams(x, 2 * bytes(x), {&y})});
   return {y, mean, rstd};
 }
 
@@ -81,11 +81,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_adaln(const Tensor& x_
   Tensor y = empty_cpu({x.size(0), x.size(1), x.size(2)}, branch.scalar_type());
   Tensor mean = empty_cpu({x.size(0), x.size(1)}, ScalarType::Float);
   Tensor rstd = empty_cpu({x.size(0), x.size(1)}, ScalarType::Float);
-  forward(x, y, {.x = rows(x), .branch = rows(branch), .gate = rows(gate), .scale = rows(scale), .shift = rows(shift),
-              .residual = residual.mutable_data_ptr(), .y = y.mutable_data_ptr(),
-              .mean = mean.mutable_data_ptr<float>(), .rstd = rstd.mutable_data_ptr<float>(), .length = x.size(1),
-              .channels = x.size(2), .eps = float(eps),
-              .stream = streams(x, 2 * bytes(x) + 2 * bytes(branch), {&residual, &y})});
+  forward(x, y, {.x = rows(x), .branch = rows(branch), .gate = rows(gate), .scale = rows(scale),
+                 .shift = rows(shift), .residual = residual.mutable_data_ptr(), .y = y.mutable_data_ptr(),
+                 .mean = mean.mutable_data_ptr<float>(), .rstd = rstd.mutable_data_ptr<float>(),
+                 .length = x.size(1), .channels = x.size(2), .eps = float(eps),
+                 .stream = streams(x, 2 * bytes(x) + 2 * bytes(branch), {&residual, &y})});
   return {residual, y, mean, rstd};
 }
 
@@ -134,7 +134,7 @@ void finish(const Tensor& x, const Reduction& reduction) {
   const int64_t channels = x.size(2), blocks = (channels + kBlock - 1) / kBlock, rows = reduction.out.size(0);
   const int64_t count = rows == 0 ? 0 : x.size(0) * partials_per_sample(x) / rows;
   const int dtype = dtype_index(x);
-  const int64_t row_bytes = channels * (dtype == 0 ? 4 : 2);
+  const int64_t row_bytes = channels * bytes(reduction.out);
   char* out = static_cast<char*>(reduction.out.mutable_data_ptr());
   run_tasks(rows * blocks, rows * count * channels, [&](int64_t task) {
     const int64_t row = task / blocks, begin = task % blocks * kBlock;

@@ -160,9 +160,9 @@ std::tuple<Tensor, Tensor, Tensor> adaln_layer_norm(const Tensor& x_in, const Te
   Tensor mean = device.empty({x.size(0), x.size(1)}, ScalarType::Float);
   Tensor rstd = device.empty({x.size(0), x.size(1)}, ScalarType::Float);
   forward(device, x, y, {.x = rows(x), .branch = {}, .gate = {}, .scale = rows(scale), .shift = rows(shift),
-                      .residual = nullptr, .y = y.mutable_data_ptr(), .mean = mean.mutable_data_ptr<float>(),
-                      .rstd = rstd.mutable_data_ptr<float>(), .partition = {}, .channels = int(x.size(2)),
-                      .eps = float(eps)});
+                         .residual = nullptr, .y = y.mutable_data_ptr(), .mean = mean.mutable_data_ptr<float>(),
+                         .rstd = rstd.mutable_data_ptr<float>(), .partition = {}, .channels = int(x.size(2)),
+                         .eps = float(eps)});
   return {y, mean, rstd};
 }
 
@@ -179,9 +179,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_adaln(const Tensor& x_
   Tensor mean = device.empty({x.size(0), x.size(1)}, ScalarType::Float);
   Tensor rstd = device.empty({x.size(0), x.size(1)}, ScalarType::Float);
   forward(device, x, y, {.x = rows(x), .branch = rows(branch), .gate = rows(gate), .scale = rows(scale),
-                      .shift = rows(shift), .residual = residual.mutable_data_ptr(), .y = y.mutable_data_ptr(),
-                      .mean = mean.mutable_data_ptr<float>(), .rstd = rstd.mutable_data_ptr<float>(), .partition = {},
-                      .channels = int(x.size(2)), .eps = float(eps)});
+                         .shift = rows(shift), .residual = residual.mutable_data_ptr(), .y = y.mutable_data_ptr(),
+                         .mean = mean.mutable_data_ptr<float>(), .rstd = rstd.mutable_data_ptr<float>(),
+                         .partition = {}, .channels = int(x.size(2)), .eps = float(eps)});
   return {residual, y, mean, rstd};
 }
 

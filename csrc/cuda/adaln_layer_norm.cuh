@@ -73,13 +73,13 @@ __device__ __forceinline__ void sum_over_row(float (&v)[N], float (*exchange)[N]
   }
 }
 
-// ---- a row in registers: kPacks packs of 16 bytes for each thread, or of 8 where T has half the bytes of x -------------------------------------------------
+// ---- a row in registers: kPacks packs of 16 bytes for each thread -------------------------------------------------
 
 __device__ __forceinline__ int column(int pack, int width) {
   return (int(threadIdx.x) + pack * int(blockDim.x)) * width;
 }
 
-// Zeros where there is no column, and where there is no row at all.
+// Zeros where there is no column, and where there is no row at all. Packs of 8 bytes lie beside the 16 of fp32.
 template <class T, class Pack, int kPacks>
 __device__ __forceinline__ void load_row(Pack (&packs)[kPacks], const Rows& rows, int sample, int token,
                                          int channels) {
