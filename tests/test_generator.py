@@ -256,6 +256,18 @@ def test_refuses_bad_calls(labels, options, match):
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
+def test_weights_that_are_not_packed_count_as_a_copy_in_another_dtype_only():
+    # On a GPU fp32 projections use the model's own weights; their bytes were counted as a second copy.
+    vqvae, transformer = VQVAEConfig(), VARConfig(depth=16)
+    fp32, bf16 = (memory.fixed_bytes(transformer, vqvae, itemsize, "cuda") for itemsize in (4, 2))
+    assert fp32 == memory.fixed_bytes(VARConfig(depth=30), vqvae, 4, "cuda")  # the decoder alone
+    with torch.device("meta"):
+        modules = var.VAR(transformer).modules()
+    linears = sum(module.weight.numel() for module in modules if isinstance(module, torch.nn.Linear))
+    kept = transformer.width * (vqvae.z_channels + transformer.vocab_size)  # word_embed and head stay fp32
+    assert bf16 == fp32 // 2 + 2 * (linears - kept)
+
+
 def test_a_batch_that_does_not_fit_is_refused_before_it_is_tried(monkeypatch):
     vqvae, transformer = VQVAEConfig(), VARConfig(depth=16)
     fixed = memory.fixed_bytes(transformer, vqvae, 4)

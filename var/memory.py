@@ -57,9 +57,10 @@ def _cgroup_room() -> int | None:
 
 
 def fixed_bytes(var: VARConfig, vqvae: VQVAEConfig, precision_bytes: int, device: str | torch.device = "cpu") -> int:
-    """Bytes of the weights of a `Generator`, whatever its batch size."""
+    """Bytes of the weights of a `Generator` beside the model's, whatever its batch size."""
     import torch
 
+    from var_kernels.packed_linear import packing_unavailable_reason
     from var_kernels.winograd_conv import prepared_bytes
 
     from .vqvae import Decoder, Upsample
@@ -67,7 +68,11 @@ def fixed_bytes(var: VARConfig, vqvae: VQVAEConfig, precision_bytes: int, device
     width = var.width
     modulation = 6 * width * width * (1 if var.shared_aln else var.depth)
     per_block = (4 + 2 * var.mlp_ratio) * width * width
-    packed = precision_bytes * (var.depth * per_block + modulation + 2 * width * width) + 4 * width * var.vocab_size
+    # What is not packed is the model's own where that has the same dtype, a converted copy where not.
+    fp32_copied = packing_unavailable_reason(torch.float32, device) is None
+    packed = 4 * width * var.vocab_size if fp32_copied else 0  # the head
+    if precision_bytes != 4 or fp32_copied:
+        packed += precision_bytes * (var.depth * per_block + modulation + 2 * width * width)
     with torch.device("meta"):
         decoder = Decoder(vqvae)
     doubling = {module.conv for module in decoder.modules() if isinstance(module, Upsample)}
