@@ -24,8 +24,9 @@ inline void check_x(const torch::stable::Tensor& x) {
   dtype_index(x);
 }
 
-inline void check_like(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& x) {
-  VAR_CHECK(tensor.scalar_type() == x.scalar_type(), name, torch::headeronly::toString(x.scalar_type()),
+inline void check_like(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& x,
+                       torch::headeronly::ScalarType dtype) {
+  VAR_CHECK(tensor.scalar_type() == dtype, name, torch::headeronly::toString(dtype),
             torch::headeronly::toString(tensor.scalar_type()));
   VAR_CHECK(tensor.dim() == 3, name, "3 dimensions", tensor.dim());
   VAR_CHECK(tensor.size(2) == x.size(2), name, x.size(2), tensor.size(2), " channels");
@@ -35,32 +36,32 @@ inline torch::stable::Tensor with_dense_rows(const torch::stable::Tensor& tensor
   return tensor.size(2) <= 1 || tensor.stride(2) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-// (B, L, C) like x, in the dtype of `typed`, as rows that need no more than a dense last dimension.
+// (B, L, C) like x, as rows that need no more than a dense last dimension.
 inline torch::stable::Tensor token_rows(const char* name, const torch::stable::Tensor& tensor,
-                                        const torch::stable::Tensor& x, const torch::stable::Tensor& typed) {
-  check_like(name, tensor, typed);
-  VAR_CHECK(tensor.size(2) == x.size(2), name, x.size(2), tensor.size(2), " channels");
+                                        const torch::stable::Tensor& x, torch::headeronly::ScalarType dtype) {
+  check_like(name, tensor, x, dtype);
   VAR_CHECK(tensor.size(0) == x.size(0) && tensor.size(1) == x.size(1), name, "the shape of x", "(", tensor.size(0),
             ", ", tensor.size(1), ", ", tensor.size(2), ")");
   return with_dense_rows(tensor);
 }
 inline torch::stable::Tensor token_rows(const char* name, const torch::stable::Tensor& tensor,
                                         const torch::stable::Tensor& x) {
-  return token_rows(name, tensor, x, x);
+  return token_rows(name, tensor, x, x.scalar_type());
 }
 
 // The branch, whose dtype is that of x or, beside fp32, one of 16 bits; y will have it as well.
 inline torch::stable::Tensor branch_rows(const torch::stable::Tensor& branch, const torch::stable::Tensor& x) {
-  const bool mixed = x.scalar_type() == torch::headeronly::ScalarType::Float &&
-                     (branch.scalar_type() == torch::headeronly::ScalarType::BFloat16 ||
-                      branch.scalar_type() == torch::headeronly::ScalarType::Half);
-  return token_rows("branch", branch, x, mixed ? branch : x);
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = branch.scalar_type();
+  const bool mixed =
+      x.scalar_type() == ScalarType::Float && (dtype == ScalarType::BFloat16 || dtype == ScalarType::Half);
+  return token_rows("branch", branch, x, mixed ? dtype : x.scalar_type());
 }
 
 // (B, 1, C), (1, 1, C) or (B, L, C).
 inline torch::stable::Tensor modulation_rows(const char* name, const torch::stable::Tensor& tensor,
                                              const torch::stable::Tensor& x) {
-  check_like(name, tensor, x);
+  check_like(name, tensor, x, x.scalar_type());
   const int64_t samples = tensor.size(0), tokens = tensor.size(1);
   VAR_CHECK((samples == x.size(0) && (tokens == 1 || tokens == x.size(1))) || (samples == 1 && tokens == 1), name,
             "shape (B, 1, C), (1, 1, C) or (B, L, C)", "(", samples, ", ", tokens, ", ", tensor.size(2), ")");

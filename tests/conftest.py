@@ -1,10 +1,16 @@
 """Fixtures that the tests of all ops share."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
 
 from var_kernels.backends import unavailable_reason
+from var_kernels.testing import isa_levels
 
 # Of the randomised tests; `--hypothesis-profile=long` for ten minutes of test_cpu_differential.py.
 settings.register_profile("brief", max_examples=15, derandomize=True)
@@ -18,6 +24,25 @@ def cpu():
     reason = unavailable_reason("cpu", "cpu", "block_causal_attention")
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def run_at_lower_level(cpu, request):
+    """`run(file, expression)`: the tests of a file that pytest's -k selects pass at a lower ISA level, none skipped.
+
+    In a process of their own; skips where this process is at that level, or below it.
+    """
+    level = request.param
+    if level not in isa_levels()[:-1]:
+        pytest.skip(f"{level} is not below the level of this process")
+
+    def run(file, expression):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), "-k", expression]
+        root, environment = Path(__file__).resolve().parents[1], {**os.environ, "VAR_KERNELS_ISA": level}
+        answer = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+        assert answer.returncode == 0 and "skipped" not in answer.stdout, answer.stdout[-3000:] + answer.stderr[-2000:]
+
+    return run
 
 
 @pytest.fixture

@@ -1,16 +1,13 @@
 """adaln_layer_norm and gated_residual_adaln: accuracy of values and gradients, the contract, torch's tools."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from var_kernels import adaln_layer_norm, gated_residual_adaln
-from var_kernels.testing import assert_accurate, isa_levels, modulation, poison, randn
+from var_kernels.testing import assert_accurate, modulation, poison, randn
 
 _ROOT = Path(__file__).resolve().parents[1]
 OPS = {"adaln": adaln_layer_norm, "gated": gated_residual_adaln}
@@ -166,15 +163,8 @@ def test_gradcheck_of_reference(op):
         torch.autograd.gradcheck(lambda *args: outputs(op, args, "reference"), tensors)
 
 
-@pytest.mark.parametrize("level", ("portable", "avx2", "avx512"))
-def test_every_lower_isa_level(cpu, level):
-    if level not in isa_levels()[:-1]:
-        pytest.skip(f"{level} is not below the level of this process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "accurate_in_brief"]
-    answer = subprocess.run(
-        command, env={**os.environ, "VAR_KERNELS_ISA": level}, cwd=_ROOT, capture_output=True, text=True
-    )
-    assert answer.returncode == 0 and "skipped" not in answer.stdout, answer.stdout[-3000:] + answer.stderr[-2000:]
+def test_every_lower_isa_level(run_at_lower_level):
+    run_at_lower_level(__file__, "accurate_in_brief")
 
 
 # ---- layouts, emptiness, special values ----------------------------------------------------------------------------

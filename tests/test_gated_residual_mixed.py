@@ -1,8 +1,5 @@
 """gated_residual_adaln with a branch of 16 bits beside an fp32 stream: the same values, y rounded to that dtype."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +7,7 @@ import torch
 from test_adaln_layer_norm import inputs, rotated_forms
 
 from var_kernels import gated_residual_adaln
-from var_kernels.testing import isa_levels, poison
+from var_kernels.testing import assert_accurate, poison
 
 _ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (torch.bfloat16, torch.float16)
@@ -33,21 +30,23 @@ def assert_same_values(tensors, backend: str) -> None:
     assert torch.equal(residual, expected) and torch.equal(y, wide.to(branch.dtype))
 
 
+def assert_accurate_mixed(found, tensors) -> None:
+    """Of `found`, what a kernel made of these tensors: dtypes, and no further from fp64 than the reference allows."""
+    assert [tensor.dtype for tensor in found] == [torch.float32, tensors[1].dtype]
+    exact = gated_residual_adaln(*(tensor.double() for tensor in tensors))
+    plain = gated_residual_adaln(*tensors, backend="reference")
+    for name, *values in zip(("residual", "y"), found, plain, exact, strict=True):
+        assert_accurate(*values, name=name)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_values_in_brief(cpu, dtype):
     for index, shape in enumerate(SHAPES):
         assert_same_values(mixed_inputs(shape, dtype, seed=index, forms=rotated_forms(index)), "cpu")
 
 
-@pytest.mark.parametrize("level", ("portable", "avx2", "avx512"))
-def test_every_lower_isa_level(cpu, level):
-    if level not in isa_levels()[:-1]:
-        pytest.skip(f"{level} is not below the level of this process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "in_brief"]
-    answer = subprocess.run(
-        command, env={**os.environ, "VAR_KERNELS_ISA": level}, cwd=_ROOT, capture_output=True, text=True
-    )
-    assert answer.returncode == 0 and "skipped" not in answer.stdout, answer.stdout[-3000:] + answer.stderr[-2000:]
+def test_every_lower_isa_level(run_at_lower_level):
+    run_at_lower_level(__file__, "in_brief")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,8 +1,5 @@
 """multi_scale_quantize and next_scale_input: bad input, torch's tools, every ISA level."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +7,6 @@ import torch
 from quantizer_inputs import NAMES, SMALL, inputs, leaves
 
 from var_kernels import multi_scale_quantize, next_scale_input
-from var_kernels.testing import isa_levels
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
@@ -182,13 +178,7 @@ def test_vmap_and_functional_gradients(backend):
         torch.testing.assert_close(part, expected)
 
 
-@pytest.mark.parametrize("level", ("portable", "avx2", "avx512"))
-def test_every_lower_isa_level(cpu, level):
-    if level not in isa_levels()[:-1]:
-        pytest.skip(f"{level} is not below the level of this process")
-    numerics = Path(__file__).resolve().with_name("test_multi_scale_quantize.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(numerics)]
-    command += ["-k", "forward_and_backward and l2 or test_next_scale_input or layouts and cpu or every_element"]
-    environment = {**os.environ, "VAR_KERNELS_ISA": level}
-    answer = subprocess.run(command, env=environment, cwd=numerics.parents[1], capture_output=True, text=True)
-    assert answer.returncode == 0 and "skipped" not in answer.stdout, answer.stdout[-3000:] + answer.stderr[-2000:]
+def test_every_lower_isa_level(run_at_lower_level):
+    numerics = Path(__file__).with_name("test_multi_scale_quantize.py")
+    selection = "forward_and_backward and l2 or test_next_scale_input or layouts and cpu or every_element"
+    run_at_lower_level(numerics, selection)

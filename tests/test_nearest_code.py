@@ -1,6 +1,5 @@
 """nearest_code: exactness within a derived rounding band, ties, special values, the contract of the call."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 from var_kernels import nearest_code
-from var_kernels.testing import isa_levels, poison, randn
+from var_kernels.testing import poison, randn
 
 METRICS = ("l2", "cosine")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -375,15 +374,8 @@ def test_no_matrix_of_all_scores(backend):
     assert int(answer.stdout) < 60, f"{answer.stdout} MiB more for 20 000 rows"
 
 
-@pytest.mark.parametrize("level", ("portable", "avx2", "avx512"))
-def test_every_lower_isa_level(cpu, level):
-    if level not in isa_levels()[:-1]:
-        pytest.skip(f"{level} is not below the level of this process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "exact_on_small_integers and cpu or first_of_equal or nan_and_inf"]
-    environment = {**os.environ, "VAR_KERNELS_ISA": level}
-    answer = subprocess.run(command, env=environment, cwd=_ROOT, capture_output=True, text=True)
-    assert answer.returncode == 0 and "skipped" not in answer.stdout, answer.stdout[-3000:] + answer.stderr[-2000:]
+def test_every_lower_isa_level(run_at_lower_level):
+    run_at_lower_level(__file__, "exact_on_small_integers and cpu or first_of_equal or nan_and_inf")
 
 
 _ROOT = Path(__file__).resolve().parents[1]

@@ -184,9 +184,25 @@ void land(const AsyncCopy& copy) {
   if (settings.late_copies) copy_now(copy);
 }
 
-void check_vector(const void* p, const char* name, uintptr_t code, size_t bytes = 16) {
+void check_vector(const void* p, const std::string& name, uintptr_t code, size_t bytes = 16) {
   if (uintptr_t(p) % bytes != 0)
-    fail("misaligned", std::string(name) + ": the address is not " + std::to_string(bytes) + "-byte aligned", code);
+    fail("misaligned", name + ": the address is not " + std::to_string(bytes) + "-byte aligned", code);
+}
+
+template <class T>
+T load_vector(const void* p, uintptr_t code) {
+  check_vector(p, "a load of " + std::to_string(sizeof(T)) + " bytes", code, sizeof(T));
+  access(p, sizeof(T), Access::read, code);
+  T v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+void store_vector(void* p, T v, uintptr_t code) {
+  check_vector(p, "a store of " + std::to_string(sizeof(T)) + " bytes", code, sizeof(T));
+  access(p, sizeof(T), Access::write, code);
+  std::memcpy(p, &v, sizeof v);
 }
 
 }  // namespace
@@ -227,33 +243,10 @@ uint32_t ballot(uint32_t mask, bool predicate) {
 
 namespace ptx {
 
-uint4 load16(const void* p) {
-  check_vector(p, "a load of 16 bytes", EMU_CALLER);
-  access(p, 16, Access::read, EMU_CALLER);
-  uint4 v;
-  std::memcpy(&v, p, 16);
-  return v;
-}
-
-void store16(void* p, uint4 v) {
-  check_vector(p, "a store of 16 bytes", EMU_CALLER);
-  access(p, 16, Access::write, EMU_CALLER);
-  std::memcpy(p, &v, 16);
-}
-
-uint2 load8(const void* p) {
-  check_vector(p, "a load of 8 bytes", EMU_CALLER, 8);
-  access(p, 8, Access::read, EMU_CALLER);
-  uint2 v;
-  std::memcpy(&v, p, 8);
-  return v;
-}
-
-void store8(void* p, uint2 v) {
-  check_vector(p, "a store of 8 bytes", EMU_CALLER, 8);
-  access(p, 8, Access::write, EMU_CALLER);
-  std::memcpy(p, &v, 8);
-}
+uint4 load16(const void* p) { return load_vector<uint4>(p, EMU_CALLER); }
+void store16(void* p, uint4 v) { store_vector(p, v, EMU_CALLER); }
+uint2 load8(const void* p) { return load_vector<uint2>(p, EMU_CALLER); }
+void store8(void* p, uint2 v) { store_vector(p, v, EMU_CALLER); }
 
 void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, false, EMU_CALLER); }
 void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, true, EMU_CALLER); }
