@@ -118,7 +118,7 @@ def test_an_op_is_served_if_all_its_raw_ops_are_there(gpu):
 def test_every_op_has_a_page_and_an_order():
     pages = {backends.page_of(op) for op in backends.OPS}
     # Kernels for the CPU only, which no backend names.
-    assert set(_library._names) - pages <= {"group_norm_silu", "winograd_conv"}
+    assert set(_library._names) - pages <= {"group_norm_silu", "packed_linear", "winograd_conv"}
     assert pages <= set(_library._names)
     assert [name for stem in _library._names for name in _library.names(stem)] == [
         schema.partition("(")[0] for schema in _library._schemas

@@ -24,6 +24,7 @@ import var_kernels as vk
 from var_kernels import _build, _native
 from var_kernels.group_norm_silu import group_norm_silu
 from var_kernels.testing import randn
+from var_kernels.packed_linear import PackedLinear
 from var_kernels.winograd_conv import PackedConv3x3
 from quantizer_inputs import SHAPES, gradients, inputs, leaves
 
@@ -66,6 +67,9 @@ for dtype in (torch.float32, torch.bfloat16):
             conv = PackedConv3x3(weight, torch.zeros(out_channels), dtype=dtype, doubling=doubling)
             y = conv(x)
             assert torch.equal(conv(x, torch.zeros_like(y)), y)
+    for rows, inner, outer in ((1, 2, 1), (7, 34, 65), (250, 40, 130), (9, 2050, 33)):
+        x, weight = randn(rows, inner, seed=1, dtype=dtype), randn(outer, inner, seed=2, dtype=dtype)
+        PackedLinear(weight, torch.zeros(outer), gelu=True)(x)
 for rows, vocab in ((3, 65), (20, 1000)):
     logits = [3 * randn(1, rows, vocab, seed=seed) for seed in (1, 2)]
     vk.sample_tokens(*logits, guidance=1.5, top_k=40, top_p=0.9, seeds=torch.tensor([5]))

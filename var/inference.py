@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_kernels import adaln_layer_norm, block_causal_attention, gated_residual_adaln, qk_norm_cache
+from var_kernels import _huge_pages, adaln_layer_norm, block_causal_attention, gated_residual_adaln, qk_norm_cache
 from var_kernels.group_norm_silu import group_norm_silu
 from var_kernels.packed_linear import PackedLinear
 from var_kernels.winograd_conv import PackedConv3x3
@@ -60,7 +60,8 @@ class InferenceTransformer:
                 proj=linear(attn.proj), fc1=linear(ffn.fc1, gelu=True), fc2=linear(ffn.fc2),
                 q_factor=attn.scale_mul_1H11.detach().clamp_max(math.log(100.0)).exp().flatten().float()
                 if config.attn_l2_norm else None,
-                k=torch.zeros(cache, dtype=dtype, device=device), v=torch.zeros(cache, dtype=dtype, device=device),
+                k=_huge_pages.zeros(*cache, dtype=dtype, device=device),
+                v=_huge_pages.zeros(*cache, dtype=dtype, device=device),
             )  # fmt: skip
 
         self._layers = [layer(block) for block in var.blocks]

@@ -89,6 +89,9 @@ def _operations(operator: str, args: tuple) -> float:
 
     Of attention those of visible pairs, of minimal filtering those of the products of matrices.
     """
+    if "_packed_linear" in operator:
+        x, out_features = args[0], args[3]
+        return 2.0 * x.numel() * out_features
     if "linear" in operator:
         x, weight = args[:2]
         return 2.0 * x.numel() * weight.shape[0]

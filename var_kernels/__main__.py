@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__, _build, _native, _self_check, backends, measured_order
-from .packed_linear import packing_unavailable_reason
+from .packed_linear import packer
 
 
 def main() -> int:
@@ -55,8 +55,7 @@ def _print_installation(console: Console, status: _native.NativeStatus) -> None:
     else:
         rows["native library"] = f"not available: {status.reason}"
     packing = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    served = [f"{name}: {packing_unavailable_reason(dtype) or 'oneDNN'}" for name, dtype in packing.items()]
-    rows["packed linear"] = "; ".join(served)
+    rows["packed linear"] = "; ".join(f"{name}: {packer(dtype)}" for name, dtype in packing.items())
     toolkit = _build.find_nvcc()
     rows["CUDA toolkit"] = f"{'.'.join(map(str, toolkit.release))} in {toolkit.toolkit}" if toolkit else "none found"
     for name, value in rows.items():

@@ -1,7 +1,7 @@
-"""A linear layer for inference: weights packed once for oneDNN, bias and GELU in its epilogue.
+"""A linear layer for inference: weights packed once, bias and GELU in the epilogue.
 
 `F.linear` hands fp32 weights as they are to BLAS in every call, which reaches 40 % of the multiply-add peak of an AMD
-server. oneDNN with weights in its own order reaches 85 to 92 %, and at two rows is four times as fast.
+server. With weights in the order in which they are read that is 85 to 92 %, and at two rows four times as fast.
 """
 
 from __future__ import annotations
@@ -11,7 +11,20 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from . import _huge_pages, _native
+from ._library import define, register_fake
+
+# x is (M, K), dense; the packed weights and the bias are those of `_pack`.
+define("_packed_linear(Tensor x, Tensor packed, Tensor bias, int out_features, bool gelu) -> Tensor", __name__)
+_STRIP, _GROUP, _COLUMNS = 48, 512, 16  # of packed_linear.h
+_LEVELS = {torch.float32: ("avx2", "avx512", "avx512_bf16", "amx"), torch.bfloat16: ("avx512_bf16",)}
+
 _OPS = ("_reorder_linear_weight", "_linear_pointwise")
+
+
+@register_fake("_packed_linear")
+def _(x, packed, bias, out_features, gelu):
+    return x.new_empty(x.shape[0], out_features)
 
 
 def packing_unavailable_reason(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> str | None:
@@ -19,8 +32,28 @@ def packing_unavailable_reason(dtype: torch.dtype = torch.float32, device: str |
     if torch.device(device).type != "cpu":
         return "packing is for the CPU"
     if dtype not in (torch.float32, torch.bfloat16):
-        return f"oneDNN packs float32 and bfloat16, not {dtype}"
+        return f"float32 and bfloat16 are packed, not {dtype}"
+    if kernel_unavailable_reason(dtype) is None:
+        return None
     return _no_onednn() or (_no_bf16() if dtype == torch.bfloat16 else None)
+
+
+def kernel_unavailable_reason(dtype: torch.dtype) -> str | None:
+    """Why weights of this dtype, float32 or bfloat16, are not packed for our own kernel but for oneDNN; or None."""
+    status = _native.load()
+    if not status.available:
+        return f"the native library is not available: {status.reason}"
+    if status.isa in _LEVELS[dtype]:
+        return None
+    return "oneDNN multiplies on the tile registers" if status.isa == "amx" else f"ISA level {status.isa} has none"
+
+
+def packer(dtype: torch.dtype) -> str:
+    """What serves weights of this dtype on a CPU, and why nothing faster does, in words."""
+    ours = kernel_unavailable_reason(dtype)
+    reason = packing_unavailable_reason(dtype)
+    served = "our kernel" if ours is None else "oneDNN" if reason is None else f"F.linear ({reason})"
+    return served if ours is None else f"{served} (our kernel: {ours})"
 
 
 @functools.cache
@@ -37,8 +70,29 @@ def _no_bf16() -> str | None:
     return None if supported else "oneDNN has no bf16 on this processor"
 
 
+def _strips(columns: int) -> list[int]:
+    """The widths of the strips of columns that lie together, as in packed_linear.h."""
+    groups = [min(_GROUP, columns - begin) for begin in range(0, columns, _GROUP)]
+    widths = []
+    for left in groups:
+        while left:
+            widths.append(32 if left == 64 else min(_STRIP, left))
+            left -= widths[-1]
+    return widths
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    """Strips of outputs, padded with zeros to a multiple of 16; in each the inputs (bf16: pairs), in each the strip."""
+    scalars = F.pad(weight, (0, 0, 0, -len(weight) % _COLUMNS)).view(torch.int32)  # a float, or a pair
+    strips = scalars.t().contiguous().split(_strips(len(scalars)), dim=1)
+    return _huge_pages.copied(strips).view(weight.dtype)
+
+
 class PackedLinear:
-    """y = x·Wᵀ + b, or tanh-GELU of that, with W in the order in which oneDNN reads it.
+    """y = x·Wᵀ + b, or tanh-GELU of that, with W in the order in which the kernel reads it.
+
+    The kernel is our own on processors with AVX-512 (fp32) and its bf16 products (bf16), and oneDNN's elsewhere and for
+    an odd number of bf16 inputs.
 
     Args:
         weight: (N, K), float32 or bfloat16. It is read now and not kept: later changes of it do not show.
@@ -48,7 +102,7 @@ class PackedLinear:
             (:func:`packing_unavailable_reason`).
 
     Called with x (…, K) in the dtype of the weight it returns (…, N). `nbytes` says what this object holds beside the
-    weight that it was given: the packed copy. There is no gradient.
+    weight that it was given: the packed copy. `packed_by_us` says whether our kernel serves. There is no gradient.
 
     Raises TypeError and ValueError for a weight or bias of another dtype, shape or device.
     """
@@ -69,19 +123,30 @@ class PackedLinear:
         weight = weight.detach()
         self._bias = None if bias is None else bias.detach().to(weight.dtype)
         self.packed = pack and weight.numel() > 0 and packing_unavailable_reason(weight.dtype, weight.device) is None
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.packed else weight
+        even = weight.dtype != torch.bfloat16 or self.in_features % 2 == 0
+        self.packed_by_us = self.packed and even and kernel_unavailable_reason(weight.dtype) is None
+        if self.packed_by_us:
+            self._weight = _pack(weight)
+            bias = weight.new_zeros(self.out_features) if bias is None else self._bias
+            self._bias = F.pad(bias.float(), (0, -self.out_features % _COLUMNS))
+        else:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.packed else weight
         self._epilogue = ("gelu", [], "tanh") if gelu else ("none", [], "")
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed copy, 0 where the weight itself is used."""
-        return self.out_features * self.in_features * self.dtype.itemsize if self.packed else 0
+        return self._weight.nbytes if self.packed else 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != self.dtype or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x: expected (…, {self.in_features}) {self.dtype}, got {tuple(x.shape)} {x.dtype}"
             )
+        if self.packed_by_us:
+            rows = x.reshape(-1, self.in_features).contiguous()
+            y = torch.ops.var_kernels._packed_linear(rows, self._weight, self._bias, self.out_features, self.gelu)
+            return y.view(*x.shape[:-1], self.out_features)
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._epilogue)
         y = F.linear(x, self._weight, self._bias)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import _native
+from . import _huge_pages, _native
 from ._checks import check, check_tensor
 from ._library import define, register_fake
 
@@ -100,7 +100,7 @@ def _pack(weight: torch.Tensor, scheme: int, dtype: torch.dtype) -> torch.Tensor
         points = points.unflatten(1, (-1, 2)).transpose(2, 3)
     else:
         points = points.unsqueeze(3)
-    return torch.cat([strip.flatten() for strip in points.to(dtype).split(_STRIP, dim=2)])
+    return _huge_pages.copied(points.to(dtype).split(_STRIP, dim=2))
 
 
 def winograd_unavailable_reason(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> str | None:

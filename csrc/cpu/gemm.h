@@ -40,15 +40,28 @@ VAR_INLINE Vec multiply_add(Vec a, Vec b, Vec sum, const Pair*) {
 }
 #endif
 
-template <int MR, int NV, class S>
+// What is fetched into the second-level cache beside a product: nothing, or a line at each step along K.
+struct NothingAhead {
+  VAR_INLINE void fetch(int64_t) const {}
+  VAR_INLINE void advance(int64_t) {}
+};
+struct LinesAhead {
+  const char *at = nullptr, *last = nullptr;  // `last`: behind it lie the lines of one more product
+
+  VAR_INLINE void fetch(int64_t k) const { __builtin_prefetch(at + k * 64, 0, 2); }
+  VAR_INLINE void advance(int64_t K) { at = last - at > K * 64 ? at + K * 64 : last; }
+};
+
+template <int MR, int NV, class S, class Ahead>
 VAR_INLINE void gemm_tile(int64_t K, const S* VAR_RESTRICT a, int64_t a_row, int64_t a_k, const S* VAR_RESTRICT b,
-                          int64_t b_k, float* VAR_RESTRICT c, int64_t c_row, bool accumulate) {
+                          int64_t b_k, float* VAR_RESTRICT c, int64_t c_row, bool accumulate, Ahead& ahead) {
   Vec acc[MR][NV];
   for (int i = 0; i < MR; ++i)
     for (int j = 0; j < NV; ++j) acc[i][j] = Vec{};
   for (int64_t k = 0; k < K; ++k) {
     Vec bv[NV];
     for (int j = 0; j < NV; ++j) bv[j] = load(b + k * b_k + j * kWidth);
+    ahead.fetch(k);
     for (int i = 0; i < MR; ++i) {
       const Vec av = broadcast(a + i * a_row + k * a_k);
       for (int j = 0; j < NV; ++j) acc[i][j] = multiply_add(av, bv[j], acc[i][j], a);
@@ -59,40 +72,41 @@ VAR_INLINE void gemm_tile(int64_t K, const S* VAR_RESTRICT a, int64_t a_row, int
       float* at = c + i * c_row + j * kWidth;
       store(at, accumulate ? load(at) + acc[i][j] : acc[i][j]);
     }
+  ahead.advance(K);
 }
 
 // All M rows of one column strip of NV vectors, in register tiles of MR rows and then of 4, 2 and 1.
-template <int MR, int NV, class S>
+template <int MR, int NV, class S, class Ahead>
 VAR_INLINE void gemm_rows(int64_t& m, int64_t M, int64_t K, const S* a, int64_t a_row, int64_t a_k, const S* b,
-                          int64_t b_k, float* c, int64_t c_row, bool accumulate) {
+                          int64_t b_k, float* c, int64_t c_row, bool accumulate, Ahead& ahead) {
   for (; m + MR <= M; m += MR)
-    gemm_tile<MR, NV>(K, a + m * a_row, a_row, a_k, b, b_k, c + m * c_row, c_row, accumulate);
+    gemm_tile<MR, NV>(K, a + m * a_row, a_row, a_k, b, b_k, c + m * c_row, c_row, accumulate, ahead);
 }
-template <int NV, class S>
+template <int NV, class S, class Ahead>
 inline void gemm_strip(int64_t M, int64_t K, const S* a, int64_t a_row, int64_t a_k, const S* b, int64_t b_k, float* c,
-                       int64_t c_row, bool accumulate) {
+                       int64_t c_row, bool accumulate, Ahead& ahead) {
   constexpr int rows = NV == 1 ? 12 : kAccumulators / NV;
   int64_t m = 0;
-  gemm_rows<rows, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate);
-  if constexpr (rows > 8) gemm_rows<8, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate);
-  if constexpr (rows > 4) gemm_rows<4, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate);
-  gemm_rows<2, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate);
-  gemm_rows<1, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate);
+  gemm_rows<rows, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate, ahead);
+  if constexpr (rows > 8) gemm_rows<8, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate, ahead);
+  if constexpr (rows > 4) gemm_rows<4, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate, ahead);
+  gemm_rows<2, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate, ahead);
+  gemm_rows<1, NV>(m, M, K, a, a_row, a_k, b, b_k, c, c_row, accumulate, ahead);
 }
 
-template <class S>
+template <class S, class Ahead = NothingAhead>
 inline void gemm(int64_t M, int64_t N, int64_t K, const S* a, int64_t a_row, int64_t a_k, const S* b, int64_t b_k,
-                 float* c, int64_t c_row, bool accumulate) {
+                 float* c, int64_t c_row, bool accumulate, Ahead ahead = {}) {
   for (int64_t n = 0; n < N;) {
     const int64_t vectors = (N - n) / kWidth;
     if (vectors == 3 || vectors > 4) {
-      gemm_strip<3>(M, K, a, a_row, a_k, b + n, b_k, c + n, c_row, accumulate);
+      gemm_strip<3>(M, K, a, a_row, a_k, b + n, b_k, c + n, c_row, accumulate, ahead);
       n += 3 * kWidth;
     } else if (vectors >= 2) {
-      gemm_strip<2>(M, K, a, a_row, a_k, b + n, b_k, c + n, c_row, accumulate);
+      gemm_strip<2>(M, K, a, a_row, a_k, b + n, b_k, c + n, c_row, accumulate, ahead);
       n += 2 * kWidth;
     } else {
-      gemm_strip<1>(M, K, a, a_row, a_k, b + n, b_k, c + n, c_row, accumulate);
+      gemm_strip<1>(M, K, a, a_row, a_k, b + n, b_k, c + n, c_row, accumulate, ahead);
       n += kWidth;
     }
   }

@@ -81,7 +81,7 @@ inline void tile_strip(int64_t M, int64_t K, const Pair* a, int64_t a_row, const
 }
 
 inline void gemm(int64_t M, int64_t N, int64_t K, const Pair* a, int64_t a_row, int64_t /*a_k*/, const Pair* b,
-                 int64_t b_k, float* c, int64_t c_row, bool accumulate) {
+                 int64_t b_k, float* c, int64_t c_row, bool accumulate, const LinesAhead& /*ahead*/ = {}) {
   int64_t n = 0;
   for (; n + 32 <= N; n += 32) tile_strip<2>(M, K, a, a_row, b + n, b_k, c + n, c_row, accumulate);
   if (n < N) tile_strip<1>(M, K, a, a_row, b + n, b_k, c + n, c_row, accumulate);

@@ -176,12 +176,17 @@ void tiles(const WinogradConv& a, int64_t image, int64_t first, int64_t count, i
 
   const int64_t out_height = a.height * scheme.scale, out_width = a.width * scheme.scale;
   const int64_t out_row = out_width * a.out_channels;
-  const S* weight = (const S*)a.weight + kPoints * (depth / per_scalar) * column;
+  const S *weights = (const S*)a.weight, *weight = weights + kPoints * (depth / per_scalar) * column;
+  const S* last = weights + (kPoints * round_up(a.out_channels, kWinogradColumns) - kWinogradColumns) * (depth / per_scalar);
   for (int64_t n = column; n < end; n += kWinogradStrip) {
     const int64_t strip = min_i(kWinogradStrip, end - n);
-    for (int64_t p = 0; p < kPoints; ++p, weight += depth / per_scalar * strip)
+    for (int64_t p = 0; p < kPoints; ++p) {
+      const S* next = weight + depth / per_scalar * strip;
+      const LinesAhead ahead{(const char*)(next < last ? next : last), (const char*)last};
       gemm(rows, strip, depth / per_scalar, (const S*)(v + p * v_point), depth / per_scalar, int64_t{1}, weight, strip,
-           products + p * m_point, strip, false);
+           products + p * m_point, strip, false, ahead);
+      weight = next;
+    }
     for (int64_t t = 0; t < count; ++t) {
       const int64_t r = (first + t) / across * scheme.outputs, s = (first + t) % across * scheme.outputs;
       const int64_t at = ((image * out_height + r) * out_width + s) * a.out_channels + n;

@@ -1,0 +1,56 @@
+// The door of packed_linear on CPU: checks, allocation, and strips of blocks of rows over threads.
+#include "packed_linear.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../checks.h"
+#include "dispatch.h"
+
+namespace var_kernels {
+
+VAR_DECLARE_ISA_TABLES(PackedLinearTable, packed_linear_table)
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// x is (M, K), dense; see packed_linear.py for the order of the packed weights.
+Tensor packed_linear(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t out_features, bool gelu) {
+  const ScalarType dtype = x.scalar_type();
+  const bool pairs = dtype == ScalarType::BFloat16;
+  VAR_CHECK(pairs || dtype == ScalarType::Float, "x", "float32 or bfloat16", torch::headeronly::toString(dtype));
+  VAR_CHECK(x.dim() == 2 && x.is_contiguous(), "x", "a dense tensor of shape (M, K)", x.dim(), " dimensions");
+  const int64_t rows = x.size(0), depth = x.size(1);
+  VAR_CHECK(depth > 0 && (!pairs || depth % 2 == 0), "x", pairs ? "an even number of columns" : "columns", depth);
+  VAR_CHECK(packed.scalar_type() == dtype, "packed", torch::headeronly::toString(dtype),
+            torch::headeronly::toString(packed.scalar_type()));
+  VAR_CHECK(out_features > 0, "out_features", "a positive number", out_features);
+  const int64_t columns = (out_features + kLinearColumns - 1) / kLinearColumns * kLinearColumns;
+  VAR_CHECK(packed.is_contiguous() && packed.numel() == columns * depth, "packed", columns * depth, packed.numel());
+  VAR_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == columns && bias.is_contiguous(), "bias",
+            "a dense float32 vector, one for each padded column", bias.numel(), " elements");
+  Tensor y = empty_cpu({rows, out_features}, dtype);
+  if (rows == 0) return y;
+
+  const auto kernel = packed_linear_table().strip[pairs];
+  VAR_CHECK(kernel != nullptr, "x", "float32: this instruction set has no product of bfloat16", "bfloat16");
+  const PackedLinear arguments{x.const_data_ptr(), packed.const_data_ptr(), bias.const_data_ptr<float>(),
+                               y.mutable_data_ptr(), depth, columns, out_features, gelu};
+  std::vector<int64_t> strips;
+  for (int64_t column = 0; column < columns; column += linear_strip(column, columns)) strips.push_back(column);
+  const int64_t count = int64_t(strips.size()), blocks = (rows + kLinearRows - 1) / kLinearRows;
+  const auto row_of = [&](int64_t block) { return rows * block / blocks / 8 * 8; };  // whole register tiles
+  parallel_tasks(count * blocks, rows * columns * depth, [&](int64_t task) {
+    const int64_t block = task / count, column = strips[task % count], first = row_of(block);
+    const int64_t end = block + 1 == blocks ? rows : row_of(block + 1), strip = linear_strip(column, columns);
+    kernel(arguments, first, end - first, column, strip, thread_scratch((end - first) * strip));
+  });
+  return y;
+}
+
+}  // namespace
+}  // namespace var_kernels
+
+STABLE_TORCH_LIBRARY_IMPL(var_kernels, CPU, m) { m.impl("_packed_linear", TORCH_BOX(&var_kernels::packed_linear)); }
