@@ -46,8 +46,16 @@ struct NothingAhead {
   VAR_INLINE void advance(int64_t) {}
 };
 struct LinesAhead {
-  const char *at = nullptr, *last = nullptr;  // `last`: behind it lie the lines of one more product
+  const char *at = nullptr, *last = nullptr;
 
+  LinesAhead() = default;
+  // B of the next product, (K, N) like that of this one, as far as it lies before `end`. Where there are more steps than
+  // lines, the last K lines are fetched again: those beyond would drive out of the cache what is read now.
+  template <class S>
+  VAR_INLINE LinesAhead(const S* next, const S* end, int64_t K, int64_t N)
+      : at((const char*)next), last((const char*)(end - next > K * N ? next + K * N : end) - K * 64) {
+    if (at > last) at = last;
+  }
   VAR_INLINE void fetch(int64_t k) const { __builtin_prefetch(at + k * 64, 0, 2); }
   VAR_INLINE void advance(int64_t K) { at = last - at > K * 64 ? at + K * 64 : last; }
 };

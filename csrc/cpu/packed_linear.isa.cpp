@@ -37,9 +37,9 @@ void strip(const PackedLinear& a, int64_t first, int64_t count, int64_t column, 
   const S* const end = weight + a.columns * depth;
   for (int64_t k = 0; k < depth; k += kDepth) {
     const int64_t part = min_i(kDepth, depth - k);
-    const S *block = w + k * width, *last = end - part * kLinearColumns, *next = block + part * width;
-    const LinesAhead ahead{(const char*)(next < last ? next : last), (const char*)last};
-    gemm(count, width, part, x + k, depth, int64_t{1}, block, width, scratch, width, k > 0, ahead);
+    const S* block = w + k * width;
+    gemm(count, width, part, x + k, depth, int64_t{1}, block, width, scratch, width, k > 0,
+         LinesAhead(block + part * width, end, part, width));
   }
 
   const int64_t columns = min_i(width, a.out_features - column);

@@ -177,14 +177,13 @@ void tiles(const WinogradConv& a, int64_t image, int64_t first, int64_t count, i
   const int64_t out_height = a.height * scheme.scale, out_width = a.width * scheme.scale;
   const int64_t out_row = out_width * a.out_channels;
   const S *weights = (const S*)a.weight, *weight = weights + kPoints * (depth / per_scalar) * column;
-  const S* last = weights + (kPoints * round_up(a.out_channels, kWinogradColumns) - kWinogradColumns) * (depth / per_scalar);
+  const S* const weights_end = weights + kPoints * (depth / per_scalar) * round_up(a.out_channels, kWinogradColumns);
   for (int64_t n = column; n < end; n += kWinogradStrip) {
     const int64_t strip = min_i(kWinogradStrip, end - n);
     for (int64_t p = 0; p < kPoints; ++p) {
       const S* next = weight + depth / per_scalar * strip;
-      const LinesAhead ahead{(const char*)(next < last ? next : last), (const char*)last};
       gemm(rows, strip, depth / per_scalar, (const S*)(v + p * v_point), depth / per_scalar, int64_t{1}, weight, strip,
-           products + p * m_point, strip, false, ahead);
+           products + p * m_point, strip, false, LinesAhead(next, weights_end, depth / per_scalar, strip));
       weight = next;
     }
     for (int64_t t = 0; t < count; ++t) {
