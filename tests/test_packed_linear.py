@@ -192,7 +192,15 @@ def test_bad_weights(change, error, match):
         PackedLinear(**{"weight": torch.zeros(4, 3), "bias": torch.zeros(4), **change})
 
 
-@pytest.mark.parametrize("x", [torch.zeros(2, 4), torch.zeros(2, 3).bfloat16()])
-def test_bad_input(x):
-    with pytest.raises(ValueError, match="x: expected"):
-        PackedLinear(torch.zeros(4, 3))(x)
+@pytest.mark.parametrize(
+    ("x", "error", "match"),
+    [
+        (torch.zeros(2, 4), ValueError, "x: expected"),
+        (torch.zeros(2, 3).bfloat16(), ValueError, "x: expected"),
+        (torch.zeros(2, 3, device="meta"), ValueError, "x: expected device cpu"),
+        (torch.zeros(2, 3, requires_grad=True), RuntimeError, "no gradient"),
+    ],
+)
+def test_bad_input(x, error, match, make):
+    with pytest.raises(error, match=match):
+        make(torch.zeros(4, 3))(x)

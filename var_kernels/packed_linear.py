@@ -17,6 +17,7 @@ from ._library import define, register_fake
 # x is (M, K), dense; the packed weights and the bias are those of `_pack`.
 define("_packed_linear(Tensor x, Tensor packed, Tensor bias, int out_features, bool gelu) -> Tensor", __name__)
 _STRIP, _GROUP, _COLUMNS = 48, 512, 16  # of packed_linear.h
+# Where our kernel is the fastest.
 _LEVELS = {torch.float32: ("avx2", "avx512", "avx512_bf16", "amx"), torch.bfloat16: ("avx512_bf16",)}
 
 _OPS = ("_reorder_linear_weight", "_linear_pointwise")
@@ -91,8 +92,8 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
 class PackedLinear:
     """y = x·Wᵀ + b, or tanh-GELU of that, with W in the order in which the kernel reads it.
 
-    The kernel is our own on processors with AVX-512 (fp32) and its bf16 products (bf16), and oneDNN's elsewhere and for
-    an odd number of bf16 inputs.
+    The kernel is our own on x86-64 processors with AVX2 (fp32) and with the bf16 products of AVX-512 (bf16), but for an
+    odd number of bf16 inputs; oneDNN's elsewhere, and of bf16 on the tile registers of AMX.
 
     Args:
         weight: (N, K), float32 or bfloat16. It is read now and not kept: later changes of it do not show.
@@ -104,7 +105,8 @@ class PackedLinear:
     Called with x (…, K) in the dtype of the weight it returns (…, N). `nbytes` says what this object holds beside the
     weight that it was given: the packed copy. `packed_by_us` says whether our kernel serves. There is no gradient.
 
-    Raises TypeError and ValueError for a weight or bias of another dtype, shape or device.
+    Raises TypeError and ValueError for a weight, bias or x of another dtype, shape or device; RuntimeError where a
+    gradient would be needed.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class PackedLinear:
         if bias is not None and bias.device != weight.device:
             raise ValueError(f"bias: expected device {weight.device} like weight, got {bias.device}")
         self.out_features, self.in_features = weight.shape
-        self.dtype, self.gelu = weight.dtype, gelu
+        self.dtype, self.device, self.gelu = weight.dtype, weight.device, gelu
         weight = weight.detach()
         self._bias = None if bias is None else bias.detach().to(weight.dtype)
         self.packed = pack and weight.numel() > 0 and packing_unavailable_reason(weight.dtype, weight.device) is None
@@ -143,6 +145,10 @@ class PackedLinear:
             raise ValueError(
                 f"x: expected (…, {self.in_features}) {self.dtype}, got {tuple(x.shape)} {x.dtype}"
             )
+        if x.device != self.device:
+            raise ValueError(f"x: expected device {self.device} like the weight, got {x.device}")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("PackedLinear: has no gradient; call it under torch.no_grad()")
         if self.packed_by_us:
             rows = x.reshape(-1, self.in_features).contiguous()
             y = torch.ops.var_kernels._packed_linear(rows, self._weight, self._bias, self.out_features, self.gelu)
