@@ -46,7 +46,8 @@ def test_a_view_keeps_the_memory():
     assert (part == 3).all()
 
 
-def test_copied():
+def test_filled():
     x = torch.arange(24.0).view(4, 6)
     pieces = x.split([2, 4], dim=1)
-    assert torch.equal(_huge_pages.copied(pieces), torch.cat([piece.flatten() for piece in pieces]))
+    filled = _huge_pages.filled(24, iter(pieces), torch.float32)
+    assert torch.equal(filled, torch.cat([piece.flatten() for piece in pieces]))

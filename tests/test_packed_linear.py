@@ -1,5 +1,8 @@
 """PackedLinear against fp64 and F.linear: our kernel, oneDNN's and unpacked; and the contract of the call."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,6 +89,14 @@ def test_a_row_does_not_depend_on_the_others_nor_on_threads(dtype):
         torch.set_num_threads(threads)
 
 
+def test_weights_are_converted(make):
+    x, weight, bias = problem(9, 64, 80, torch.bfloat16)
+    wide, bias = randn(80, 64, seed=5, dtype=torch.float64), bias.double()
+    layer = make(wide, bias, dtype=torch.bfloat16)
+    assert layer.dtype == torch.bfloat16
+    assert torch.equal(layer(x), make(wide.bfloat16(), bias.bfloat16())(x))
+
+
 def test_layouts():
     x, weight, bias = problem(6, 32, 20)
     wide = torch.full((6, 40), torch.nan)
@@ -106,6 +117,33 @@ def test_says_what_it_holds(dtype):
         padded = -(-shape[0] // 16) * 16 if layer.packed_by_us else shape[0]
         assert layer.nbytes == (padded * shape[1] * dtype.itemsize if layer.packed else 0)
         assert PackedLinear(weight, pack=False).nbytes == 0
+        assert PackedLinear(weight.double(), dtype=dtype, pack=False).nbytes == weight.nbytes
+        assert PackedLinear(weight.double(), dtype=dtype).nbytes == (layer.nbytes or weight.nbytes)
+
+
+PEAK = """
+import resource, torch
+from var.memory import keep_freed_memory
+from var_kernels.packed_linear import PackedLinear
+keep_freed_memory()
+dtype = getattr(torch, DTYPE)
+weights = [torch.ones(1024, 4096) for _ in range(8)]
+PackedLinear(weights[0][:16], dtype=dtype)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+layers = [PackedLinear(weight, torch.zeros(1024), dtype=dtype) for weight in weights]
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
+print(grown / sum(layer.nbytes for layer in layers))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in KiB")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packing_leaves_no_temporaries_with_malloc(dtype):
+    if (reason := kernel_unavailable_reason(dtype)) is not None:
+        pytest.skip(reason)
+    code = PEAK.replace("DTYPE", repr(str(dtype).removeprefix("torch.")))
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.9 < float(answer.stdout) < 1.15
 
 
 def test_an_odd_number_of_bf16_inputs_is_left_to_onednn():

@@ -50,7 +50,7 @@ class InferenceTransformer:
 
         def linear(module: nn.Linear, bias: Tensor | None = None, kind: torch.dtype = dtype, gelu: bool = False):
             bias = module.bias if bias is None else bias
-            return PackedLinear(module.weight.detach().to(kind), bias, gelu=gelu, pack=pack)
+            return PackedLinear(module.weight, bias, dtype=kind, gelu=gelu, pack=pack)
 
         def layer(block: nn.Module) -> _Layer:
             attn, ffn = block.attn, block.ffn

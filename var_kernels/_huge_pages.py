@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 
@@ -28,9 +28,10 @@ def zeros(*shape: int, dtype: torch.dtype, device: str | torch.device = "cpu") -
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
 
 
-def copied(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The elements of all pieces, one after another, in a new vector."""
-    whole = zeros(sum(piece.numel() for piece in pieces), dtype=pieces[0].dtype)
-    for piece, place in zip(pieces, whole.split([piece.numel() for piece in pieces]), strict=True):
-        place.view(piece.shape).copy_(piece)
+def filled(elements: int, pieces: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """A vector of the elements of all pieces, one after another; they may be made one by one."""
+    whole, begin = zeros(elements, dtype=dtype), 0
+    for piece in pieces:
+        whole[begin : begin + piece.numel()].view(piece.shape).copy_(piece)
+        begin += piece.numel()
     return whole

@@ -82,11 +82,14 @@ def _strips(columns: int) -> list[int]:
     return widths
 
 
-def _pack(weight: torch.Tensor) -> torch.Tensor:
+def _pack(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Strips of outputs, padded with zeros to a multiple of 16; in each the inputs (bf16: pairs), in each the strip."""
-    scalars = F.pad(weight, (0, 0, 0, -len(weight) % _COLUMNS)).view(torch.int32)  # a float, or a pair
-    strips = scalars.t().contiguous().split(_strips(len(scalars)), dim=1)
-    return _huge_pages.copied(strips).view(weight.dtype)
+    if lacking := -len(weight) % _COLUMNS:
+        weight = F.pad(weight, (0, 0, 0, lacking))
+    scalar = torch.int32  # a float, or a pair
+    # Each strip is converted and transposed where it goes: a temporary as large as the weight would stay with malloc.
+    strips = (strip.to(dtype).contiguous().view(scalar).t() for strip in weight.split(_strips(len(weight))))
+    return _huge_pages.filled(weight.numel() * dtype.itemsize // scalar.itemsize, strips, scalar).view(dtype)
 
 
 class PackedLinear:
@@ -96,22 +99,25 @@ class PackedLinear:
     odd number of bf16 inputs; oneDNN's elsewhere, and of bf16 on the tile registers of AMX.
 
     Args:
-        weight: (N, K), float32 or bfloat16. It is read now and not kept: later changes of it do not show.
-        bias: (N,) or None; converted to the dtype of the weight.
+        weight: (N, K). Packed, it is read now and not kept: later changes of it do not show.
+        bias: (N,) or None.
+        dtype: of x and of the result, to which weight and bias are converted; None: that of the weight. float32 and
+            bfloat16 are packed.
         gelu: whether y = GELU(x·Wᵀ + b), in its tanh form.
         pack: False keeps `weight` itself and calls `F.linear`, as happens anyway where packing is not available
             (:func:`packing_unavailable_reason`).
 
-    Called with x (…, K) in the dtype of the weight it returns (…, N). `nbytes` says what this object holds beside the
-    weight that it was given: the packed copy. `packed_by_us` says whether our kernel serves. There is no gradient.
+    Called with x (…, K) in that dtype it returns (…, N). `nbytes` says what this object holds beside the weight that it
+    was given: the packed or converted copy. `packed_by_us` says whether our kernel serves. There is no gradient.
 
     Raises TypeError and ValueError for a weight, bias or x of another dtype, shape or device; RuntimeError where a
     gradient would be needed.
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, gelu: bool = False, pack: bool = True
-    ) -> None:
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: torch.dtype | None = None,
+        gelu: bool = False, pack: bool = True,
+    ) -> None:  # fmt: skip
         if weight.dim() != 2:
             raise ValueError(f"weight: expected 2 dimensions, got shape {tuple(weight.shape)}")
         if not weight.is_floating_point():
@@ -121,24 +127,30 @@ class PackedLinear:
         if bias is not None and bias.device != weight.device:
             raise ValueError(f"bias: expected device {weight.device} like weight, got {bias.device}")
         self.out_features, self.in_features = weight.shape
-        self.dtype, self.device, self.gelu = weight.dtype, weight.device, gelu
+        self.dtype, self.device, self.gelu = dtype or weight.dtype, weight.device, gelu
+        self._converted = self.dtype != weight.dtype
         weight = weight.detach()
-        self._bias = None if bias is None else bias.detach().to(weight.dtype)
-        self.packed = pack and weight.numel() > 0 and packing_unavailable_reason(weight.dtype, weight.device) is None
-        even = weight.dtype != torch.bfloat16 or self.in_features % 2 == 0
-        self.packed_by_us = self.packed and even and kernel_unavailable_reason(weight.dtype) is None
+        self._bias = None if bias is None else bias.detach().to(self.dtype)
+        self.packed = pack and weight.numel() > 0 and packing_unavailable_reason(self.dtype, self.device) is None
+        even = self.dtype != torch.bfloat16 or self.in_features % 2 == 0
+        self.packed_by_us = self.packed and even and kernel_unavailable_reason(self.dtype) is None
         if self.packed_by_us:
-            self._weight = _pack(weight)
+            self._weight = _pack(weight, self.dtype)
             bias = weight.new_zeros(self.out_features) if bias is None else self._bias
             self._bias = F.pad(bias.float(), (0, -self.out_features % _COLUMNS))
         else:
+            weight = weight.to(self.dtype)
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.packed else weight
         self._epilogue = ("gelu", [], "tanh") if gelu else ("none", [], "")
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed copy, 0 where the weight itself is used."""
-        return self._weight.nbytes if self.packed else 0
+        """Bytes of the packed or converted copy, 0 where the weight itself is used."""
+        if self.packed_by_us:
+            return self._weight.nbytes
+        # oneDNN does not say what its copy takes.
+        copied = self.packed or self._converted
+        return self.out_features * self.in_features * self.dtype.itemsize if copied else 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != self.dtype or x.shape[-1] != self.in_features:

@@ -100,7 +100,7 @@ def _pack(weight: torch.Tensor, scheme: int, dtype: torch.dtype) -> torch.Tensor
         points = points.unflatten(1, (-1, 2)).transpose(2, 3)
     else:
         points = points.unsqueeze(3)
-    return _huge_pages.copied(points.to(dtype).split(_STRIP, dim=2))
+    return _huge_pages.filled(points.numel(), points.to(dtype).split(_STRIP, dim=2), dtype)
 
 
 def winograd_unavailable_reason(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> str | None:
