@@ -46,6 +46,26 @@ def run_at_lower_level(cpu, request):
 
 
 @pytest.fixture
+def peak_growth():
+    """`peak_growth(preparation, measured)`: bytes by which the second program raises the peak of the first one.
+
+    In a process of its own, whose peak is Linux' VmHWM: `ru_maxrss` of a child begins with the size of its parent.
+    """
+    if sys.platform != "linux":
+        pytest.skip("VmHWM is Linux'")
+
+    def run(preparation, measured):
+        peak = "int(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        program = f"{preparation}\nbefore = {peak}\n{measured}\nprint({peak} - before)\n"
+        command = [sys.executable, "-c", program]
+        answer = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        assert answer.returncode == 0, answer.stderr
+        return int(answer.stdout.split()[-1]) << 10
+
+    return run
+
+
+@pytest.fixture
 def selected(request):
     """The values of one parameter of the test with which this run calls it: what is slow to make, compiled code say, is
     made for all of them together."""

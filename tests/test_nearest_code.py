@@ -1,8 +1,5 @@
 """nearest_code: exactness within a derived rounding band, ties, special values, the contract of the call."""
 
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -361,21 +358,18 @@ def test_vmap(cpu):
     assert torch.equal(torch.vmap(nearest_code, (2, None))(z.movedim(0, -1), codebook), expected)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux only")
-def test_no_matrix_of_all_scores(backend):
+def test_no_matrix_of_all_scores(backend, peak_growth):
     # 20 000 rows times 4 096 codes would be 330 MB in fp32.
-    script = (
-        "import resource, torch; from var_kernels import nearest_code; torch.set_num_threads(1)\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        f"run = lambda rows: nearest_code(torch.ones(rows, 2), torch.ones(4096, 2), backend={backend!r})\n"
-        "run(600); before = peak(); run(20000); print((peak() - before) // 1024)"
-    )
-    answer = subprocess.run([sys.executable, "-c", script], cwd=_ROOT, capture_output=True, text=True, check=True)
-    assert int(answer.stdout) < 60, f"{answer.stdout} MiB more for 20 000 rows"
+    preparation = f"""
+import torch
+from var_kernels import nearest_code
+torch.set_num_threads(1)
+run = lambda rows: nearest_code(torch.ones(rows, 2), torch.ones(4096, 2), backend={backend!r})
+run(600)"""
+    assert peak_growth(preparation, "run(20000)") < 60 << 20
 
 
 def test_every_lower_isa_level(run_at_lower_level):
     run_at_lower_level(__file__, "exact_on_small_integers and cpu or first_of_equal or nan_and_inf")
 
 
-_ROOT = Path(__file__).resolve().parents[1]

@@ -1,8 +1,5 @@
 """PackedLinear against fp64 and F.linear: our kernel, oneDNN's and unpacked; and the contract of the call."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,29 +118,20 @@ def test_says_what_it_holds(dtype):
         assert PackedLinear(weight.double(), dtype=dtype).nbytes == (layer.nbytes or weight.nbytes)
 
 
-PEAK = """
-import resource, torch
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packing_leaves_no_temporaries_with_malloc(dtype, peak_growth):
+    if (reason := kernel_unavailable_reason(dtype)) is not None:
+        pytest.skip(reason)
+    preparation = f"""
+import torch
 from var.memory import keep_freed_memory
 from var_kernels.packed_linear import PackedLinear
 keep_freed_memory()
-dtype = getattr(torch, DTYPE)
 weights = [torch.ones(1024, 4096) for _ in range(8)]
-PackedLinear(weights[0][:16], dtype=dtype)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-layers = [PackedLinear(weight, torch.zeros(1024), dtype=dtype) for weight in weights]
-grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-print(grown / sum(layer.nbytes for layer in layers))
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss in KiB")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packing_leaves_no_temporaries_with_malloc(dtype):
-    if (reason := kernel_unavailable_reason(dtype)) is not None:
-        pytest.skip(reason)
-    code = PEAK.replace("DTYPE", repr(str(dtype).removeprefix("torch.")))
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 0.9 < float(answer.stdout) < 1.15
+PackedLinear(weights[0][:16], dtype={dtype})"""
+    grown = peak_growth(preparation, f"kept = [PackedLinear(w, torch.zeros(1024), dtype={dtype}) for w in weights]")
+    held = 8 * 1024 * 4096 * dtype.itemsize
+    assert 0.9 * held < grown < 1.15 * held
 
 
 def test_an_odd_number_of_bf16_inputs_is_left_to_onednn():
