@@ -1,6 +1,5 @@
 """nearest_code: exactness within a derived rounding band, ties, special values, the contract of the call."""
 
-
 import pytest
 import torch
 
