@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import NamedTuple
 from unittest import mock
 
@@ -37,12 +38,10 @@ def make_inputs(rows, width, dtype) -> Inputs:
 
 def _calls(inputs: Inputs, layer) -> Call:
     """One block in each call, the next one in the next call."""
-    blocks = [[layer(weight, gelu=i == 2) for i, weight in enumerate(block)] for block in inputs.blocks]
-    turn = iter(())
+    turn = itertools.cycle([[layer(weight, gelu=i == 2) for i, weight in enumerate(block)] for block in inputs.blocks])
 
     def call():
-        nonlocal turn
-        qkv, proj, fc1, fc2 = next(turn, None) or next(turn := iter(blocks))
+        qkv, proj, fc1, fc2 = next(turn)
         y = proj(inputs.x)
         return qkv(inputs.x), y, fc2(fc1(y))
 
@@ -50,8 +49,9 @@ def _calls(inputs: Inputs, layer) -> Call:
 
 
 def _ours(inputs: Inputs) -> Call:
-    if inputs.x.device.type != "cpu" or (reason := kernel_unavailable_reason(inputs.x.dtype)) is not None:
-        raise Unavailable("a kernel for the CPU" if inputs.x.device.type != "cpu" else reason)
+    dtype, device = inputs.x.dtype, inputs.x.device
+    if (reason := packing_unavailable_reason(dtype, device) or kernel_unavailable_reason(dtype)) is not None:
+        raise Unavailable(reason)
     return _calls(inputs, PackedLinear)
 
 

@@ -286,16 +286,13 @@ def test_writes_every_element(cpu, op, dtype):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_bit_equal_for_any_number_of_threads(cpu, op):
+def test_bit_equal_for_any_number_of_threads(cpu, op, restore_threads):
     tensors = inputs(op, (2, 130, 260), seed=16)  # large enough to be shared out: twice the serial limit
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 4, 1):
-            torch.set_num_threads(count)
-            results.append(values_and_gradients(op, tensors, "cpu"))
-            assert all(torch.equal(value, results[0][name]) for name, value in results[-1].items()), count
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3, 4, 1):
+        torch.set_num_threads(count)
+        results.append(values_and_gradients(op, tensors, "cpu"))
+        assert all(torch.equal(value, results[0][name]) for name, value in results[-1].items()), count
 
 
 # ---- the call ------------------------------------------------------------------------------------------------------

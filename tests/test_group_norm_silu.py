@@ -54,20 +54,16 @@ def test_large_outputs_are_stored_past_the_caches_the_same():
     assert_accurate(y, plain(x, weight, bias, 32, True), plain(x.double(), weight, bias, 32, True), name="y")
 
 
-def test_layouts_threads_and_runs_agree():
+def test_layouts_threads_and_runs_agree(restore_threads):
     x, weight, bias = problem(2, 48, 20, 20)
     want = group_norm_silu(x, weight, bias, 4)
     assert torch.equal(group_norm_silu(x.contiguous(), weight, bias, 4), want)
     wide = torch.zeros(2, 48, 20, 25)
     wide[..., :20] = x
     assert torch.equal(group_norm_silu(wide[..., :20], weight, bias, 4), want)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
-            assert torch.equal(group_norm_silu(x, weight, bias, 4), want)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        assert torch.equal(group_norm_silu(x, weight, bias, 4), want)
 
 
 def test_nan_stays_in_its_group_and_sample():

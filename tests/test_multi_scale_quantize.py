@@ -291,21 +291,18 @@ def test_writes_every_element(cpu):
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
-def test_equal_for_any_number_of_threads(cpu):
+def test_equal_for_any_number_of_threads(cpu, restore_threads):
     # Large enough for the parallel rounds: phi is 19 images · 81 pixels · 9 · 48² multiply-adds. 19 images are several
     # groups, the last one not full.
     shape = (19, 40, 200, 4, (1, 2, 4, 9))
-    tensors, threads, results = inputs(shape), torch.get_num_threads(), []
+    tensors, results = inputs(shape), []
     codes = randn(19, 16, 40, seed=7)
-    try:
-        for count in (1, 2, 3, 4, 1):
-            torch.set_num_threads(count)
-            arguments = leaves(tensors)
-            result = multi_scale_quantize(*arguments, shape[-1], backend="cpu")
-            step = next_scale_input(tensors[0], codes, *tensors[2:], shape[-1], 2, backend="cpu")
-            results.append((*result, *gradients(result, arguments), *step))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 4, 1):
+        torch.set_num_threads(count)
+        arguments = leaves(tensors)
+        result = multi_scale_quantize(*arguments, shape[-1], backend="cpu")
+        step = next_scale_input(tensors[0], codes, *tensors[2:], shape[-1], 2, backend="cpu")
+        results.append((*result, *gradients(result, arguments), *step))
     for result in results[1:]:
         assert all(torch.equal(part, first) for part, first in zip(result, results[0], strict=True))
 

@@ -246,16 +246,12 @@ def test_writes_every_element(cpu):
     assert torch.equal(nearest_code(z, codebook, backend="cpu"), expected)
 
 
-def test_equal_for_any_number_of_threads(cpu):
+def test_equal_for_any_number_of_threads(cpu, restore_threads):
     z, codebook = randn(600, 32, seed=1), randn(1000, 32, seed=2)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3, 4, 1):
-            torch.set_num_threads(count)
-            results.append(nearest_code(z, codebook, backend="cpu"))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 3, 4, 1):
+        torch.set_num_threads(count)
+        results.append(nearest_code(z, codebook, backend="cpu"))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -370,5 +366,3 @@ run(600)"""
 
 def test_every_lower_isa_level(run_at_lower_level):
     run_at_lower_level(__file__, "exact_on_small_integers and cpu or first_of_equal or nan_and_inf")
-
-

@@ -82,17 +82,13 @@ def test_equals_the_reference_in_float64():
     torch.testing.assert_close(k_cache[:, :, 1:5], exact[1])
 
 
-def test_threads_and_runs_agree():
+def test_threads_and_runs_agree(restore_threads):
     qkv, q_factor, k_cache, v_cache = problem(2, 200, 8, 64)
     want = qk_norm_cache(qkv, k_cache, v_cache, 0, q_factor=q_factor), k_cache.clone()
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
-            assert torch.equal(qk_norm_cache(qkv, k_cache, v_cache, 0, q_factor=q_factor), want[0])
-            assert torch.equal(k_cache.nan_to_num(7.0), want[1].nan_to_num(7.0))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        assert torch.equal(qk_norm_cache(qkv, k_cache, v_cache, 0, q_factor=q_factor), want[0])
+        assert torch.equal(k_cache.nan_to_num(7.0), want[1].nan_to_num(7.0))
 
 
 def test_nothing_to_do():

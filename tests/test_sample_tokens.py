@@ -151,7 +151,7 @@ def test_seeded_draws_follow_the_distribution(top_k, top_p):
     assert statistic < freedom + 5 * (2 * freedom) ** 0.5
 
 
-def test_strided_logits_and_threads():
+def test_strided_logits_and_threads(restore_threads):
     wide = randn(4, 12, 330, seed=1)
     conditional, unconditional = wide[:2, ::2, 5:305], wide[2:, ::2, 30:330]
     options = {"guidance": 1.0, "top_k": 40, "top_p": 0.9}
@@ -159,13 +159,9 @@ def test_strided_logits_and_threads():
     assert torch.equal(chosen_by(1, conditional, unconditional, **options), want)
     columns = conditional.mT.contiguous().mT  # no dense row
     assert torch.equal(chosen_by(1, columns, unconditional, **options), want)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 4):
-            torch.set_num_threads(count)
-            assert torch.equal(chosen_by(1, conditional, unconditional, **options), want)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        assert torch.equal(chosen_by(1, conditional, unconditional, **options), want)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])

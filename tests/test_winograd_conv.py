@@ -89,7 +89,7 @@ def test_other_dtypes_few_channels_and_unpacked_weights_go_to_pytorch():
     assert "CPU" in winograd_unavailable_reason(device="cuda")
 
 
-def test_layouts_threads_and_runs_agree(scheme):
+def test_layouts_threads_and_runs_agree(scheme, restore_threads):
     doubling = scheme == "doubling"
     x, weight, bias, residual = problem(2, 40, 100, 12, 20, scale=2 if doubling else 1)
     conv = PackedConv3x3(weight, bias, doubling=doubling)
@@ -102,13 +102,9 @@ def test_layouts_threads_and_runs_agree(scheme):
         assert agree(conv(same, residual), want)
     assert agree(conv(x, residual.contiguous(memory_format=torch.channels_last)), want)
     assert agree(conv(x[1:], residual[1:]), want[1:])
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 4):
-            torch.set_num_threads(count)
-            assert agree(conv(x, residual), want)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 4):
+        torch.set_num_threads(count)
+        assert agree(conv(x, residual), want)
 
 
 @needs_kernel

@@ -45,6 +45,12 @@ def same_floats(first: object, *others: object) -> bool:
     return True
 
 
+def refuse_gradients(name: str, *tensors: torch.Tensor | None) -> None:
+    """RuntimeError where a gradient of `name` with respect to one of these tensors would be needed."""
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        raise RuntimeError(f"{name}: has no gradient; call it under torch.no_grad() or torch.inference_mode()")
+
+
 def check_shape(argument: str, tensor: torch.Tensor, *shapes: Sequence[int]) -> None:
     """The tensor has exactly one of the given shapes."""
     if tuple(tensor.shape) not in {tuple(shape) for shape in shapes}:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _native
-from ._checks import check, check_tensor
+from ._checks import check, check_tensor, refuse_gradients
 from ._library import define, register_fake
 
 # x is (B, pixels, C), dense. The second one writes over x.
@@ -65,8 +65,7 @@ def group_norm_silu(
         check(tensor.device == x.device, argument, f"device {x.device} like x", tensor.device)
         if tensor.dtype != torch.float32 and x.dtype != torch.float64:
             raise TypeError(f"{argument}: expected torch.float32, got {tensor.dtype}")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias)):
-        raise RuntimeError("group_norm_silu: has no gradient; call it under torch.no_grad() or torch.inference_mode()")
+    refuse_gradients("group_norm_silu", x, weight, bias)
     if x.numel() == 0:
         return x if inplace else torch.empty_like(x)
     dense = x.contiguous(memory_format=torch.channels_last)

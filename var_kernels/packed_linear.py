@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _huge_pages, _native
+from ._checks import refuse_gradients
 from ._library import define, register_fake
 
 # x is (M, K), dense; the packed weights and the bias are those of `_pack`.
@@ -128,7 +129,6 @@ class PackedLinear:
             raise ValueError(f"bias: expected device {weight.device} like weight, got {bias.device}")
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device, self.gelu = dtype or weight.dtype, weight.device, gelu
-        self._converted = self.dtype != weight.dtype
         weight = weight.detach()
         self._bias = None if bias is None else bias.detach().to(self.dtype)
         self.packed = pack and weight.numel() > 0 and packing_unavailable_reason(self.dtype, self.device) is None
@@ -136,21 +136,19 @@ class PackedLinear:
         self.packed_by_us = self.packed and even and kernel_unavailable_reason(self.dtype) is None
         if self.packed_by_us:
             self._weight = _pack(weight, self.dtype)
-            bias = weight.new_zeros(self.out_features) if bias is None else self._bias
-            self._bias = F.pad(bias.float(), (0, -self.out_features % _COLUMNS))
+            addend = torch.zeros(self.out_features) if bias is None else self._bias.float()
+            self._bias = F.pad(addend, (0, -self.out_features % _COLUMNS))
+        elif self.packed:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype).contiguous())
         else:
-            weight = weight.to(self.dtype)
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if self.packed else weight
+            self._weight = weight.to(self.dtype)
+        self._copied = self.packed or self.dtype != weight.dtype
         self._epilogue = ("gelu", [], "tanh") if gelu else ("none", [], "")
 
     @property
     def nbytes(self) -> int:
         """Bytes of the packed or converted copy, 0 where the weight itself is used."""
-        if self.packed_by_us:
-            return self._weight.nbytes
-        # oneDNN does not say what its copy takes.
-        copied = self.packed or self._converted
-        return self.out_features * self.in_features * self.dtype.itemsize if copied else 0
+        return self._weight.nbytes if self._copied else 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != self.dtype or x.shape[-1] != self.in_features:
@@ -159,8 +157,7 @@ class PackedLinear:
             )
         if x.device != self.device:
             raise ValueError(f"x: expected device {self.device} like the weight, got {x.device}")
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError("PackedLinear: has no gradient; call it under torch.no_grad()")
+        refuse_gradients("PackedLinear", x)
         if self.packed_by_us:
             rows = x.reshape(-1, self.in_features).contiguous()
             y = torch.ops.var_kernels._packed_linear(rows, self._weight, self._bias, self.out_features, self.gelu)

@@ -7,7 +7,7 @@ result once.
 
 import torch
 
-from ._checks import check, check_tensor
+from ._checks import check, check_tensor, refuse_gradients
 from ._library import define, raw_ops, register_fake
 from .backends import resolve
 from .reference import qk_norm_cache as _reference
@@ -87,8 +87,7 @@ def qk_norm_cache(
         check(q_factor.device == qkv.device, "q_factor", f"device {qkv.device} like qkv", q_factor.device)
         if q_factor.dtype != torch.float32 and qkv.dtype != torch.float64:
             raise TypeError(f"q_factor: expected torch.float32, got {q_factor.dtype}")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (qkv, q_factor, k_cache, v_cache)):
-        raise RuntimeError("qk_norm_cache: has no gradient; call it under torch.no_grad() or torch.inference_mode()")
+    refuse_gradients("qk_norm_cache", qkv, q_factor, k_cache, v_cache)
     backend = resolve("qk_norm_cache", backend, qkv.device.type, qkv.dtype)
     if qkv.numel() == 0 or backend == "reference":
         return _reference.qk_norm_cache(qkv, k_cache, v_cache, start, q_factor)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _huge_pages, _native
-from ._checks import check, check_tensor
+from ._checks import check, check_tensor, refuse_gradients
 from ._library import define, register_fake
 
 # x is (B, H, W, C_in), dense; the packed weights are those of `_pack`.
@@ -185,8 +185,7 @@ class PackedConv3x3:
             if residual.dtype != self.dtype:
                 raise TypeError(f"residual: expected {self.dtype} like x, got {residual.dtype}")
             check(residual.device == self.device, "residual", f"device {self.device} like x", residual.device)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual)):
-            raise RuntimeError("PackedConv3x3: has no gradient; call it under torch.no_grad()")
+        refuse_gradients("PackedConv3x3", x, residual)
         if self.packed:
             y = torch.ops.var_kernels._winograd_conv(
                 _channels_last(x), self._weight, self._bias, None if residual is None else _channels_last(residual),

@@ -38,6 +38,8 @@ Isa active_isa();
   inline const Table& name() { return portable::name; }
 #endif
 
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 // Run f(task) for every task in [0, tasks). A worker takes the tasks of its own range in order, the same range in every
 // call, so that data may still lie in its cache; then it helps the others, so that ragged tasks (a query tile of the
 // last scale sees a hundred times the keys of the first) balance themselves. Each task writes its own outputs, so the

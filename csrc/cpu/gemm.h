@@ -26,6 +26,18 @@ struct Pair {
   uint32_t bits;
 };
 
+// What a scalar is made of in memory, and of how many.
+template <class S>
+struct Stored {
+  using Element = S;
+};
+template <>
+struct Stored<Pair> {
+  using Element = bf16;
+};
+template <class S>
+constexpr int64_t kPerScalar = sizeof(S) / sizeof(typename Stored<S>::Element);
+
 VAR_INLINE Vec broadcast(const float* p) { return splat(*p); }
 VAR_INLINE Vec multiply_add(Vec a, Vec b, Vec sum, const float*) { return a * b + sum; }
 #if defined(__AVX512BF16__)

@@ -51,7 +51,7 @@ Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) 
   // Large blocks reuse each strip from L1; four per thread balance the ends. Rows are independent of each other, so the
   // result does not depend on their number.
   const int64_t tile = 6, per_thread = rows / (4 * int64_t(torch::stable::get_num_threads()));
-  const int64_t rows_per_task = std::clamp((per_thread + tile - 1) / tile * tile, tile, kNearestCodeRows);
+  const int64_t rows_per_task = std::clamp(round_up(per_thread, tile), tile, kNearestCodeRows);
   const float* z_data = z.const_data_ptr<float>();
   int64_t* out = best.mutable_data_ptr<int64_t>();
   run_tasks((rows + rows_per_task - 1) / rows_per_task, rows * codes * channels, [&](int64_t task) {

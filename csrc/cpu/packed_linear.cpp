@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <vector>
+
 #include "../checks.h"
 #include "dispatch.h"
 
@@ -27,7 +29,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, const Tensor& bias, 
   VAR_CHECK(packed.scalar_type() == dtype, "packed", torch::headeronly::toString(dtype),
             torch::headeronly::toString(packed.scalar_type()));
   VAR_CHECK(out_features > 0, "out_features", "a positive number", out_features);
-  const int64_t columns = (out_features + kLinearColumns - 1) / kLinearColumns * kLinearColumns;
+  const int64_t columns = round_up(out_features, kLinearColumns);
   VAR_CHECK(packed.is_contiguous() && packed.numel() == columns * depth, "packed", columns * depth, packed.numel());
   VAR_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == columns && bias.is_contiguous(), "bias",
             "a dense float32 vector, one for each padded column", bias.numel(), " elements");
@@ -38,13 +40,13 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, const Tensor& bias, 
   VAR_CHECK(kernel != nullptr, "x", "float32: this instruction set has no product of bfloat16", "bfloat16");
   const PackedLinear arguments{x.const_data_ptr(), packed.const_data_ptr(), bias.const_data_ptr<float>(),
                                y.mutable_data_ptr(), depth, columns, out_features, gelu};
-  std::vector<int64_t> strips;
-  for (int64_t column = 0; column < columns; column += linear_strip(column, columns)) strips.push_back(column);
-  const int64_t count = int64_t(strips.size()), blocks = (rows + kLinearRows - 1) / kLinearRows;
+  std::vector<int64_t> begins{0};
+  while (begins.back() < columns) begins.push_back(begins.back() + linear_strip(begins.back(), columns));
+  const int64_t strips = int64_t(begins.size()) - 1, blocks = (rows + kLinearRows - 1) / kLinearRows;
   const auto row_of = [&](int64_t block) { return rows * block / blocks / 8 * 8; };  // whole register tiles
-  parallel_tasks(count * blocks, rows * columns * depth, [&](int64_t task) {
-    const int64_t block = task / count, column = strips[task % count], first = row_of(block);
-    const int64_t end = block + 1 == blocks ? rows : row_of(block + 1), strip = linear_strip(column, columns);
+  parallel_tasks(strips * blocks, rows * columns * depth, [&](int64_t task) {
+    const int64_t block = task / strips, column = begins[task % strips], strip = begins[task % strips + 1] - column;
+    const int64_t first = row_of(block), end = block + 1 == blocks ? rows : row_of(block + 1);
     kernel(arguments, first, end - first, column, strip, thread_scratch((end - first) * strip));
   });
   return y;

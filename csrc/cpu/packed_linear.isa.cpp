@@ -10,15 +10,6 @@
 namespace var_kernels::VAR_ISA {
 namespace {
 
-template <class T>
-struct Operand {
-  using Scalar = T;
-};
-template <>
-struct Operand<bf16> {
-  using Scalar = Pair;
-};
-
 // 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as x / (1 + 2^t).
 template <class T>
 VAR_INLINE Vec gelu(Vec x) {
@@ -28,11 +19,11 @@ VAR_INLINE Vec gelu(Vec x) {
   return t < 126.0f || t != t ? x / denominator : x * 0.0f;
 }
 
-template <class T>
+template <class S>
 void strip(const PackedLinear& a, int64_t first, int64_t count, int64_t column, int64_t width, float* scratch) {
-  using S = typename Operand<T>::Scalar;
-  constexpr int64_t kPer = sizeof(S) / sizeof(T), kDepth = kLinearDepthBytes / sizeof(S);
-  const int64_t depth = a.depth / kPer;
+  using T = typename Stored<S>::Element;
+  constexpr int64_t kDepth = kLinearDepthBytes / sizeof(S);
+  const int64_t depth = a.depth / kPerScalar<S>;
   const S *x = (const S*)a.x + first * depth, *weight = (const S*)a.weight, *w = weight + column * depth;
   const S* const end = weight + a.columns * depth;
   for (int64_t k = 0; k < depth; k += kDepth) {
@@ -57,14 +48,14 @@ void strip(const PackedLinear& a, int64_t first, int64_t count, int64_t column, 
 }
 
 #if defined(__AVX512BF16__)
-#define VAR_BF16 strip<bf16>
+#define VAR_PAIRS strip<Pair>
 #else
-#define VAR_BF16 nullptr
+#define VAR_PAIRS nullptr
 #endif
 
 }  // namespace
 
 extern const PackedLinearTable packed_linear_table;
-const PackedLinearTable packed_linear_table = {{strip<float>, VAR_BF16}};
+const PackedLinearTable packed_linear_table = {{strip<float>, VAR_PAIRS}};
 
 }  // namespace var_kernels::VAR_ISA

@@ -18,8 +18,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 // x is (B, H, W, C_in), dense; see winograd_conv.py for the order of the packed weights.
 Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, const std::optional<Tensor>& residual,
                      int64_t out_channels, int64_t scheme_index) {
@@ -31,13 +29,13 @@ Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, 
   const WinogradScheme& scheme = kWinogradSchemes[scheme_index];
   const int64_t batch = x.size(0), height = x.size(1), width = x.size(2), channels = x.size(3);
   VAR_CHECK(channels > 0, "x", "at least one channel", channels);
-  const int64_t depth = up(channels, kWinogradDepth), points = scheme.points * scheme.points;
+  const int64_t depth = round_up(channels, kWinogradDepth), points = scheme.points * scheme.points;
   const bool pairs = packed.scalar_type() == ScalarType::BFloat16;
   VAR_CHECK((pairs && dtype == ScalarType::BFloat16) || packed.scalar_type() == ScalarType::Float, "packed",
             "float32, or bfloat16 like x", torch::headeronly::toString(packed.scalar_type()));
   VAR_CHECK(out_channels > 0 && packed.is_contiguous() &&
-                packed.numel() == points * depth * up(out_channels, kWinogradColumns),
-            "packed", points * depth * up(out_channels, kWinogradColumns), packed.numel());
+                packed.numel() == points * depth * round_up(out_channels, kWinogradColumns),
+            "packed", points * depth * round_up(out_channels, kWinogradColumns), packed.numel());
   VAR_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == out_channels && bias.is_contiguous(), "bias",
             "a dense float32 vector, one for each output channel", bias.numel(), " elements");
   Tensor y = empty_cpu({batch, height * scheme.scale, width * scheme.scale, out_channels}, dtype);
@@ -60,15 +58,15 @@ Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, 
   constexpr int64_t kBlockBytes = 640 << 10, kLeast = 32, kMost = 128;
   const int64_t tiles = scheme.tiles(height) * scheme.tiles(width);
   const int64_t fitting = kBlockBytes / (points * depth * (pairs ? 2 : 4)) / kWinogradColumns * kWinogradColumns;
-  const int64_t block = std::min(std::max(kLeast, std::min(kMost, fitting)), up(tiles, kWinogradColumns));
+  const int64_t block = std::min(std::max(kLeast, std::min(kMost, fitting)), round_up(tiles, kWinogradColumns));
   const int64_t blocks = (tiles + block - 1) / block;
   const int64_t floats = scheme.scratch_floats(block, depth, channels);
 
   // A task is a block, or where blocks would leave threads idle some strips of its columns: to transform the inputs
   // again for each costs little.
-  const int64_t columns = up(out_channels, kWinogradColumns), strips = (columns + kWinogradStrip - 1) / kWinogradStrip;
+  const int64_t columns = round_up(out_channels, kWinogradColumns), strips = (columns + kWinogradStrip - 1) / kWinogradStrip;
   const int64_t threads = torch::stable::get_num_threads();
-  const auto idle = [&](int64_t tasks) { return up(tasks, threads) * 4 > tasks * 5; };
+  const auto idle = [&](int64_t tasks) { return round_up(tasks, threads) * 4 > tasks * 5; };
   int64_t parts = 1;
   while (parts < strips && idle(batch * blocks * parts)) ++parts;
   const int64_t work = batch * tiles * points * depth * out_channels;

@@ -66,15 +66,6 @@ struct DoubledOutputs {
   }
 };
 
-template <class S>
-struct Operand {
-  using Stored = float;
-};
-template <>
-struct Operand<Pair> {
-  using Stored = bf16;
-};
-
 // x at the top left of a tile, `row` elements apart, to its points, `point` elements apart.
 template <class F, class T, class S>
 VAR_INLINE void transform_input(const T* x, int64_t row, int64_t channels, S* v, int64_t point) {
@@ -140,23 +131,24 @@ VAR_INLINE void transform_output(const float* m, int64_t point, const float* bia
 template <class F, class T, class S>
 void tiles(const WinogradConv& a, int64_t image, int64_t first, int64_t count, int64_t column, int64_t end,
            float* scratch) {
-  using Stored = typename Operand<S>::Stored;
+  using Element = typename Stored<S>::Element;
   constexpr WinogradScheme scheme = F::kScheme;
-  constexpr int64_t kPoints = scheme.points * scheme.points, per_scalar = sizeof(S) / sizeof(Stored);
+  constexpr int64_t kPoints = scheme.points * scheme.points;
   const TileUnit unit_is_ready;
-  const int64_t depth = round_up(a.in_channels, kWinogradDepth), across = scheme.tiles(a.width);
+  const int64_t depth = round_up(a.in_channels, kWinogradDepth), scalars = depth / kPerScalar<S>;
+  const int64_t across = scheme.tiles(a.width);
   const int64_t rows = round_up(count, kWinogradColumns);
   const int64_t v_point = rows * depth + kWinogradGap, m_point = rows * kWinogradStrip + kWinogradGap;
   float *products = scratch, *transformed = products + kPoints * m_point;
   T* patch = (T*)(transformed + kPoints * v_point);
-  Stored* v = (Stored*)transformed;
+  Element* v = (Element*)transformed;
 
   const int64_t in_row = a.width * a.in_channels;
   const T* x = (const T*)a.x + image * a.height * in_row;
   constexpr int step = scheme.outputs / scheme.scale;  // inputs from one tile to the next
   for (int64_t t = 0; t < count; ++t) {
     const int64_t top = (first + t) / across * step - 1, left = (first + t) % across * step - 1;
-    Stored* to = v + t * depth;
+    Element* to = v + t * depth;
     if (top >= 0 && left >= 0 && top + scheme.inputs <= a.height && left + scheme.inputs <= a.width) {
       transform_input<F>(x + top * in_row + left * a.in_channels, in_row, a.in_channels, to, v_point);
       continue;
@@ -176,14 +168,14 @@ void tiles(const WinogradConv& a, int64_t image, int64_t first, int64_t count, i
 
   const int64_t out_height = a.height * scheme.scale, out_width = a.width * scheme.scale;
   const int64_t out_row = out_width * a.out_channels;
-  const S *weights = (const S*)a.weight, *weight = weights + kPoints * (depth / per_scalar) * column;
-  const S* const weights_end = weights + kPoints * (depth / per_scalar) * round_up(a.out_channels, kWinogradColumns);
+  const S *weights = (const S*)a.weight, *weight = weights + kPoints * scalars * column;
+  const S* const weights_end = weights + kPoints * scalars * round_up(a.out_channels, kWinogradColumns);
   for (int64_t n = column; n < end; n += kWinogradStrip) {
     const int64_t strip = min_i(kWinogradStrip, end - n);
     for (int64_t p = 0; p < kPoints; ++p) {
-      const S* next = weight + depth / per_scalar * strip;
-      gemm(rows, strip, depth / per_scalar, (const S*)(v + p * v_point), depth / per_scalar, int64_t{1}, weight, strip,
-           products + p * m_point, strip, false, LinesAhead(next, weights_end, depth / per_scalar, strip));
+      const S* next = weight + scalars * strip;
+      gemm(rows, strip, scalars, (const S*)(v + p * v_point), scalars, int64_t{1}, weight, strip,
+           products + p * m_point, strip, false, LinesAhead(next, weights_end, scalars, strip));
       weight = next;
     }
     for (int64_t t = 0; t < count; ++t) {
