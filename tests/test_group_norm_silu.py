@@ -1,4 +1,4 @@
-"""group_norm_silu against fp64: values, statistics, layouts, in place; and the contract of the call."""
+"""group_norm_silu against fp64: values, statistics, layouts, `out`; and the contract of the call."""
 
 import pytest
 import torch
@@ -33,9 +33,10 @@ def test_against_float64(shape, dtype, silu):
     exact = plain(x.double(), weight, bias, groups, silu)
     assert_accurate(y, plain(x.float(), weight, bias, groups, silu).to(dtype), exact, name="y")
     assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == dtype
-    again = x.clone(memory_format=torch.preserve_format)
-    assert group_norm_silu(again, weight, bias, groups, silu=silu, inplace=True) is again
-    assert torch.equal(again, y)
+    for out in (x.clone(memory_format=torch.preserve_format), torch.full_like(x, torch.nan)):
+        source = x if out.isnan().any() else out
+        assert group_norm_silu(source, weight, bias, groups, silu=silu, out=out) is out
+        assert torch.equal(out, y)
 
 
 def test_a_mean_far_from_zero_costs_no_digits():
@@ -87,8 +88,11 @@ def test_opcheck():
     if not _native.load().available:
         pytest.skip("no native library")
     x, weight, bias = randn(2, 70, 8, seed=1), randn(8, seed=2), randn(8, seed=3)
-    for raw in (torch.ops.var_kernels._group_norm_silu, torch.ops.var_kernels._group_norm_silu_):
-        torch.library.opcheck(raw, (x, weight, bias, 4, 1e-6, True))
+    raw = torch.ops.var_kernels._group_norm_silu
+    torch.library.opcheck(raw, (x, weight, bias, 4, 1e-6, True, torch.zeros_like(x)))
+    for wrong in (torch.zeros(2, 70, 9), torch.zeros(2, 70, 8).half(), torch.zeros(2, 8, 70).transpose(1, 2)):
+        with pytest.raises(RuntimeError, match="y: expected a dense tensor"):
+            raw(x, weight, bias, 4, 1e-6, True, wrong)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +105,10 @@ def test_opcheck():
         ({"weight": torch.zeros(7)}, ValueError, "weight: expected shape"),
         ({"bias": torch.zeros(8).half()}, TypeError, "bias: expected torch.float32"),
         ({"weight": torch.zeros(8, requires_grad=True)}, RuntimeError, "no gradient"),
-        ({"inplace": True}, ValueError, "x: expected a dense tensor with its channels last"),
+        ({"out": torch.zeros(2, 8, 3, 3)}, ValueError, "out: expected a dense tensor with its channels last"),
+        ({"out": torch.zeros(2, 8, 3, 4)}, ValueError, r"out: expected shape \(2, 8, 3, 3\), got \(2, 8, 3, 4\)"),
+        ({"out": torch.zeros(2, 8, 3, 3).half()}, TypeError, "out: expected torch.float32"),
+        ({"out": 1}, TypeError, "out: expected a torch.Tensor"),
     ],
 )  # fmt: skip
 def test_bad_input(change, error, match):

@@ -107,12 +107,28 @@ def test_layouts_threads_and_runs_agree(scheme, restore_threads):
         assert agree(conv(x, residual), want)
 
 
+def test_out_may_be_the_residual(scheme):
+    doubling = scheme == "doubling"
+    x, weight, bias, residual = problem(2, 40, 100, 12, 20, scale=2 if doubling else 1)
+    conv = PackedConv3x3(weight, bias, doubling=doubling)
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    assert conv.shape_of(x) == residual.shape
+    for added in (None, residual):
+        want = conv(x, added)
+        for out in (torch.full_like(residual, torch.nan), residual if added is residual else torch.ones_like(residual)):
+            assert conv(x, added, out=out) is out
+            assert torch.equal(out, want)
+
+
 @needs_kernel
 def test_large_outputs_are_stored_past_the_caches_the_same():
     x, weight, bias, residual = problem(1, 16, 64, 330, 330)  # 28 MB of outputs
     conv = PackedConv3x3(weight, bias)
     part = conv(x[..., :40, :], residual[..., :40, :])  # 3 MB
-    assert torch.equal(conv(x, residual)[..., :36, :], part[..., :36, :])
+    y = conv(x, residual)
+    assert torch.equal(y[..., :36, :], part[..., :36, :])
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(conv(x, residual, out=residual), y)
 
 
 def test_nan_stays_near_its_pixel_and_in_its_image(scheme):
@@ -150,7 +166,7 @@ def test_opcheck(dtype, scheme):
     x, weight, bias, residual = problem(1, 8, 24, 5, 6, dtype, scale=2 if scheme == "doubling" else 1)
     conv = PackedConv3x3(weight, bias, dtype=dtype, doubling=scheme == "doubling")
     x, residual = (tensor.permute(0, 2, 3, 1).contiguous() for tensor in (x, residual))
-    arguments = (x, conv._weight, conv._bias, residual, 24, conv.scheme)
+    arguments = (x, conv._weight, conv._bias, residual, conv.scheme, torch.zeros_like(residual))
     torch.library.opcheck(torch.ops.var_kernels._winograd_conv, arguments)
 
 
@@ -166,15 +182,23 @@ def test_opcheck(dtype, scheme):
         ({"x": torch.zeros(2, 8, 4, 4, requires_grad=True)}, RuntimeError, "no gradient"),
         ({"residual": torch.zeros(2, 16, 4, 5)}, ValueError, "residual: expected shape"),
         ({"residual": torch.zeros(2, 16, 4, 4).half()}, TypeError, "residual: expected torch.float32"),
+        ({"out": torch.zeros(2, 16, 4, 4)}, ValueError, "out: expected a dense tensor with its channels last"),
+        ({"out": torch.zeros(2, 16, 4, 5)}, ValueError, r"out: expected shape \(2, 16, 4, 4\)"),
+        ({"out": torch.zeros(2, 16, 4, 4).half()}, TypeError, "out: expected torch.float32"),
+        ({"out": "x"}, ValueError, "out: expected memory of its own, got that of x"),
     ],
 )  # fmt: skip
 def test_bad_input(change, error, match):
     arguments = {
         "weight": torch.zeros(16, 8, 3, 3), "bias": torch.zeros(16), "x": torch.zeros(2, 8, 4, 4), "residual": None,
-        **change,
+        "out": None, **change,
     }  # fmt: skip
+    if arguments["out"] == "x":
+        arguments["weight"] = torch.zeros(16, 16, 3, 3)
+        arguments["x"] = arguments["out"] = torch.zeros(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
     with pytest.raises(error, match=match):
-        PackedConv3x3(arguments["weight"], arguments["bias"])(arguments["x"], arguments["residual"])
+        conv = PackedConv3x3(arguments["weight"], arguments["bias"])
+        conv(arguments["x"], arguments["residual"], out=arguments["out"])
 
 
 @needs_kernel
@@ -188,12 +212,16 @@ def test_bad_input(change, error, match):
         ({1: torch.zeros(36 * 32 * 16).bfloat16()}, "packed: expected float32"),
         ({2: torch.zeros(15)}, "bias: expected"),
         ({3: torch.zeros(1, 4, 4, 8)}, "residual: expected"),
-        ({4: 0}, "packed: expected"),
-        ({5: 3}, "scheme: expected 0, 1 or 2, got 3"),
+        ({4: 3}, "scheme: expected 0, 1 or 2, got 3"),
+        ({5: torch.zeros(1, 4, 4, 32)}, "packed: expected"),
+        ({5: torch.zeros(1, 4, 4, 0)}, "y: expected"),
+        ({5: torch.zeros(1, 4, 5, 16)}, "y: expected"),
+        ({5: torch.zeros(1, 4, 4, 16).bfloat16()}, "y: expected"),
+        ({5: torch.zeros(1, 4, 16, 4).transpose(2, 3)}, "y: expected"),
     ],
 )  # fmt: skip
 def test_the_raw_op_guards_itself(change, match):
-    arguments = [torch.zeros(1, 4, 4, 8), torch.zeros(36 * 32 * 16), torch.zeros(16), None, 16, 1]
+    arguments = [torch.zeros(1, 4, 4, 8), torch.zeros(36 * 32 * 16), torch.zeros(16), None, 1, torch.zeros(1, 4, 4, 16)]
     for i, argument in change.items():
         arguments[i] = argument
     with pytest.raises(RuntimeError, match=match):

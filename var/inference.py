@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from var_kernels import _huge_pages, adaln_layer_norm, block_causal_attention, gated_residual_adaln, qk_norm_cache
 from var_kernels.group_norm_silu import group_norm_silu
 from var_kernels.packed_linear import PackedLinear
-from var_kernels.winograd_conv import PackedConv3x3
+from var_kernels.winograd_conv import PackedConv3x3, winograd_unavailable_reason
 
 from .transformer import VAR
 from .vqvae import VQVAE, Norm, ResnetBlock, Upsample
@@ -155,34 +155,63 @@ class InferenceTransformer:
         return q
 
 
+class Spaces:
+    """Memory for the activations of a decoder, allocated once: of malloc, large ones would be fresh pages every time.
+
+    Three are enough: a convolution reads one and a residual, over which it writes its result. Of 0 elements: none.
+    """
+
+    def __init__(self, elements: int, dtype: torch.dtype) -> None:
+        self._flat = [_huge_pages.zeros(elements, dtype=dtype) for _ in range(3)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(space.nbytes for space in self._flat)
+
+    def beside(self, shape: torch.Size, *used: Tensor) -> Tensor | None:
+        """Room for an activation (B, C, H, W), channels last, where none of those in use lies; None if too large."""
+        batch, channels, height, width = shape
+        taken = {tensor.data_ptr() for tensor in used}
+        space = next(space for space in self._flat if space.data_ptr() not in taken)
+        if shape.numel() > space.numel():
+            return None
+        return space[: shape.numel()].view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
 class Conv3x3(nn.Module):
-    """A 3×3 convolution with its weights prepared; `forward(x, residual)` adds the residual."""
+    """A 3×3 convolution with its weights prepared; `forward(x, residual)` adds the residual, and may write over it."""
 
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype, doubling: bool, pack: bool) -> None:
+    def __init__(self, prepared: PackedConv3x3, spaces: Spaces) -> None:
         super().__init__()
-        self.prepared = PackedConv3x3(conv.weight, conv.bias, dtype=dtype, doubling=doubling, pack=pack)
+        self.prepared, self._spaces = prepared, spaces
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.prepared(x, residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None, kept: tuple[Tensor, ...] = ()) -> Tensor:
+        if not self.prepared.packed:
+            return self.prepared(x, residual)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+            return self.prepared(x, residual, out=residual)
+        return self.prepared(x, out=self._spaces.beside(self.prepared.shape_of(x), x, *kept))
 
 
 class FusedNorm(nn.Module):
     """GroupNorm with SiLU behind it in one pass, its parameters in fp32 whatever the decoder's dtype."""
 
-    def __init__(self, norm: Norm) -> None:
+    def __init__(self, norm: Norm, spaces: Spaces) -> None:
         super().__init__()
         self._affine = norm.weight.detach().float(), norm.bias.detach().float()  # no parameters: they stay fp32
-        self._groups, self._eps = norm.num_groups, norm.eps
+        self._groups, self._eps, self._spaces = norm.num_groups, norm.eps, spaces
 
     def forward(self, x: Tensor) -> Tensor:
         return group_norm_silu(x, *self._affine, self._groups, eps=self._eps, silu=False)
 
     def activated(self, x: Tensor, inplace: bool = False) -> Tensor:
-        return group_norm_silu(x, *self._affine, self._groups, eps=self._eps, inplace=inplace)
+        out = x if inplace else self._spaces.beside(x.shape, x)
+        return group_norm_silu(x, *self._affine, self._groups, eps=self._eps, out=out)
 
 
 class InPlaceResnetBlock(nn.Module):
-    """A residual block whose branch is normalised in place, and whose second convolution adds the shortcut."""
+    """A residual block whose branch is normalised in place, and whose second convolution adds to the shortcut."""
 
     def __init__(self, block: ResnetBlock) -> None:
         super().__init__()
@@ -190,7 +219,7 @@ class InPlaceResnetBlock(nn.Module):
         self.conv1, self.conv2, self.nin_shortcut = block.conv1, block.conv2, block.nin_shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm2.activated(self.conv1(self.norm1.activated(x)), inplace=True)
+        h = self.norm2.activated(self.conv1(self.norm1.activated(x), kept=(x,)), inplace=True)
         return self.conv2(h, self.nin_shortcut(x))
 
 
@@ -204,45 +233,51 @@ def _replace(module: nn.Module, replacements: dict[type, Callable[[nn.Module], n
 
 
 class InferenceDecoder:
-    """The decoder of `vqvae` in `dtype`, channels last; a copy of its weights as they are now."""
+    """The decoder of `vqvae` in `dtype`, channels last; a copy of its weights as they are now.
 
-    def __init__(self, vqvae: VQVAE, dtype: torch.dtype = torch.float32, *, pack: bool = True) -> None:
+    Any number of images; for up to `batch_size` at a time memory is allocated once, here.
+    """
+
+    def __init__(
+        self, vqvae: VQVAE, dtype: torch.dtype = torch.float32, *, batch_size: int = 1, pack: bool = True
+    ) -> None:
         self.dtype = dtype
+        config, side = vqvae.config, vqvae.config.schedule.side
+        widths = [config.ch * mult for mult in config.ch_mult]
+        last = len(widths) - 1
+        widest = max(widths[min(i + 1, last)] * (side * 2 ** (last - i)) ** 2 for i in range(last + 1))
+        self.group = max(1, _DECODE_BYTES // (widest * dtype.itemsize))
+        self.image_shape = (3, config.image_size, config.image_size)
+        conv_in = vqvae.decoder.conv_in.weight
+        in_our_kernels = pack and winograd_unavailable_reason(dtype, conv_in.device) is None
+        self._spaces = Spaces(widest * min(batch_size, self.group) if in_our_kernels else 0, dtype)
 
         def prepared(conv: nn.Conv2d, doubling: bool = False) -> nn.Module:
-            return conv if conv.kernel_size != (3, 3) else Conv3x3(conv, dtype, doubling, pack)
+            if conv.kernel_size != (3, 3):
+                return conv
+            packed = PackedConv3x3(conv.weight, conv.bias, dtype=dtype, doubling=doubling, pack=pack)
+            return Conv3x3(packed, self._spaces)
 
         decoder = copy.deepcopy(nn.Sequential(vqvae.post_quant_conv, vqvae.decoder)).requires_grad_(False)
         _replace(
             decoder,
             {
                 Upsample: lambda upsample: prepared(upsample.conv, doubling=True), nn.Conv2d: prepared,
-                ResnetBlock: InPlaceResnetBlock, Norm: FusedNorm,
+                ResnetBlock: InPlaceResnetBlock, Norm: lambda norm: FusedNorm(norm, self._spaces),
             },
         )  # fmt: skip
         self._decoder = decoder.to(dtype=dtype, memory_format=torch.channels_last)
-        config, side = vqvae.config, vqvae.config.schedule.side
-        widths = [config.ch * mult for mult in config.ch_mult]
-        last = len(widths) - 1
-        self.image_bytes = dtype.itemsize * max(
-            widths[min(i + 1, last)] * (side * 2 ** (last - i)) ** 2 for i in range(last + 1)
-        )
-        self.image_shape = (3, config.image_size, config.image_size)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copy of the weights."""
+        """Bytes of the copy of the weights, and of the activations."""
         convs = [module.prepared for module in self._decoder.modules() if isinstance(module, Conv3x3)]
-        return sum(held.nbytes for held in (*self._decoder.parameters(), *convs))
-
-    @property
-    def group(self) -> int:
-        """Images that are decoded at a time, so that memory does not grow with the batch."""
-        return max(1, _DECODE_BYTES // self.image_bytes)
+        return sum(held.nbytes for held in (*self._decoder.parameters(), *convs, self._spaces))
 
     def __call__(self, f_hat_BCHW: Tensor) -> Tensor:
         """Images (B, 3, H, W), fp32 in [−1, 1]."""
         images = f_hat_BCHW.new_empty(len(f_hat_BCHW), *self.image_shape)
+        # In groups: one has the activations of about _DECODE_BYTES, whatever the batch.
         for f_hat, out in zip(f_hat_BCHW.split(self.group), images.split(self.group), strict=True):
             x = f_hat.to(dtype=self.dtype, memory_format=torch.channels_last)
             out.copy_(self._decoder(x)).clamp_(-1, 1)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
-_DECODER_COPIES = 4  # activations of the widest size that live at once: input, branch, convolution's output, sum
+_DECODER_COPIES = 3  # activations of the widest size that live at once: input, branch, result of a convolution
 
 
 def keep_freed_memory() -> bool:
@@ -90,7 +90,7 @@ def fixed_bytes(var: VARConfig, vqvae: VQVAEConfig, precision_bytes: int, device
 def batch_bytes(var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes: int) -> int:
     """Bytes that a `Generator` takes for a batch: KV cache, activations of the largest scale and of the decoder.
 
-    The activations are an upper bound: they do not all live at once.
+    Those of the largest scale are an upper bound: they do not all live at once.
     """
     rows, width, longest = 2 * batch, var.width, max(var.schedule.lengths)
     cache = 2 * rows * var.schedule.length * width * var.depth * precision_bytes
@@ -99,7 +99,7 @@ def batch_bytes(var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes:
     image = 3 * vqvae.image_size**2 * 4
     widest = max(vqvae.ch * mult for mult in vqvae.ch_mult[:2]) * vqvae.image_size**2 * precision_bytes
     group = max(1, min(batch, (24 << 20) // widest))
-    return int(cache + max(block + sampling, group * widest * _DECODER_COPIES) + 2 * batch * image)
+    return int(cache + block + sampling + group * widest * _DECODER_COPIES + 2 * batch * image)
 
 
 def check_batch(

@@ -103,8 +103,8 @@ def _operations(operator: str, args: tuple) -> float:
         x, weight = args[:2]
         return 2.0 * weight.numel() * x.numel() / x.shape[1]
     if "_winograd_conv" in operator:
-        x, out_channels, scheme = args[0], args[4], SCHEMES[args[5]]
-        return 2.0 * x.numel() * out_channels * scheme.products_per_input
+        x, scheme, y = args[0], SCHEMES[args[4]], args[5]
+        return 2.0 * x.numel() * y.shape[-1] * scheme.products_per_input
     return 0.0
 
 

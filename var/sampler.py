@@ -133,7 +133,9 @@ class Generator:
         with torch.inference_mode():
             self._transformer = InferenceTransformer(var, 2 * batch_size, PRECISIONS[precision], pack=pack)
             in_place = precision == "fp32" and not pack
-            self._decoder = None if in_place else InferenceDecoder(vqvae, PRECISIONS[precision], pack=pack)
+            self._decoder = None if in_place else InferenceDecoder(
+                vqvae, PRECISIONS[precision], batch_size=batch_size, pack=pack
+            )
         self.decode = self._decoder or vqvae.decode_features  # features (B, z_channels, h, w) -> images
         self.begin, self.empty_features = self._transformer.begin, vqvae.quantize.empty_features
         on_gpu = self.device.type == "cuda"
@@ -144,7 +146,7 @@ class Generator:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes that this object holds beside the model: packed weights, the decoder's copy, the KV cache."""
+        """Bytes that this object holds beside the model: packed weights, the decoder with its activations, KV cache."""
         return {
             "packed weights": self._transformer.packed_bytes,
             "decoder": self._decoder.nbytes if self._decoder else 0,

@@ -45,6 +45,15 @@ def same_floats(first: object, *others: object) -> bool:
     return True
 
 
+def check_image_out(out: object, shape: Sequence[int], like: torch.Tensor) -> None:
+    """`out`, which images are written to: of this shape, dtype and device of `like`, dense with its channels last."""
+    check_tensor("out", out)
+    check_shape("out", out, shape)
+    check_same("the result", like, out=out)
+    dense = out.is_contiguous(memory_format=torch.channels_last)
+    check(dense, "out", "a dense tensor with its channels last", f"strides {out.stride()}")
+
+
 def refuse_gradients(name: str, *tensors: torch.Tensor | None) -> None:
     """RuntimeError where a gradient of `name` with respect to one of these tensors would be needed."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):

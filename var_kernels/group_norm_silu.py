@@ -8,30 +8,25 @@ import torch
 import torch.nn.functional as F
 
 from . import _native
-from ._checks import check, check_tensor, refuse_gradients
+from ._checks import check, check_image_out, check_tensor, refuse_gradients
 from ._library import define, register_fake
 
-# x is (B, pixels, C), dense. The second one writes over x.
-define("_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> Tensor", __name__)
+# x and y are (B, pixels, C), dense; y is written, and may be x.
 define(
-    "_group_norm_silu_(Tensor(a!) x, Tensor weight, Tensor bias, int groups, float eps, bool silu) -> ()", __name__
+    "_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, Tensor(a!) y) -> ()",
+    __name__,
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @register_fake("_group_norm_silu")
-def _(x, weight, bias, groups, eps, silu):
-    return x.new_empty(x.shape)
-
-
-@register_fake("_group_norm_silu_")
-def _(x, weight, bias, groups, eps, silu):
+def _(x, weight, bias, groups, eps, silu, y):
     return None
 
 
 def group_norm_silu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, *, eps: float = 1e-6, silu: bool = True,
-    inplace: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Normalise groups of channels over all pixels, then y·sigmoid(y).
 
@@ -42,16 +37,17 @@ def group_norm_silu(
         x: (B, C, H, W), float32, bfloat16 or float16; dense with its channels last, else one copy is made.
         weight, bias: (C,) float32.
         groups: a divisor of C.
-        inplace: write over x, which then must be dense with its channels last, and return it.
+        out: a tensor like the result to write to; may be x itself.
 
     Returns:
-        (B, C, H, W) in the dtype of x, channels last; rounded once. The order of summation depends on the shape only.
+        (B, C, H, W) in the dtype of x, dense with its channels last; rounded once. The order of summation depends on
+        the shape only.
 
     For inference: there is no gradient.
 
     Raises:
         TypeError: for an argument that is not a tensor, or of an unsupported dtype.
-        ValueError: for a wrong shape or number of groups.
+        ValueError: for a wrong shape or number of groups, and an `out` of another device or layout.
         RuntimeError: where a gradient would be needed.
 
     Source: Wu and He, "Group normalization" (arXiv 1803.08494), as in the decoders of VQGAN and VAR.
@@ -66,19 +62,18 @@ def group_norm_silu(
         if tensor.dtype != torch.float32 and x.dtype != torch.float64:
             raise TypeError(f"{argument}: expected torch.float32, got {tensor.dtype}")
     refuse_gradients("group_norm_silu", x, weight, bias)
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.channels_last)
+    else:
+        check_image_out(out, x.shape, x)
     if x.numel() == 0:
-        return x if inplace else torch.empty_like(x)
+        return out
     dense = x.contiguous(memory_format=torch.channels_last)
-    check(not inplace or dense is x, "x", "a dense tensor with its channels last", f"strides {x.stride()}")
     if x.device.type == "cpu" and x.dtype in _DTYPES and _native.load().available:
-        rows = dense.permute(0, 2, 3, 1).view(batch, height * width, channels)
-        if inplace:
-            torch.ops.var_kernels._group_norm_silu_(rows, weight, bias, groups, eps, silu)
-            return x
-        y = torch.ops.var_kernels._group_norm_silu(rows, weight, bias, groups, eps, silu)
-        return y.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        rows, y = (image.permute(0, 2, 3, 1).view(batch, height * width, channels) for image in (dense, out))
+        torch.ops.var_kernels._group_norm_silu(rows, weight, bias, groups, eps, silu, y)
+        return out
     wide = torch.promote_types(x.dtype, torch.float32)
     # Channels first: of channels-last images PyTorch's kernel for CPUs loses the digits that this op is to keep.
     y = F.group_norm(dense.to(wide).contiguous(), groups, weight.to(wide), bias.to(wide), eps)
-    y = (F.silu(y) if silu else y).to(x.dtype)
-    return x.copy_(y) if inplace else y.contiguous(memory_format=torch.channels_last)
+    return out.copy_(F.silu(y) if silu else y)

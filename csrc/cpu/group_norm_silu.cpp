@@ -1,4 +1,4 @@
-// The door of group_norm_silu on CPU: checks, allocation, work over threads, and the statistics of the groups.
+// The door of group_norm_silu on CPU: checks, work over threads, and the statistics of the groups.
 #include "group_norm_silu.h"
 
 #include <torch/csrc/stable/library.h>
@@ -54,14 +54,17 @@ void fold(const float* mean, const float* squares, int64_t chunks, int64_t pixel
 }
 
 // x is (B, P, C), dense: images with their channels last. y is like x, or x itself.
-void normalise(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps, bool silu,
-               void* y) {
+void group_norm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps, bool silu,
+                     const Tensor& y) {
   const ScalarType dtype = x.scalar_type();
   VAR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "x",
             "float32, bfloat16 or float16", torch::headeronly::toString(dtype));
   VAR_CHECK(x.dim() == 3 && x.is_contiguous(), "x", "a dense tensor of shape (B, P, C)", x.dim(), " dimensions");
   const int64_t batch = x.size(0), pixels = x.size(1), channels = x.size(2);
   VAR_CHECK(groups > 0 && channels % groups == 0, "groups", "a divisor of the channels", groups);
+  VAR_CHECK(y.scalar_type() == dtype && y.dim() == 3 && y.is_contiguous() && y.size(0) == batch &&
+                y.size(1) == pixels && y.size(2) == channels,
+            "y", "a dense tensor of the shape and dtype of x", y.numel(), " elements");
   check_affine("weight", weight, channels);
   check_affine("bias", bias, channels);
   if (x.numel() == 0) return;
@@ -71,7 +74,7 @@ void normalise(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_
   const int64_t chunks = (pixels + kGroupNormPixels - 1) / kGroupNormPixels, rows = batch * chunks;
   const int64_t work = x.numel() * kWorkPerElement, row_bytes = channels * (index == 0 ? 4 : 2);
   const char* in = static_cast<const char*>(x.const_data_ptr());
-  char* out = static_cast<char*>(y);
+  char* out = static_cast<char*>(y.mutable_data_ptr());
   Tensor statistics = empty_cpu({2, rows, channels}, ScalarType::Float), affine = empty_cpu({2, batch, channels},
                                                                                            ScalarType::Float);
   float *mean = statistics.mutable_data_ptr<float>(), *squares = mean + rows * channels;
@@ -98,21 +101,7 @@ void normalise(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_
   });
 }
 
-Tensor group_norm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps, bool silu) {
-  VAR_CHECK(x.dim() == 3, "x", "3 dimensions", x.dim());
-  Tensor y = empty_cpu({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
-  normalise(x, weight, bias, groups, eps, silu, y.mutable_data_ptr());
-  return y;
-}
-
-void group_norm_silu_(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps, bool silu) {
-  normalise(x, weight, bias, groups, eps, silu, x.mutable_data_ptr());
-}
-
 }  // namespace
 }  // namespace var_kernels
 
-STABLE_TORCH_LIBRARY_IMPL(var_kernels, CPU, m) {
-  m.impl("_group_norm_silu", TORCH_BOX(&var_kernels::group_norm_silu));
-  m.impl("_group_norm_silu_", TORCH_BOX(&var_kernels::group_norm_silu_));
-}
+STABLE_TORCH_LIBRARY_IMPL(var_kernels, CPU, m) { m.impl("_group_norm_silu", TORCH_BOX(&var_kernels::group_norm_silu)); }

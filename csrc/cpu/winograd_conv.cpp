@@ -1,4 +1,4 @@
-// The door of winograd_conv on CPU: checks, allocation, and blocks of tiles over threads.
+// The door of winograd_conv on CPU: checks, and blocks of tiles over threads.
 #include "winograd_conv.h"
 
 #include <torch/csrc/stable/library.h>
@@ -18,9 +18,9 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// x is (B, H, W, C_in), dense; see winograd_conv.py for the order of the packed weights.
-Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, const std::optional<Tensor>& residual,
-                     int64_t out_channels, int64_t scheme_index) {
+// x and y are dense, with their channels last; see winograd_conv.py for the order of the packed weights.
+void winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, const std::optional<Tensor>& residual,
+                   int64_t scheme_index, const Tensor& y) {
   const ScalarType dtype = x.scalar_type();
   VAR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "x", "float32 or bfloat16",
             torch::headeronly::toString(dtype));
@@ -29,22 +29,24 @@ Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, 
   const WinogradScheme& scheme = kWinogradSchemes[scheme_index];
   const int64_t batch = x.size(0), height = x.size(1), width = x.size(2), channels = x.size(3);
   VAR_CHECK(channels > 0, "x", "at least one channel", channels);
+  VAR_CHECK(y.scalar_type() == dtype && y.dim() == 4 && y.is_contiguous() && y.size(0) == batch &&
+                y.size(1) == height * scheme.scale && y.size(2) == width * scheme.scale && y.size(3) > 0,
+            "y", "a dense tensor (B, scale·H, scale·W, C_out) with the dtype of x", y.numel(), " elements");
+  const int64_t out_channels = y.size(3);
   const int64_t depth = round_up(channels, kWinogradDepth), points = scheme.points * scheme.points;
   const bool pairs = packed.scalar_type() == ScalarType::BFloat16;
   VAR_CHECK((pairs && dtype == ScalarType::BFloat16) || packed.scalar_type() == ScalarType::Float, "packed",
             "float32, or bfloat16 like x", torch::headeronly::toString(packed.scalar_type()));
-  VAR_CHECK(out_channels > 0 && packed.is_contiguous() &&
-                packed.numel() == points * depth * round_up(out_channels, kWinogradColumns),
+  VAR_CHECK(packed.is_contiguous() && packed.numel() == points * depth * round_up(out_channels, kWinogradColumns),
             "packed", points * depth * round_up(out_channels, kWinogradColumns), packed.numel());
   VAR_CHECK(bias.scalar_type() == ScalarType::Float && bias.numel() == out_channels && bias.is_contiguous(), "bias",
             "a dense float32 vector, one for each output channel", bias.numel(), " elements");
-  Tensor y = empty_cpu({batch, height * scheme.scale, width * scheme.scale, out_channels}, dtype);
   if (residual) {
     bool same = residual->scalar_type() == dtype && residual->dim() == 4 && residual->is_contiguous();
     for (int64_t d = 0; same && d < 4; ++d) same = residual->size(d) == y.size(d);
     VAR_CHECK(same, "residual", "shape and dtype of the result, dense", residual->numel(), " elements");
   }
-  if (y.numel() == 0) return y;
+  if (y.numel() == 0) return;
 
   const auto kernel = winograd_conv_table().tiles[scheme_index][dtype == ScalarType::Float ? 0 : pairs ? 1 : 2];
   VAR_CHECK(kernel != nullptr, "packed", "float32: this instruction set has no product of bfloat16", "bfloat16");
@@ -76,7 +78,6 @@ Tensor winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, 
     kernel(arguments, task / parts / blocks, first, std::min(block, tiles - first), column_of(part),
            column_of(part + 1), thread_scratch(floats));
   });
-  return y;
 }
 
 }  // namespace
