@@ -1,6 +1,7 @@
 """The generation engine: what it computes against fp64 and the plain networks, its options, memory and reuse."""
 
 import copy
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import var
 from var import Generator, VARConfig, VQVAEConfig, generate, memory
 from var.inference import InferenceDecoder, InferenceTransformer
 from var.sampler import fill_exponential
+from var_kernels import _native
 from var_kernels.packed_linear import PackedLinear
 
 LABELS = torch.tensor([0, 4, 2, 1, 3])
@@ -203,6 +205,28 @@ labels = torch.arange(16) % 10
 for _ in range(2):
     generator(labels, seed=0)"""
     assert peak_growth(preparation, "for seed in range(4): generator(labels, seed=seed)") < 8 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts Linux' page faults")
+@pytest.mark.skipif(not _native.load().available, reason="without our kernels malloc serves")
+def test_activations_of_the_decoder_are_no_fresh_pages_after_the_first_call():
+    """In a process with malloc's own settings: those of 40 MiB and more were returned to the system after each use."""
+    program = """
+import resource, torch, var
+from var.inference import InferenceDecoder
+with torch.inference_mode():
+    vqvae = var.VQVAE(var.VQVAEConfig(ch=64, z_channels=8, ch_mult=(1,) * 6, num_res_blocks=1, patch_nums=(1, 16)))
+    decoder, f_hat = InferenceDecoder(vqvae), torch.zeros(1, 8, 16, 16)
+    assert max(space.nbytes for space in decoder._spaces._flat) > 40 << 20
+    decoder(f_hat)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        decoder(f_hat)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    answer = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert int(answer.stdout) < 3 * 4000  # the images' own 5 MB, and what malloc does with small ones
 
 
 def test_bytes_are_what_the_tensors_take():
