@@ -7,7 +7,7 @@ result once.
 
 import torch
 
-from ._checks import check, check_tensor, refuse_gradients
+from ._checks import check_same, check_shape, check_tensor, refuse_gradients, same_floats
 from ._library import define, raw_ops, register_fake
 from .backends import resolve
 from .reference import qk_norm_cache as _reference
@@ -62,29 +62,37 @@ def qk_norm_cache(
     Source: query-key normalisation (Henry et al., arXiv 2010.04245) as in VAR (arXiv 2404.02905) and Infinity
     (arXiv 2412.04431).
     """
-    check_tensor("qkv", qkv, rank=5)
+    alike = same_floats(qkv, k_cache, v_cache)
+    if not alike or qkv.dim() != 5:
+        check_tensor("qkv", qkv, rank=5)
     batch, length, parts, heads, dim = qkv.shape
-    check(parts == 3, "qkv", "shape (B, L, 3, H, D)", tuple(qkv.shape))
+    if parts != 3:
+        raise ValueError(f"qkv: expected shape (B, L, 3, H, D), got {tuple(qkv.shape)}")
     for argument, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_tensor(argument, cache, rank=4)
-        rows = cache.shape[2]
-        expected = (batch, heads, rows, dim)
-        check(tuple(cache.shape) == expected, argument, f"shape {(batch, heads, 'L_max', dim)}", tuple(cache.shape))
-        check(rows >= length, argument, f"at least {length} rows", rows)
-        check(dim <= 1 or cache.stride(3) == 1, argument, "a dense last dimension", f"strides {cache.stride()}")
-        if cache.dtype != qkv.dtype:
-            raise TypeError(f"{argument}: expected {qkv.dtype} like qkv, got {cache.dtype}")
-        check(cache.device == qkv.device, argument, f"device {qkv.device} like qkv", cache.device)
+        if not alike or cache.dim() != 4:
+            check_tensor(argument, cache, rank=4)
+        samples, cache_heads, rows, cache_dim = cache.shape
+        if samples != batch or cache_heads != heads or cache_dim != dim:
+            raise ValueError(f"{argument}: expected shape {(batch, heads, 'L_max', dim)}, got {tuple(cache.shape)}")
+        if rows < length:
+            raise ValueError(f"{argument}: expected at least {length} rows, got {rows}")
+        if dim > 1 and cache.stride(3) != 1:
+            raise ValueError(f"{argument}: expected a dense last dimension, got strides {cache.stride()}")
+    if not alike:
+        check_same("qkv", qkv, k_cache=k_cache, v_cache=v_cache)
     most = min(k_cache.shape[2], v_cache.shape[2]) - length
     if isinstance(start, bool) or not isinstance(start, int | torch.SymInt):
         raise TypeError(f"start: expected an integer, got {type(start).__name__}")
-    check(0 <= start <= most, "start", f"a row in 0 … {most}", start)
+    if not 0 <= start <= most:
+        raise ValueError(f"start: expected a row in 0 … {most}, got {start}")
     if q_factor is None:
         q_factor = torch.ones(heads, dtype=torch.float32, device=qkv.device)
     else:
         check_tensor("q_factor", q_factor)
-        check(tuple(q_factor.shape) == (heads,), "q_factor", f"shape {(heads,)}", tuple(q_factor.shape))
-        check(q_factor.device == qkv.device, "q_factor", f"device {qkv.device} like qkv", q_factor.device)
+        if q_factor.dim() != 1 or q_factor.shape[0] != heads:
+            check_shape("q_factor", q_factor, (heads,))
+        if q_factor.device != qkv.device:
+            raise ValueError(f"q_factor: expected device {qkv.device} like qkv, got {q_factor.device}")
         if q_factor.dtype != torch.float32 and qkv.dtype != torch.float64:
             raise TypeError(f"q_factor: expected torch.float32, got {q_factor.dtype}")
     refuse_gradients("qk_norm_cache", qkv, q_factor, k_cache, v_cache)
