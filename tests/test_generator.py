@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -84,6 +85,24 @@ def test_decoder_against_float64(embedded):
         images = InferenceDecoder(vqvae, dtype)(f_hat)
         assert images.dtype == torch.float32
         assert rms(images - exact) <= 2 * rms(yardstick - exact), dtype
+
+
+def test_decoding_in_several_threads(embedded):
+    """Partial images may be decoded beside the generation, and share the decoder's memory."""
+    pipeline, _, tokens, _, _ = embedded
+    with torch.inference_mode():
+        f_hat = list(pipeline.vqvae._scales(tokens))[-1][0]
+        decoder = InferenceDecoder(pipeline.vqvae, batch_size=3)
+        want = [decoder(part) for part in f_hat.split(1)]
+
+    def decoded(number):
+        with torch.inference_mode():
+            return decoder(f_hat[number : number + 1])
+
+    numbers = list(range(len(f_hat))) * 8
+    with ThreadPoolExecutor(4) as pool:
+        for number, image in zip(numbers, pool.map(decoded, numbers), strict=True):
+            assert torch.equal(image, want[number])
 
 
 @torch.inference_mode()

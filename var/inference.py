@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -235,7 +236,8 @@ def _replace(module: nn.Module, replacements: dict[type, Callable[[nn.Module], n
 class InferenceDecoder:
     """The decoder of `vqvae` in `dtype`, channels last; a copy of its weights as they are now.
 
-    Any number of images; for up to `batch_size` at a time memory is allocated once, here.
+    Any number of images; for up to `batch_size` at a time memory is allocated once, here. Calls from several threads, a
+    display of partial images say, wait for one another.
     """
 
     def __init__(
@@ -251,6 +253,7 @@ class InferenceDecoder:
         conv_in = vqvae.decoder.conv_in.weight
         in_our_kernels = pack and winograd_unavailable_reason(dtype, conv_in.device) is None
         self._spaces = Spaces(widest * min(batch_size, self.group) if in_our_kernels else 0, dtype)
+        self._lock = threading.Lock()
 
         def prepared(conv: nn.Conv2d, doubling: bool = False) -> nn.Module:
             if conv.kernel_size != (3, 3):
@@ -277,8 +280,9 @@ class InferenceDecoder:
     def __call__(self, f_hat_BCHW: Tensor) -> Tensor:
         """Images (B, 3, H, W), fp32 in [−1, 1]."""
         images = f_hat_BCHW.new_empty(len(f_hat_BCHW), *self.image_shape)
-        # In groups: one has the activations of about _DECODE_BYTES, whatever the batch.
-        for f_hat, out in zip(f_hat_BCHW.split(self.group), images.split(self.group), strict=True):
-            x = f_hat.to(dtype=self.dtype, memory_format=torch.channels_last)
-            out.copy_(self._decoder(x)).clamp_(-1, 1)
+        with self._lock:
+            # In groups: one has the activations of about _DECODE_BYTES, whatever the batch.
+            for f_hat, out in zip(f_hat_BCHW.split(self.group), images.split(self.group), strict=True):
+                x = f_hat.to(dtype=self.dtype, memory_format=torch.channels_last)
+                out.copy_(self._decoder(x)).clamp_(-1, 1)
         return images
