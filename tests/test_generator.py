@@ -12,7 +12,7 @@ from test_model import tiny_var, tiny_vqvae
 
 import var
 from var import Generator, VARConfig, VQVAEConfig, generate, memory
-from var.inference import InferenceDecoder, InferenceTransformer
+from var.inference import InferenceDecoder, InferenceTransformer, Spaces
 from var.sampler import fill_exponential
 from var_kernels import _native
 from var_kernels.packed_linear import PackedLinear
@@ -224,6 +224,14 @@ labels = torch.arange(16) % 10
 for _ in range(2):
     generator(labels, seed=0)"""
     assert peak_growth(preparation, "for seed in range(4): generator(labels, seed=seed)") < 8 << 20
+
+
+def test_spaces_of_no_elements_beside_an_empty_image():
+    """Both have the address 0: without the library an empty batch found no space."""
+    empty = torch.zeros(0, 8, 3, 3)
+    assert Spaces(0, torch.float32).beside(empty.shape, empty) is None
+    assert Spaces(8, torch.float32).beside(empty.shape, empty).shape == empty.shape
+    assert Spaces(8, torch.float32).beside(torch.Size((1, 9, 1, 1)), empty) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts Linux' page faults")

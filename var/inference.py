@@ -163,18 +163,18 @@ class Spaces:
     """
 
     def __init__(self, elements: int, dtype: torch.dtype) -> None:
-        self._flat = [_huge_pages.zeros(elements, dtype=dtype) for _ in range(3)]
+        self._flat = [_huge_pages.zeros(elements, dtype=dtype) for _ in range(3 if elements else 0)]
 
     @property
     def nbytes(self) -> int:
         return sum(space.nbytes for space in self._flat)
 
     def beside(self, shape: torch.Size, *used: Tensor) -> Tensor | None:
-        """Room for an activation (B, C, H, W), channels last, where none of those in use lies; None if too large."""
+        """Room for an activation (B, C, H, W), channels last, where none of those in use lies, or None."""
         batch, channels, height, width = shape
         taken = {tensor.data_ptr() for tensor in used}
-        space = next(space for space in self._flat if space.data_ptr() not in taken)
-        if shape.numel() > space.numel():
+        space = next((space for space in self._flat if space.data_ptr() not in taken), None)
+        if space is None or shape.numel() > space.numel():
             return None
         return space[: shape.numel()].view(batch, height, width, channels).permute(0, 3, 1, 2)
 
