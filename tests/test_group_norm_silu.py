@@ -108,6 +108,8 @@ def test_opcheck():
         ({"out": torch.zeros(2, 8, 3, 3)}, ValueError, "out: expected a dense tensor with its channels last"),
         ({"out": torch.zeros(2, 8, 3, 4)}, ValueError, r"out: expected shape \(2, 8, 3, 3\), got \(2, 8, 3, 4\)"),
         ({"out": torch.zeros(2, 8, 3, 3).half()}, TypeError, "out: expected torch.float32"),
+        ({"out": torch.zeros(2, 8, 3, 3).to(memory_format=torch.channels_last).requires_grad_()}, RuntimeError,
+         "no gradient"),
         ({"out": 1}, TypeError, "out: expected a torch.Tensor"),
     ],
 )  # fmt: skip

@@ -185,6 +185,8 @@ def test_opcheck(dtype, scheme):
         ({"out": torch.zeros(2, 16, 4, 4)}, ValueError, "out: expected a dense tensor with its channels last"),
         ({"out": torch.zeros(2, 16, 4, 5)}, ValueError, r"out: expected shape \(2, 16, 4, 4\)"),
         ({"out": torch.zeros(2, 16, 4, 4).half()}, TypeError, "out: expected torch.float32"),
+        ({"out": torch.zeros(2, 16, 4, 4).to(memory_format=torch.channels_last).requires_grad_()}, RuntimeError,
+         "no gradient"),
         ({"out": "x"}, ValueError, "out: expected memory of its own, got that of x"),
     ],
 )  # fmt: skip
@@ -193,7 +195,7 @@ def test_bad_input(change, error, match):
         "weight": torch.zeros(16, 8, 3, 3), "bias": torch.zeros(16), "x": torch.zeros(2, 8, 4, 4), "residual": None,
         "out": None, **change,
     }  # fmt: skip
-    if arguments["out"] == "x":
+    if isinstance(arguments["out"], str):
         arguments["weight"] = torch.zeros(16, 16, 3, 3)
         arguments["x"] = arguments["out"] = torch.zeros(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
     with pytest.raises(error, match=match):

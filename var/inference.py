@@ -17,13 +17,11 @@ from var_kernels.group_norm_silu import group_norm_silu
 from var_kernels.packed_linear import PackedLinear
 from var_kernels.winograd_conv import PackedConv3x3, winograd_unavailable_reason
 
+from . import memory
 from .transformer import VAR
 from .vqvae import VQVAE, Norm, ResnetBlock, Upsample
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Of the widest activation of the decoder: images are decoded in groups of that size. More would not stay in a common
-# last-level cache (32 MiB), and malloc would fetch fresh pages for each activation.
-_DECODE_BYTES = 24 << 20
 
 
 class _Layer(NamedTuple):
@@ -163,7 +161,8 @@ class Spaces:
     """
 
     def __init__(self, elements: int, dtype: torch.dtype) -> None:
-        self._flat = [_huge_pages.zeros(elements, dtype=dtype) for _ in range(3 if elements else 0)]
+        count = memory.DECODER_ACTIVATIONS if elements else 0
+        self._flat = [_huge_pages.zeros(elements, dtype=dtype) for _ in range(count)]
 
     @property
     def nbytes(self) -> int:
@@ -244,15 +243,11 @@ class InferenceDecoder:
         self, vqvae: VQVAE, dtype: torch.dtype = torch.float32, *, batch_size: int = 1, pack: bool = True
     ) -> None:
         self.dtype = dtype
-        config, side = vqvae.config, vqvae.config.schedule.side
-        widths = [config.ch * mult for mult in config.ch_mult]
-        last = len(widths) - 1
-        widest = max(widths[min(i + 1, last)] * (side * 2 ** (last - i)) ** 2 for i in range(last + 1))
-        self.group = max(1, _DECODE_BYTES // (widest * dtype.itemsize))
-        self.image_shape = (3, config.image_size, config.image_size)
-        conv_in = vqvae.decoder.conv_in.weight
-        in_our_kernels = pack and winograd_unavailable_reason(dtype, conv_in.device) is None
-        self._spaces = Spaces(widest * min(batch_size, self.group) if in_our_kernels else 0, dtype)
+        self.group = memory.decoded_at_a_time(vqvae.config, dtype.itemsize)
+        self.image_shape = (3, vqvae.config.image_size, vqvae.config.image_size)
+        in_our_kernels = pack and winograd_unavailable_reason(dtype, vqvae.decoder.conv_in.weight.device) is None
+        elements = memory.widest_activation(vqvae.config) * min(batch_size, self.group) if in_our_kernels else 0
+        self._spaces = Spaces(elements, dtype)
         self._lock = threading.Lock()
 
         def prepared(conv: nn.Conv2d, doubling: bool = False) -> nn.Module:
@@ -281,7 +276,6 @@ class InferenceDecoder:
         """Images (B, 3, H, W), fp32 in [−1, 1]."""
         images = f_hat_BCHW.new_empty(len(f_hat_BCHW), *self.image_shape)
         with self._lock:
-            # In groups: one has the activations of about _DECODE_BYTES, whatever the batch.
             for f_hat, out in zip(f_hat_BCHW.split(self.group), images.split(self.group), strict=True):
                 x = f_hat.to(dtype=self.dtype, memory_format=torch.channels_last)
                 out.copy_(self._decoder(x)).clamp_(-1, 1)

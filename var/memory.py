@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
-_DECODER_COPIES = 3  # activations of the widest size that live at once: input, branch, result of a convolution
+DECODER_ACTIVATIONS = 3  # that live at once: input, branch, result of a convolution
+# Of the widest activation of the decoder: images are decoded in groups of that size. More would not stay in a common
+# last-level cache (32 MiB).
+_DECODE_BYTES = 24 << 20
 
 
 def keep_freed_memory() -> bool:
@@ -54,6 +57,18 @@ def _cgroup_room() -> int | None:
         return None if limit == "max" else max(0, int(limit) - int(used))
     except (OSError, ValueError):
         return None
+
+
+def widest_activation(vqvae: VQVAEConfig) -> int:
+    """Elements of the decoder's widest activation of one image."""
+    widths, side = [vqvae.ch * mult for mult in vqvae.ch_mult], vqvae.image_size
+    # A level of the decoder begins with the width of the next coarser one.
+    return max(max(widths[i : i + 2]) * (side >> i) ** 2 for i in range(len(widths)))
+
+
+def decoded_at_a_time(vqvae: VQVAEConfig, itemsize: int) -> int:
+    """Images in a group of the decoder, so that memory does not grow with the batch."""
+    return max(1, _DECODE_BYTES // (widest_activation(vqvae) * itemsize))
 
 
 def fixed_bytes(var: VARConfig, vqvae: VQVAEConfig, precision_bytes: int, device: str | torch.device = "cpu") -> int:
@@ -97,9 +112,9 @@ def batch_bytes(var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes:
     block = rows * longest * width * (4 * 4 + precision_bytes * (3 + 1 + var.mlp_ratio))
     sampling = (rows + batch) * longest * var.vocab_size * 4  # logits, noise
     image = 3 * vqvae.image_size**2 * 4
-    widest = max(vqvae.ch * mult for mult in vqvae.ch_mult[:2]) * vqvae.image_size**2 * precision_bytes
-    group = max(1, min(batch, (24 << 20) // widest))
-    return int(cache + block + sampling + group * widest * _DECODER_COPIES + 2 * batch * image)
+    group = min(batch, decoded_at_a_time(vqvae, precision_bytes))
+    decoder = DECODER_ACTIVATIONS * group * widest_activation(vqvae) * precision_bytes
+    return int(cache + block + sampling + decoder + 2 * batch * image)
 
 
 def check_batch(

@@ -61,11 +61,11 @@ def group_norm_silu(
         check(tensor.device == x.device, argument, f"device {x.device} like x", tensor.device)
         if tensor.dtype != torch.float32 and x.dtype != torch.float64:
             raise TypeError(f"{argument}: expected torch.float32, got {tensor.dtype}")
-    refuse_gradients("group_norm_silu", x, weight, bias)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.channels_last)
     else:
         check_image_out(out, x.shape, x)
+    refuse_gradients("group_norm_silu", x, weight, bias, out)
     if x.numel() == 0:
         return out
     dense = x.contiguous(memory_format=torch.channels_last)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _huge_pages, _native
-from ._checks import check, check_image_out, check_tensor, refuse_gradients
+from ._checks import check, check_image_out, check_same, check_shape, check_tensor, refuse_gradients
 from ._library import define, register_fake
 
 # x is (B, H, W, C_in), y (B, H', W', C_out), dense; the packed weights are those of `_pack`. y is written, and may be
@@ -185,14 +185,12 @@ class PackedConv3x3:
         shape = self.shape_of(x)
         if residual is not None:
             check_tensor("residual", residual)
-            check(residual.shape == shape, "residual", f"shape {tuple(shape)}", tuple(residual.shape))
-            if residual.dtype != self.dtype:
-                raise TypeError(f"residual: expected {self.dtype} like x, got {residual.dtype}")
-            check(residual.device == self.device, "residual", f"device {self.device} like x", residual.device)
-        refuse_gradients("PackedConv3x3", x, residual)
+            check_shape("residual", residual, shape)
+            check_same("x", x, residual=residual)
         if out is not None:
             check_image_out(out, shape, x)
             check(out.data_ptr() != x.data_ptr() or x.numel() == 0, "out", "memory of its own", "that of x")
+        refuse_gradients("PackedConv3x3", x, residual, out)
         if self.packed:
             if out is None:
                 out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
