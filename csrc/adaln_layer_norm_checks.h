@@ -8,20 +8,9 @@
 
 namespace var_kernels {
 
-// fp32, bf16, fp16.
-inline int dtype_index(const torch::stable::Tensor& x) {
-  switch (x.scalar_type()) {
-    case torch::headeronly::ScalarType::Float: return 0;
-    case torch::headeronly::ScalarType::BFloat16: return 1;
-    case torch::headeronly::ScalarType::Half: return 2;
-    default: break;
-  }
-  VAR_CHECK(false, "x", "float32, bfloat16 or float16", torch::headeronly::toString(x.scalar_type()));
-}
-
 inline void check_x(const torch::stable::Tensor& x) {
   VAR_CHECK(x.dim() == 3, "x", "3 dimensions", x.dim());
-  dtype_index(x);
+  dtype_index("x", x);
 }
 
 inline void check_like(const char* name, const torch::stable::Tensor& tensor, const torch::stable::Tensor& x,

@@ -37,12 +37,9 @@ inline void check_attention_tensor(const char* name, const torch::stable::Tensor
 
 inline void check_attention(const torch::stable::Tensor& q, const torch::stable::Tensor& k,
                             const torch::stable::Tensor& v, const std::vector<int64_t>& scale_lens, int64_t q_offset) {
-  using torch::headeronly::ScalarType;
   VAR_CHECK(q.dim() == 4, "q", "4 dimensions", q.dim());
   VAR_CHECK(k.dim() == 4, "k", "4 dimensions", k.dim());
-  const ScalarType dtype = q.scalar_type();
-  VAR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "q",
-            "float32, bfloat16 or float16", torch::headeronly::toString(dtype));
+  dtype_index("q", q);
   const int64_t heads = q.size(1), queries = q.size(2), dim = q.size(3), kv_heads = k.size(1), keys = k.size(2);
   VAR_CHECK(dim >= 1 && dim <= 256, "q", "a head dimension from 1 to 256", dim);
   VAR_CHECK(kv_heads > 0 && heads % kv_heads == 0, "k", "a number of heads that divides that of q", kv_heads);

@@ -8,15 +8,12 @@
 namespace var_kernels {
 
 inline void check_nearest_code(const torch::stable::Tensor& z, const torch::stable::Tensor& codebook) {
-  using torch::headeronly::ScalarType;
   VAR_CHECK(z.dim() == 2, "z", "2 dimensions", z.dim());
   VAR_CHECK(codebook.dim() == 2, "codebook", "2 dimensions", codebook.dim());
   VAR_CHECK(codebook.size(1) == z.size(1), "codebook", z.size(1), codebook.size(1), " channels");
   VAR_CHECK(codebook.size(0) > 0, "codebook", "at least one code", codebook.size(0));
-  const ScalarType dtype = z.scalar_type();
-  VAR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "z",
-            "float32, bfloat16 or float16", torch::headeronly::toString(dtype));
-  VAR_CHECK(codebook.scalar_type() == dtype, "codebook", torch::headeronly::toString(dtype),
+  dtype_index("z", z);
+  VAR_CHECK(codebook.scalar_type() == z.scalar_type(), "codebook", torch::headeronly::toString(z.scalar_type()),
             torch::headeronly::toString(codebook.scalar_type()));
 }
 

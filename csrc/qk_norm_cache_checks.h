@@ -14,8 +14,7 @@ inline QkNormCache check_qk_norm_cache(const torch::stable::Tensor& qkv, const t
                                        int64_t start) {
   using torch::headeronly::ScalarType;
   const ScalarType dtype = qkv.scalar_type();
-  VAR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "qkv",
-            "float32, bfloat16 or float16", torch::headeronly::toString(dtype));
+  dtype_index("qkv", qkv);
   VAR_CHECK(qkv.dim() == 5 && qkv.size(2) == 3, "qkv", "shape (B, L, 3, H, D)", qkv.dim(), " dimensions");
   const int64_t batch = qkv.size(0), length = qkv.size(1), heads = qkv.size(3), dim = qkv.size(4);
   for (const torch::stable::Tensor* cache : {&k_cache, &v_cache}) {

@@ -24,8 +24,7 @@ inline SampleTokens check_sample_tokens(const torch::stable::Tensor& conditional
                                         const std::optional<torch::stable::Tensor>& seeds, int64_t offset) {
   using torch::headeronly::ScalarType;
   const ScalarType dtype = conditional.scalar_type();
-  VAR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "conditional",
-            "float32, bfloat16 or float16", torch::headeronly::toString(dtype));
+  dtype_index("conditional", conditional);
   VAR_CHECK(conditional.dim() == 3, "conditional", "3 dimensions", conditional.dim());
   const int64_t batch = conditional.size(0), length = conditional.size(1), vocab = conditional.size(2);
   VAR_CHECK(vocab > 0 && vocab <= INT32_MAX, "conditional", "1 … 2^31 - 1 tokens to choose from", vocab);

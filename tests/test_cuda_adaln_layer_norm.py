@@ -97,6 +97,12 @@ def test_many_tokens_for_each_worker(op):
     assert_op_accurate("race", op, inputs(op, (1, 40, 520), seed=1, dtype=torch.bfloat16), seed=3)
 
 
+@pytest.mark.parametrize("forms", [("(B,L,C)", "(B,C)", "(B,C)"), ("(B,C)", "(B,L,C)", "(B,L,C)")])
+@pytest.mark.parametrize("op", OPS)
+def test_modulation_per_token_with_many_tokens_for_each_worker(op, forms):
+    assert_op_accurate("fast", op, inputs(op, (3, 1500, 16), seed=1, dtype=torch.bfloat16, forms=forms), seed=3)
+
+
 @pytest.mark.parametrize("variant", ["fast", "race"])
 @pytest.mark.parametrize("op", OPS)
 def test_rows_longer_than_the_registers(op, variant):
@@ -282,23 +288,25 @@ def test_machine_code(arch, selected):
 
 # ---- planted faults -----------------------------------------------------------------------------------------------
 
-HEADER, DOOR = "adaln_layer_norm.cuh", "adaln_layer_norm.cu"
+HEADER, BACKWARD, DOOR = "adaln_layer_norm.cuh", "adaln_layer_norm_backward.cuh", "adaln_layer_norm.cu"
 MUTANTS = {
     "no barrier in the sum": Mutant(
         HEADER, "  __syncthreads();\n#pragma unroll\n  for (int i = 0; i < N; ++i) v[i] = 0.0f;",
         "#pragma unroll\n  for (int i = 0; i < N; ++i) v[i] = 0.0f;", "race"),
     "one buffer for both sums": Mutant(
         HEADER, "sum_over_row(sum, exchange[1])", "sum_over_row(sum, exchange[0])", "race", 2),
-    "one buffer for all tokens": Mutant(HEADER, "exchange[token & 1]", "exchange[0]", "race", 2),
+    "one buffer for all tokens": Mutant(BACKWARD, "exchange[token & 1]", "exchange[0]", "race", 2),
     "no guard on the columns": Mutant(
         HEADER, "c < channels && rows.data != nullptr", "rows.data != nullptr", "out_of_bounds"),
     "no guard on the workers": Mutant(HEADER, "if (sample >= partition.samples)", "if (sample < 0)", "out_of_bounds"),
     "one row of partial sums": Mutant(
-        HEADER, "grad.partial + int64_t(worker) * channels", "grad.partial", "cross_block_race"),
+        BACKWARD, "grad.partial + int64_t(worker) * channels", "grad.partial", "cross_block_race"),
     "padding in the variance": Mutant(
         HEADER, "exists ? (v[j] - mean) * (v[j] - mean) : 0.0f",
         "exists | true ? (v[j] - mean) * (v[j] - mean) : 0.0f", "values"),
-    "modulation of the first token": Mutant(HEADER, "if (first || a.scale.per_token != 0)", "if (first)", "values", 2),
+    "modulation of the first token": Mutant(HEADER, "if (first || a.scale.per_token != 0)", "if (first)", "values"),
+    "modulation of the first token in backward": Mutant(
+        BACKWARD, "if (first || a.scale.per_token != 0)", "if (first)", "values"),
     "no check of the alignment": Mutant(
         DOOR, "reinterpret_cast<uintptr_t>(rows->data) % 16 == 0 && ", "", "misaligned"),
     "two elements of y swapped": Mutant(
@@ -315,7 +323,8 @@ def test_planted_faults_are_found(name, selected):
     layer = MUTANTS[name].layer
     emulation = load_mutant(SOURCE, MUTANTS[name], [MUTANTS[each] for each in selected("name")])
     found = []
-    for index, shape in enumerate([(1, 9, 264), (1, 9, 1032), (3, 5, 40)]):
+    # In the last one, more tokens than warps in flight, workers of forward have several tokens each.
+    for index, shape in enumerate([(1, 9, 264), (1, 9, 1032), (3, 5, 40)] + [(3, 1500, 16)] * (layer == "values")):
         tensors = inputs("adaln", shape, seed=index, dtype=torch.bfloat16, forms=("(B,C)", "(B,L,C)", "(B,1,C)"))
         if layer == "misaligned":
             tensors[0] = torch.nn.functional.pad(tensors[0], (1, 7))[..., 1:-7]

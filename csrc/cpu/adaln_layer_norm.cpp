@@ -19,27 +19,17 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Below this many elements a thread costs more to wake than its share of the work.
-constexpr int64_t kSerialElements = 1 << 15;
-constexpr int64_t kElementsPerTask = 1 << 15;
+constexpr int64_t kElementsPerTask = 1 << 15, kWorkPerElement = 32;
 // Tokens per row of partial sums in backward. It fixes the order of summation, so it must not depend on the number of
 // threads; 48 keeps the partials' traffic at 1/16 of one input and leaves 15 tasks per sample at L = 680.
 constexpr int64_t kTokensPerPartial = 48;
-
-int64_t bytes(const Tensor& x) { return x.scalar_type() == ScalarType::Float ? 4 : 2; }  // of an element
 
 // Whether to stream the outputs of an op that moves `moved` bytes for each element of x; their rows have to start on a
 // cache line.
 bool streams(const Tensor& x, int64_t moved, std::initializer_list<const Tensor*> outputs) {
   return std::all_of(outputs.begin(), outputs.end(), [&](const Tensor* output) {
-    return stored_past_caches(x.numel() * moved, x.size(2) * bytes(*output), output->const_data_ptr());
+    return stored_past_caches(x.numel() * moved, x.size(2) * output->element_size(), output->const_data_ptr());
   });
-}
-
-template <class F>
-void run_tasks(int64_t tasks, int64_t elements, const F& f) {
-  if (elements > kSerialElements) return parallel_tasks(tasks, f);
-  for (int64_t task = 0; task < tasks; ++task) f(task);
 }
 
 // ---- forward ----------------------------------------------------------------------------------------------------
@@ -49,8 +39,8 @@ void forward(const Tensor& x, const Tensor& y, const AdaLNForward& arguments) {
   if (channels == 0) return;
   const int64_t rows_per_task = std::max<int64_t>(1, kElementsPerTask / channels);
   const bool mixed = y.scalar_type() != x.scalar_type();
-  const auto kernel = adaln_table().forward[mixed ? 2 + dtype_index(y) : dtype_index(x)];
-  run_tasks((total + rows_per_task - 1) / rows_per_task, total * channels, [&](int64_t task) {
+  const auto kernel = adaln_table().forward[mixed ? 2 + dtype_index("y", y) : dtype_index("x", x)];
+  parallel_tasks(ceil_div(total, rows_per_task), total * channels * kWorkPerElement, [&](int64_t task) {
     kernel(arguments, task * rows_per_task, std::min(total, (task + 1) * rows_per_task), thread_scratch(channels));
   });
 }
@@ -66,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_layer_norm(const Tensor& x_in, const Te
   forward(x, y, {.x = rows(x), .branch = {}, .gate = {}, .scale = rows(scale), .shift = rows(shift),
                  .residual = nullptr, .y = y.mutable_data_ptr(), .mean = mean.mutable_data_ptr<float>(),
                  .rstd = rstd.mutable_data_ptr<float>(), .length = x.size(1), .channels = x.size(2),
-                 .eps = float(eps), .stream = streams(x, 2 * bytes(x), {&y})});
+                 .eps = float(eps), .stream = streams(x, 2 * x.element_size(), {&y})});
   return {y, mean, rstd};
 }
 
@@ -85,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_adaln(const Tensor& x_
                  .shift = rows(shift), .residual = residual.mutable_data_ptr(), .y = y.mutable_data_ptr(),
                  .mean = mean.mutable_data_ptr<float>(), .rstd = rstd.mutable_data_ptr<float>(),
                  .length = x.size(1), .channels = x.size(2), .eps = float(eps),
-                 .stream = streams(x, 2 * bytes(x) + 2 * bytes(branch), {&residual, &y})});
+                 .stream = streams(x, 2 * x.element_size() + 2 * branch.element_size(), {&residual, &y})});
   return {residual, y, mean, rstd};
 }
 
@@ -104,7 +94,7 @@ struct Reduction {
 };
 
 int64_t partials_per_sample(const Tensor& x) {
-  return std::max<int64_t>(1, (x.size(1) + kTokensPerPartial - 1) / kTokensPerPartial);
+  return std::max<int64_t>(1, ceil_div(x.size(1), kTokensPerPartial));
 }
 
 // Gives every reduced gradient its partial sums: one row for each (sample, chunk of tokens).
@@ -120,8 +110,8 @@ void place_partials(const Tensor& x, std::initializer_list<Reduction*> reduction
 
 void run_backward(const Tensor& x, const AdaLNBackward& arguments) {
   const int64_t length = x.size(1), chunks = partials_per_sample(x);
-  const auto kernel = adaln_table().backward[dtype_index(x)];
-  run_tasks(x.size(0) * chunks, x.numel(), [&](int64_t task) {
+  const auto kernel = adaln_table().backward[dtype_index("x", x)];
+  parallel_tasks(x.size(0) * chunks, x.numel() * kWorkPerElement, [&](int64_t task) {
     const int64_t chunk = task % chunks;
     kernel(arguments, task / chunks, length * chunk / chunks, length * (chunk + 1) / chunks, task);
   });
@@ -131,12 +121,12 @@ void run_backward(const Tensor& x, const AdaLNBackward& arguments) {
 void finish(const Tensor& x, const Reduction& reduction) {
   if (reduction.target.per_token != nullptr || reduction.out.numel() == 0) return;
   constexpr int64_t kBlock = 1024;
-  const int64_t channels = x.size(2), blocks = (channels + kBlock - 1) / kBlock, rows = reduction.out.size(0);
+  const int64_t channels = x.size(2), blocks = ceil_div(channels, kBlock), rows = reduction.out.size(0);
   const int64_t count = rows == 0 ? 0 : x.size(0) * partials_per_sample(x) / rows;
-  const int dtype = dtype_index(x);
-  const int64_t row_bytes = channels * bytes(reduction.out);
+  const int dtype = dtype_index("x", x);
+  const int64_t row_bytes = channels * reduction.out.element_size();
   char* out = static_cast<char*>(reduction.out.mutable_data_ptr());
-  run_tasks(rows * blocks, rows * count * channels, [&](int64_t task) {
+  parallel_tasks(rows * blocks, rows * count * channels * kWorkPerElement, [&](int64_t task) {
     const int64_t row = task / blocks, begin = task % blocks * kBlock;
     adaln_table().sum_partials[dtype](reduction.target.partial + row * count * channels, count, channels, begin,
                                       std::min(channels, begin + kBlock), out + row * row_bytes);
@@ -159,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> adaln_layer_norm_backward(const Tensor& dy_in
                      .mean = mean.const_data_ptr<float>(), .rstd = rstd.const_data_ptr<float>(),
                      .dx = dx.mutable_data_ptr(), .dbranch = nullptr, .dgate = {}, .dscale = dscale.target,
                      .dshift = dshift.target, .length = x.size(1), .channels = x.size(2),
-                     .stream = streams(x, 3 * bytes(x), {&dx})});
+                     .stream = streams(x, 3 * x.element_size(), {&dx})});
     for (const Reduction* reduction : {&dscale, &dshift}) finish(x, *reduction);
   }
   return {dx, dscale.out, dshift.out};
@@ -189,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_backward
                      .rstd = rstd.const_data_ptr<float>(), .dx = dx.mutable_data_ptr(),
                      .dbranch = dbranch.mutable_data_ptr(), .dgate = dgate.target, .dscale = dscale.target,
                      .dshift = dshift.target, .length = x.size(1), .channels = x.size(2),
-                     .stream = streams(x, 6 * bytes(x), {&dx, &dbranch})});
+                     .stream = streams(x, 6 * x.element_size(), {&dx, &dbranch})});
     for (const Reduction* reduction : {&dgate, &dscale, &dshift}) finish(x, *reduction);
   }
   return {dx, dbranch, dgate.out, dscale.out, dshift.out};

@@ -23,15 +23,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Lens = std::vector<int64_t>;
 
-AttentionType type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return kAttentionFloat;
-    case ScalarType::BFloat16: return kAttentionBf16;
-    case ScalarType::Half: return kAttentionFp16;
-    default: VAR_CHECK(false, "q", "float32, bfloat16 or float16", "another dtype");
-  }
-}
-
 HeadRows rows_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
@@ -73,8 +64,8 @@ std::vector<QueryTile> query_tiles(const Lens& lens, int64_t first, int64_t coun
       continue;
     }
     // Tiles of about equally many units: 100 rows are 48 + 32 + 20, since 48 + 48 + 4 reads all keys for 4 rows.
-    const int64_t units = (rows + unit - 1) / unit, most = max_rows / unit;
-    const int64_t parts = (units + most - 1) / most;
+    const int64_t units = ceil_div(rows, unit), most = max_rows / unit;
+    const int64_t parts = ceil_div(units, most);
     for (int64_t part = 0, row = begin; part < parts; ++part) {
       const int64_t tile_end = std::min(begin + units * (part + 1) / parts * unit, end);
       tiles.push_back({row, tile_end});
@@ -131,7 +122,7 @@ Plan make_plan(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& le
 std::vector<AttentionForwardTask> forward_tasks(const AttentionProblem& p) {
   const int64_t pairs = p.batch * p.kv_heads, units = p.heads / p.kv_heads * p.tile_count;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t wanted = threads == 1 || pairs >= 4 * threads ? 1 : (4 * threads + pairs - 1) / std::max<int64_t>(pairs, 1);
+  const int64_t wanted = threads == 1 || pairs >= 4 * threads ? 1 : ceil_div(4 * threads, std::max<int64_t>(pairs, 1));
   const int64_t parts = std::min(wanted, units);
   std::vector<int64_t> work(units + 1, 0);
   for (int64_t unit = 0; unit < units; ++unit) {
@@ -154,7 +145,7 @@ std::vector<AttentionForwardTask> forward_tasks(const AttentionProblem& p) {
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& scale_lens,
                                    double softmax_scale, int64_t q_offset, bool /*allow_tf32*/) {
   const AttentionForward& kernels = attention_forward();
-  const AttentionType type = type_of(q);
+  const int type = dtype_index("q", q);
   const Plan plan = make_plan(q, k, v, scale_lens, softmax_scale, q_offset, kernels.tile_rows[type], kTileUnit);
   const AttentionProblem& p = plan.problem;
   Tensor out = empty_as(q), lse = empty_cpu({p.batch, p.heads, p.queries}, ScalarType::Float);
@@ -170,7 +161,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 int64_t key_ranges(const AttentionProblem& p) {
   constexpr int64_t wanted_tasks = 32, least_keys = 128;
   const int64_t pairs = std::max<int64_t>(p.batch * p.kv_heads, 1);
-  return std::max<int64_t>(1, std::min((wanted_tasks + pairs - 1) / pairs, p.keys / least_keys));
+  return std::max<int64_t>(1, std::min(ceil_div(wanted_tasks, pairs), p.keys / least_keys));
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -178,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
                                             const Lens& scale_lens, double softmax_scale, int64_t q_offset,
                                             bool /*allow_tf32*/) {
   const AttentionBackward& kernels = attention_backward();
-  const AttentionType type = type_of(q);
+  const int type = dtype_index("q", q);
   const Plan plan =
       make_plan(q, k, v, scale_lens, softmax_scale, q_offset, kernels.tile_rows[type], kernels.tile_unit[type]);
   const AttentionProblem& p = plan.problem;
@@ -213,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
   });
   if (shares) {
     constexpr int64_t chunk = 64;
-    const int64_t chunks = (p.queries + chunk - 1) / chunk;
+    const int64_t chunks = ceil_div(p.queries, chunk);
     parallel_tasks(p.batch * p.heads * chunks, [&](int64_t i) {
       const int64_t begin = i % chunks * chunk, head = i / chunks % p.heads, batch = i / chunks / p.heads;
       const int64_t pair = batch * p.kv_heads + head / group;

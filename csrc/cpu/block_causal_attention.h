@@ -36,7 +36,7 @@ struct AttentionForwardArgs {
   float* lse;  // (B, H, Lq)
 };
 struct AttentionForward {
-  // Indexed by AttentionType: tiles of at most so many rows; floats of scratch memory that a task needs; the task.
+  // Indexed by dtype_index: tiles of at most so many rows; floats of scratch memory that a task needs; the task.
   int64_t tile_rows[3];
   int64_t (*scratch[3])(const AttentionProblem&, const AttentionForwardTask&);
   void (*run[3])(const AttentionForwardArgs&, const AttentionForwardTask&, float* scratch);
@@ -54,7 +54,7 @@ struct AttentionBackwardArgs {
   const float* dlse;  // (B, H, Lq) or null
 };
 struct AttentionBackward {
-  // Indexed by AttentionType: tiles of at most so many rows, in multiples of so many.
+  // Indexed by dtype_index: tiles of at most so many rows, in multiples of so many.
   int64_t tile_rows[3], tile_unit[3];
   int64_t (*scratch[3])(const AttentionProblem&, const AttentionBackwardTask&);
   int64_t (*padded_dim)(int64_t dim);  // floats of one row of dq_part
@@ -64,7 +64,5 @@ struct AttentionBackward {
   void (*sum_parts[3])(const AttentionBackwardArgs&, int64_t batch, int64_t head, int64_t begin, int64_t end,
                        const float* part, int64_t part_stride, int64_t parts);
 };
-
-enum AttentionType : int { kAttentionFloat = 0, kAttentionBf16 = 1, kAttentionFp16 = 2 };
 
 }  // namespace var_kernels

@@ -78,7 +78,7 @@ float* thread_scratch(int64_t floats) {
   if (floats > capacity) {
     memory.reset();
     capacity = 0;
-    const size_t bytes = (size_t(floats) * sizeof(float) + 63) / 64 * 64;
+    const size_t bytes = round_up(floats * int64_t(sizeof(float)), 64);
     memory.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
     if (!memory) throw std::bad_alloc();
     capacity = floats;

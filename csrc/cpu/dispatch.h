@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "../ceil_div.h"
 #include "../empty.h"
 
 namespace var_kernels {
@@ -37,8 +38,6 @@ Isa active_isa();
   namespace portable { extern const Table name; } \
   inline const Table& name() { return portable::name; }
 #endif
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Run f(task) for every task in [0, tasks). A worker takes the tasks of its own range in order, the same range in every
 // call, so that data may still lie in its cache; then it helps the others, so that ragged tasks (a query tile of the

@@ -57,8 +57,7 @@ void fold(const float* mean, const float* squares, int64_t chunks, int64_t pixel
 void group_norm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps, bool silu,
                      const Tensor& y) {
   const ScalarType dtype = x.scalar_type();
-  VAR_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, "x",
-            "float32, bfloat16 or float16", torch::headeronly::toString(dtype));
+  const int index = dtype_index("x", x);
   VAR_CHECK(x.dim() == 3 && x.is_contiguous(), "x", "a dense tensor of shape (B, P, C)", x.dim(), " dimensions");
   const int64_t batch = x.size(0), pixels = x.size(1), channels = x.size(2);
   VAR_CHECK(groups > 0 && channels % groups == 0, "groups", "a divisor of the channels", groups);
@@ -69,10 +68,9 @@ void group_norm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias, 
   check_affine("bias", bias, channels);
   if (x.numel() == 0) return;
 
-  const int index = dtype == ScalarType::Float ? 0 : dtype == ScalarType::BFloat16 ? 1 : 2;
   const GroupNormTable& table = group_norm_table();
-  const int64_t chunks = (pixels + kGroupNormPixels - 1) / kGroupNormPixels, rows = batch * chunks;
-  const int64_t work = x.numel() * kWorkPerElement, row_bytes = channels * (index == 0 ? 4 : 2);
+  const int64_t chunks = ceil_div(pixels, kGroupNormPixels), rows = batch * chunks;
+  const int64_t work = x.numel() * kWorkPerElement, row_bytes = channels * x.element_size();
   const char* in = static_cast<const char*>(x.const_data_ptr());
   char* out = static_cast<char*>(y.mutable_data_ptr());
   Tensor statistics = empty_cpu({2, rows, channels}, ScalarType::Float), affine = empty_cpu({2, batch, channels},

@@ -18,7 +18,7 @@ constexpr int64_t kBandRows = 4;
 // Images whose maps are worked on together: enough tasks for the threads, and few enough to stay in a shared cache.
 constexpr int64_t kGroupImages = 8;
 
-int64_t bands_of(const MapShape& shape) { return (shape.height + kBandRows - 1) / kBandRows; }
+int64_t bands_of(const MapShape& shape) { return ceil_div(shape.height, kBandRows); }
 int64_t phi_work(const MapShape& shape) { return shape.height * shape.width * shape.padded * shape.padded * 9; }
 
 struct Quantizer {
@@ -36,14 +36,14 @@ struct Quantizer {
   int64_t* tokens;             // (batch, schedule.tokens)
   double* errors;              // (batch, scales, bands)
 
-  int64_t strips() const { return (codes + nearest.strip - 1) / nearest.strip; }
+  int64_t strips() const { return ceil_div(codes, nearest.strip); }
 
   // Pool and search: tokens of scale k of images [first, first + count).
   void search(int64_t k, int64_t first, int64_t count) const {
     const Scale& scale = schedule.scales[k];
     const int64_t rows = count * scale.tokens(), threads = torch::stable::get_num_threads();
-    const int64_t block = std::clamp<int64_t>((rows / (4 * threads) + 5) / 6 * 6, 6, kNearestCodeRows);
-    parallel_tasks((rows + block - 1) / block, rows * codes * shape.channels, [&](int64_t task) {
+    const int64_t block = std::clamp<int64_t>(round_up(rows / (4 * threads), 6), 6, kNearestCodeRows);
+    parallel_tasks(ceil_div(rows, block), rows * codes * shape.channels, [&](int64_t task) {
       const int64_t begin = task * block, end = std::min(begin + block, rows);
       float* pooled = thread_scratch(block * shape.channels);
       int64_t best[kNearestCodeRows];
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& f, const Tensor& codeb
 
   const QuantizeForwardTable& table = quantize_forward();
   const NearestCodeTable& nearest = nearest_code_table();
-  const int64_t codes = codebook.size(0), strips = (codes + nearest.strip - 1) / nearest.strip;
+  const int64_t codes = codebook.size(0), strips = ceil_div(codes, nearest.strip);
   VAR_CHECK(strips <= INT32_MAX, "codebook", "fewer codes", codes);
   const int64_t strip_floats = (shape.channels + 1) * nearest.strip, bands = bands_of(shape);
   const int64_t group = std::min(batch, std::max<int64_t>(kGroupImages, 2 * torch::stable::get_num_threads()));

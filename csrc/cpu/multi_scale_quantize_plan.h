@@ -77,7 +77,7 @@ inline MapShape map_shape(const Tensor& f, const char* argument) {
   check_float(f, argument, 4);
   const int64_t channels = f.size(1), width = quantize_forward().vector_width;
   VAR_CHECK(channels > 0 && f.size(2) > 0 && f.size(3) > 0, argument, "channels, height and width", "none");
-  return {channels, (channels + width - 1) / width * width, f.size(2), f.size(3)};
+  return {channels, round_up(channels, width), f.size(2), f.size(3)};
 }
 
 // Of pack_phi: nine matrices, the bias, the weights of the identity.

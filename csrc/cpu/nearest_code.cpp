@@ -16,15 +16,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Below this many multiply-adds a thread costs more to wake than its share of the work.
-constexpr int64_t kSerialWork = 1 << 18;
-
-template <class F>
-void run_tasks(int64_t tasks, int64_t work, const F& f) {
-  if (work > kSerialWork) return parallel_tasks(tasks, f);
-  for (int64_t task = 0; task < tasks; ++task) f(task);
-}
-
 // Dense fp32, which is exact for the 16-bit types.
 Tensor dense_fp32(const Tensor& tensor) {
   const Tensor wide =
@@ -40,11 +31,11 @@ Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) 
 
   const Tensor z = dense_fp32(z_in), codebook = dense_fp32(codebook_in);
   const NearestCodeTable& table = nearest_code_table();
-  const int64_t strips = (codes + table.strip - 1) / table.strip, strip_floats = (channels + 1) * table.strip;
+  const int64_t strips = ceil_div(codes, table.strip), strip_floats = (channels + 1) * table.strip;
   VAR_CHECK(strips <= INT32_MAX, "codebook", "fewer codes", codes);
   float* packed = thread_scratch(strips * strip_floats);
   const float* code_data = codebook.const_data_ptr<float>();
-  run_tasks(strips, codes * channels, [&](int64_t strip) {
+  parallel_tasks(strips, codes * channels, [&](int64_t strip) {
     table.pack(code_data, codes, channels, cosine, strip, packed + strip * strip_floats);
   });
 
@@ -54,7 +45,7 @@ Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) 
   const int64_t rows_per_task = std::clamp(round_up(per_thread, tile), tile, kNearestCodeRows);
   const float* z_data = z.const_data_ptr<float>();
   int64_t* out = best.mutable_data_ptr<int64_t>();
-  run_tasks((rows + rows_per_task - 1) / rows_per_task, rows * codes * channels, [&](int64_t task) {
+  parallel_tasks(ceil_div(rows, rows_per_task), rows * codes * channels, [&](int64_t task) {
     const int64_t begin = task * rows_per_task;
     table.search(z_data + begin * channels, std::min(rows_per_task, rows - begin), channels, packed, strips,
                  out + begin);

@@ -42,7 +42,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, const Tensor& bias, 
                                y.mutable_data_ptr(), depth, columns, out_features, gelu};
   std::vector<int64_t> begins{0};
   while (begins.back() < columns) begins.push_back(begins.back() + linear_strip(begins.back(), columns));
-  const int64_t strips = int64_t(begins.size()) - 1, blocks = (rows + kLinearRows - 1) / kLinearRows;
+  const int64_t strips = int64_t(begins.size()) - 1, blocks = ceil_div(rows, kLinearRows);
   const auto row_of = [&](int64_t block) { return rows * block / blocks / 8 * 8; };  // whole register tiles
   parallel_tasks(strips * blocks, rows * columns * depth, [&](int64_t task) {
     const int64_t block = task / strips, column = begins[task % strips], strip = begins[task % strips + 1] - column;

@@ -13,7 +13,6 @@ VAR_DECLARE_ISA_TABLES(QkNormCacheTable, qk_norm_cache_table)
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 Tensor qk_norm_cache(const Tensor& qkv_in, const Tensor& q_factor_in, const Tensor& k_cache, const Tensor& v_cache,
@@ -28,11 +27,10 @@ Tensor qk_norm_cache(const Tensor& qkv_in, const Tensor& q_factor_in, const Tens
   const int64_t rows = arguments.batch * arguments.length, elements = arguments.heads * arguments.dim;
   if (rows * elements == 0) return q;
 
-  const int dtype = qkv.scalar_type() == ScalarType::Float ? 0 : qkv.scalar_type() == ScalarType::BFloat16 ? 1 : 2;
-  const auto kernel = qk_norm_cache_table().rows[dtype];
+  const auto kernel = qk_norm_cache_table().rows[dtype_index("qkv", qkv)];
   constexpr int64_t kElementsPerTask = 1 << 14, kWorkPerElement = 8;
   const int64_t rows_per_task = std::max<int64_t>(1, kElementsPerTask / elements);
-  parallel_tasks((rows + rows_per_task - 1) / rows_per_task, rows * elements * kWorkPerElement, [&](int64_t task) {
+  parallel_tasks(ceil_div(rows, rows_per_task), rows * elements * kWorkPerElement, [&](int64_t task) {
     kernel(arguments, task * rows_per_task, std::min(rows, (task + 1) * rows_per_task));
   });
   return q;

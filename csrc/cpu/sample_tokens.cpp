@@ -32,8 +32,7 @@ Tensor sample_tokens(const Tensor& conditional_in, const std::optional<Tensor>& 
   Tensor tokens = empty_cpu({arguments.batch, arguments.length}, ScalarType::Long);
   arguments.tokens = tokens.mutable_data_ptr<int64_t>();
 
-  const ScalarType dtype = conditional.scalar_type();
-  const auto kernel = sample_tokens_table().row[dtype == ScalarType::Float ? 0 : dtype == ScalarType::BFloat16 ? 1 : 2];
+  const auto kernel = sample_tokens_table().row[dtype_index("conditional", conditional)];
   const int64_t rows = arguments.batch * arguments.length;
   constexpr int64_t kWorkPerLogit = 64;
   parallel_tasks(rows, rows * arguments.vocab * kWorkPerLogit, [&](int64_t row) {

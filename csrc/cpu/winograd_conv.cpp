@@ -53,20 +53,20 @@ void winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, co
   WinogradConv arguments{x.const_data_ptr(), packed.const_data_ptr(), bias.const_data_ptr<float>(),
                          residual ? residual->const_data_ptr() : nullptr, y.mutable_data_ptr(),
                          height, width, channels, out_channels, false};
-  const int64_t size = dtype == ScalarType::Float ? 4 : 2;
-  arguments.stream = stored_past_caches(y.numel() * size, out_channels * size, arguments.y);
+  const int64_t row_bytes = out_channels * y.element_size();
+  arguments.stream = stored_past_caches(y.numel() / out_channels * row_bytes, row_bytes, arguments.y);
 
   // Transformed inputs of a block take a good half of a common second-level cache (1 MiB).
   constexpr int64_t kBlockBytes = 640 << 10, kLeast = 32, kMost = 128;
   const int64_t tiles = scheme.tiles(height) * scheme.tiles(width);
   const int64_t fitting = kBlockBytes / (points * depth * (pairs ? 2 : 4)) / kWinogradColumns * kWinogradColumns;
   const int64_t block = std::min(std::max(kLeast, std::min(kMost, fitting)), round_up(tiles, kWinogradColumns));
-  const int64_t blocks = (tiles + block - 1) / block;
+  const int64_t blocks = ceil_div(tiles, block);
   const int64_t floats = scheme.scratch_floats(block, depth, channels);
 
   // A task is a block, or where blocks would leave threads idle some strips of its columns: to transform the inputs
   // again for each costs little.
-  const int64_t columns = round_up(out_channels, kWinogradColumns), strips = (columns + kWinogradStrip - 1) / kWinogradStrip;
+  const int64_t columns = round_up(out_channels, kWinogradColumns), strips = ceil_div(columns, kWinogradStrip);
   const int64_t threads = torch::stable::get_num_threads();
   const auto idle = [&](int64_t tasks) { return round_up(tasks, threads) * 4 > tasks * 5; };
   int64_t parts = 1;

@@ -1,5 +1,6 @@
 // The launchers and the door of adaln_layer_norm and gated_residual_adaln on CUDA devices.
 #include "adaln_layer_norm.cuh"
+#include "adaln_layer_norm_backward.cuh"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -23,7 +24,6 @@ using torch::stable::Tensor;
 
 // `warps` in flight keep a GPU busy; where there are more rows, a worker gets several tokens, `least` to `most`.
 Partition partition_of(const Tensor& x, int threads, int64_t warps, int64_t least, int64_t most) {
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t samples = x.size(0), length = x.size(1);
   constexpr int64_t kMost = std::numeric_limits<int>::max();
   VAR_CHECK(samples * length <= kMost && x.size(2) <= kMost, "x", "less than 2^31 tokens, and channels", "(", samples,
@@ -45,7 +45,7 @@ Partition backward_partition(const Tensor& x, int threads, bool gated) {
 // Four workers of one warp make a block; a worker of more warps is one.
 LaunchShape launch_shape(int threads, const Partition& partition) {
   const int64_t per_block = threads == 32 ? 4 : 1, workers = partition.samples * partition.workers;
-  return {dim3(unsigned((workers + per_block - 1) / per_block)), dim3(unsigned(threads), unsigned(per_block))};
+  return {dim3(unsigned(ceil_div(workers, per_block))), dim3(unsigned(threads), unsigned(per_block))};
 }
 
 // Which kernel serves the rows: `elements` channels for each of `threads` threads; elements 0 is the plain kernel.
@@ -65,7 +65,7 @@ bool vectors_fit(const Tensor& x, std::initializer_list<const Rows*> all) {
 Tiling tiling(const Tensor& x, int elements, std::initializer_list<const Rows*> all) {
   const int64_t channels = x.size(2), per_warp = elements * 32;
   if (!vectors_fit(x, all) || channels > elements * kMaxThreads) return {0, channels <= 256 ? 32 : kPlainThreads};
-  return {elements, int((channels + per_warp - 1) / per_warp) * 32};
+  return {elements, int(ceil_div(channels, per_warp)) * 32};
 }
 
 // ---- launchers ----------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ void finish(const OnDevice& device, const Tensor& x, std::initializer_list<const
   }
   if (outputs == 0) return;
   constexpr int64_t kMaxGrid = 65535;
-  const LaunchShape shape = {dim3(unsigned((sums.channels + kSumColumns - 1) / kSumColumns),
+  const LaunchShape shape = {dim3(unsigned(ceil_div(sums.channels, kSumColumns)),
                                   unsigned(std::min(most_rows, kMaxGrid)), outputs),
                              dim3(kSumColumns, kSumSlices)};
   with_dtype(x, [&](auto zero) {

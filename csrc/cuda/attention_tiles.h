@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "../ceil_div.h"
+
 namespace var_kernels {
 
 // Of query rows: `count` from `first`; all of them see the keys below `common`, some those below `limit`.
@@ -38,8 +40,6 @@ struct AttentionSchedule {
 namespace attention_tiles {
 
 using Lens = std::vector<int64_t>;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cuts [0, bounds.back()) into pieces of at most `size` such that the sum of the pieces' costs is least.
 //

@@ -12,6 +12,7 @@
 #include <mutex>
 #include <utility>
 
+#include "../ceil_div.h"
 #include "../checks.h"
 #include "../empty.h"
 #include "device.cuh"

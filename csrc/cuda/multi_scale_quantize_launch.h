@@ -14,8 +14,6 @@ namespace {
 
 using namespace multi_scale;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A grid of `x` blocks by `y`.
 inline LaunchShape map_grid(int64_t x, int64_t y = 1, size_t shared_bytes = 0) {
   VAR_CHECK(x <= std::numeric_limits<int>::max(), "f", "less than 2^31 tiles in all images", x);

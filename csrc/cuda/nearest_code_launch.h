@@ -21,7 +21,6 @@ struct SearchSplits {
 // cost about as much as two tiles of the codebook.
 inline SearchSplits search_splits(int64_t row_tiles, int64_t codes, int64_t tile_codes, const OnDevice& device) {
   constexpr int64_t kOverhead = 2, kMostSplits = 128;
-  const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t tiles = ceil_div(codes, tile_codes), processors = multiprocessors(device);
   int64_t best = 1, least = ceil_div(row_tiles, processors) * (tiles + kOverhead);
   for (int64_t splits = 2; splits <= std::min(tiles, kMostSplits); ++splits) {
@@ -47,7 +46,7 @@ void search_with(const OnDevice& device, NearestCode arguments) {
   with_thread_rows(arguments.z.rows, [&](auto thread_rows) {
     constexpr int kThreadRows = decltype(thread_rows)::value;
     using Tile = NearestTile<kThreadRows>;
-    const int rows = arguments.z.rows, row_tiles = (rows + Tile::kRows - 1) / Tile::kRows;
+    const int rows = arguments.z.rows, row_tiles = int(ceil_div(rows, Tile::kRows));
     const SearchSplits splits = search_splits(row_tiles, arguments.codebook.rows, Tile::kCodes, device);
     Tensor candidates = device.empty({splits.count > 1 ? 2 * int64_t(splits.count) * rows : 0}, ScalarType::Float);
     arguments.split_codes = splits.codes;
@@ -57,7 +56,7 @@ void search_with(const OnDevice& device, NearestCode arguments) {
     launch(device, "nearest_code", nearest_code_kernel<T, kVectors, kThreadRows>, shape, arguments);
     if (splits.count > 1)
       launch(device, "nearest_code splits", best_candidate_kernel,
-             {dim3(unsigned((rows + kSearchThreads - 1) / kSearchThreads)), dim3(kSearchThreads)},
+             {dim3(unsigned(ceil_div(rows, kSearchThreads))), dim3(kSearchThreads)},
              arguments.candidates, splits.count, rows, arguments.places);
   });
 }
@@ -68,7 +67,7 @@ Tensor normalised_codes(const OnDevice& device, const Matrix& codebook) {
   Tensor codes = device.empty({codebook.rows, codebook.channels}, ScalarType::Float);
   constexpr int kCodes = kSearchThreads / 32;
   launch(device, "nearest_code normalised", normalise_codes_kernel<T>,
-         {dim3(unsigned((codebook.rows + kCodes - 1) / kCodes)), dim3(kSearchThreads)}, codebook,
+         {dim3(unsigned(ceil_div(codebook.rows, kCodes))), dim3(kSearchThreads)}, codebook,
          codes.mutable_data_ptr<float>());
   return codes;
 }
