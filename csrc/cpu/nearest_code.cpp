@@ -35,7 +35,8 @@ Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) 
   VAR_CHECK(strips <= INT32_MAX, "codebook", "fewer codes", codes);
   float* packed = thread_scratch(strips * strip_floats);
   const float* code_data = codebook.const_data_ptr<float>();
-  parallel_tasks(strips, codes * channels, [&](int64_t strip) {
+  constexpr int64_t kWorkPerPacked = 4;
+  parallel_tasks(strips, codes * channels * kWorkPerPacked, [&](int64_t strip) {
     table.pack(code_data, codes, channels, cosine, strip, packed + strip * strip_floats);
   });
 
