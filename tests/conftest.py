@@ -51,7 +51,7 @@ def peak_growth():
 
     In a process of its own, whose peak is Linux' VmHWM: `ru_maxrss` of a child begins with the size of its parent. With
     `mmap_threshold`, glibc's malloc returns whatever has more bytes to the system at once, so that the peak is that of
-    what is in use; without it, up to some 25 MiB of it are gaps between what is in use, which differ from run to run.
+    what is in use; without it, some 10 MiB of it may be gaps between what is in use, which differ from run to run.
     """
     if sys.platform != "linux":
         pytest.skip("VmHWM is Linux'")
