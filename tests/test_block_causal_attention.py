@@ -91,6 +91,14 @@ def test_head_dims(cpu, head_dim, dtype):
     check(attention_inputs(1, 2, sum(SHORT), head_dim, seed=head_dim, dtype=dtype), SHORT)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [155, 3])
+@pytest.mark.parametrize("head_dim", [1, 40, 64, 126])
+def test_head_dims_of_many_and_few_queries(cpu, head_dim, queries, dtype):
+    inputs = attention_inputs(2, 4, sum(SHORT), head_dim, seed=1, dtype=dtype, query_length=queries)
+    check(inputs, SHORT, rows_cancel=queries < 8)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules(cpu, schedule, dtype):

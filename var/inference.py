@@ -157,12 +157,11 @@ class InferenceTransformer:
 class Spaces:
     """Memory for the activations of a decoder, allocated once: of malloc, large ones would be fresh pages every time.
 
-    Three are enough: a convolution reads one and a residual, over which it writes its result. Of 0 elements: none.
+    Three are enough: a convolution reads one and a residual, over which it writes its result.
     """
 
     def __init__(self, elements: int, dtype: torch.dtype) -> None:
-        count = memory.DECODER_ACTIVATIONS if elements else 0
-        self._flat = [_huge_pages.zeros(elements, dtype=dtype) for _ in range(count)]
+        self._flat = [_huge_pages.zeros(elements, dtype=dtype) for _ in range(memory.DECODER_ACTIVATIONS)]
 
     @property
     def nbytes(self) -> int:

@@ -41,8 +41,7 @@ struct Quantizer {
   // Pool and search: tokens of scale k of images [first, first + count).
   void search(int64_t k, int64_t first, int64_t count) const {
     const Scale& scale = schedule.scales[k];
-    const int64_t rows = count * scale.tokens(), threads = torch::stable::get_num_threads();
-    const int64_t block = std::clamp<int64_t>(round_up(rows / (4 * threads), 6), 6, kNearestCodeRows);
+    const int64_t rows = count * scale.tokens(), block = nearest_code_task_rows(rows);
     parallel_tasks(ceil_div(rows, block), rows * codes * shape.channels, [&](int64_t task) {
       const int64_t begin = task * block, end = std::min(begin + block, rows);
       float* pooled = thread_scratch(block * shape.channels);
@@ -124,7 +123,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& f, const Tensor& codeb
   float* map_data = maps.mutable_data_ptr<float>();
   const float* codebook_data = codebook.const_data_ptr<float>();
 
-  parallel_tasks(strips + convolutions, codes * shape.channels + phi_weight.numel(), [&](int64_t task) {
+  const int64_t work = codes * shape.channels * kNearestCodePackWork + phi_weight.numel();
+  parallel_tasks(strips + convolutions, work, [&](int64_t task) {
     const int64_t strip = task - convolutions, weights = shape.channels * shape.channels * 9;
     if (strip >= 0)
       nearest.pack(codebook_data, codes, shape.channels, cosine, strip, strip_data + strip * strip_floats);

@@ -11,6 +11,12 @@ namespace var_kernels {
 
 VAR_DECLARE_ISA_TABLES(NearestCodeTable, nearest_code_table)
 
+// Large blocks reuse each strip from L1; four per thread balance the ends.
+int64_t nearest_code_task_rows(int64_t rows) {
+  constexpr int64_t tile = 6;
+  return std::clamp(round_up(rows / (4 * int64_t(torch::stable::get_num_threads())), tile), tile, kNearestCodeRows);
+}
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -35,15 +41,11 @@ Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) 
   VAR_CHECK(strips <= INT32_MAX, "codebook", "fewer codes", codes);
   float* packed = thread_scratch(strips * strip_floats);
   const float* code_data = codebook.const_data_ptr<float>();
-  constexpr int64_t kWorkPerPacked = 4;
-  parallel_tasks(strips, codes * channels * kWorkPerPacked, [&](int64_t strip) {
+  parallel_tasks(strips, codes * channels * kNearestCodePackWork, [&](int64_t strip) {
     table.pack(code_data, codes, channels, cosine, strip, packed + strip * strip_floats);
   });
 
-  // Large blocks reuse each strip from L1; four per thread balance the ends. Rows are independent of each other, so the
-  // result does not depend on their number.
-  const int64_t tile = 6, per_thread = rows / (4 * int64_t(torch::stable::get_num_threads()));
-  const int64_t rows_per_task = std::clamp(round_up(per_thread, tile), tile, kNearestCodeRows);
+  const int64_t rows_per_task = nearest_code_task_rows(rows);
   const float* z_data = z.const_data_ptr<float>();
   int64_t* out = best.mutable_data_ptr<int64_t>();
   parallel_tasks(ceil_div(rows, rows_per_task), rows * codes * channels, [&](int64_t task) {

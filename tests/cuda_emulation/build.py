@@ -26,16 +26,17 @@ import filelock
 
 from var_kernels import _build
 
+from .sanitized import CHECKED_BY_CALLS
+
 HERE = Path(__file__).resolve().parent
 RUNTIME = ("emu_scheduler.cpp", "emu_warp.cpp", "emu_memory.cpp", "emu_host.cpp")
 MODULE = "cuda_emulation_runtime"
 
 # -g1: reports name source lines. The race build must keep each access as it is written.
 _COMMON = "-std=c++20 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
-# Accesses are checked by calls: compiled in two thirds of the time.
 _SANITIZERS = (
     "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer "
-    "--param asan-instrumentation-with-call-threshold=0"
+    f"{CHECKED_BY_CALLS}"
 )
 # Flags of kernels, flags of the runtime.
 VARIANTS = {
