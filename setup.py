@@ -15,15 +15,15 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 # By path: the package itself imports torch, which pip's isolated build does not have.
-_spec = importlib.util.spec_from_file_location("var_kernels_build", ROOT / "var_kernels" / "_build.py")
-_build = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_build)
+_spec = importlib.util.spec_from_file_location("var_kernels_build", ROOT / "var_kernels" / "native" / "build.py")
+native_build = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(native_build)
 
 
 def target_torch():
     """The torch of the environment that the package is installed into, which pip's isolated build hides."""
     directories = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
-    return _build.find_torch(directories) or torch_without_pythonpath()
+    return native_build.find_torch(directories) or torch_without_pythonpath()
 
 
 def torch_without_pythonpath():
@@ -31,7 +31,7 @@ def torch_without_pythonpath():
     code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
     answer = subprocess.run([sys.executable, "-E", "-c", code], capture_output=True, text=True)
     origin = answer.stdout.strip()
-    return _build.read_torch(Path(origin).parent) if answer.returncode == 0 and origin else None
+    return native_build.read_torch(Path(origin).parent) if answer.returncode == 0 and origin else None
 
 
 def say(message):
@@ -41,16 +41,16 @@ def say(message):
 def native_extensions():
     """The native library where it can be built now; in mode "auto" a missing piece only postpones it to first use."""
     try:
-        mode = _build.build_mode()
+        mode = native_build.build_mode()
     except ValueError as error:
         raise SystemExit(str(error)) from None
     if mode == "none":
         return []
     try:
-        _build.require_torch(target_torch())
-        _build.find_compiler()
-        _build.find_ninja()
-    except _build.BuildUnavailable as reason:
+        native_build.require_torch(target_torch())
+        native_build.find_compiler()
+        native_build.find_ninja()
+    except native_build.BuildUnavailable as reason:
         if mode != "auto":
             raise SystemExit(f"VAR_KERNELS_BUILD={mode}: {reason}") from None
         say(f"the native kernels are not built now, they will be at first use: {reason}")
@@ -62,22 +62,22 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext):
         library = Path(self.get_ext_fullpath(ext.name))
         try:
-            info = _build.build(
-                library.resolve(), Path(self.build_temp).resolve(), mode=_build.build_mode(), torch=target_torch()
+            info = native_build.build(
+                library.resolve(), Path(self.build_temp).resolve(), mode=native_build.build_mode(), torch=target_torch()
             )
-        except (_build.BuildUnavailable, _build.BuildFailed) as error:
+        except (native_build.BuildUnavailable, native_build.BuildFailed) as error:
             raise CompileError(str(error)) from error
         say(f"built {library.name} with {info['compiler']}, torch {info['torch']}, CUDA {info['cuda']}")
 
     def get_ext_filename(self, fullname):
-        return str(Path(*fullname.split(".")).with_name(_build.LIBRARY_NAME))
+        return str(Path(*fullname.split(".")).with_name(native_build.LIBRARY_NAME))
 
     def copy_extensions_to_source(self):
         # Atomic, unlike setuptools' own: a process may be about to load the old one.
         for ext in self.extensions:
             built = Path(self.build_lib, self.get_ext_filename(ext.name))
             if built.is_file():
-                _build.install_library(built, _build.AHEAD_OF_TIME_LIBRARY)
+                native_build.install_library(built, native_build.AHEAD_OF_TIME_LIBRARY)
 
 
 class BuildPython(build_py):
@@ -95,7 +95,7 @@ class BuildPython(build_py):
 
     def _native_sources(self):
         target = Path(self.build_lib, "var_kernels", "csrc")
-        return [(path, target / path.relative_to(_build.CSRC)) for path in _build.sources()]
+        return [(path, target / path.relative_to(native_build.CSRC)) for path in native_build.sources()]
 
 
 extensions = native_extensions()

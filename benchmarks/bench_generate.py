@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 import var
-from var.checkpoints import WEIGHTS
+from var.model.checkpoints import WEIGHTS
 
 from .harness import Call, Case, Judge, Unavailable, compiled, judge_floats, our_providers
 from .plain_var import NearTies, PlainVAR
@@ -154,7 +154,8 @@ def judge_fp32(inputs: Inputs) -> Judge:
 def judge_bf16(inputs: Inputs) -> Judge:
     """As many tokens of fp32 as autocast gives, and images as near to a float64 decoder's as autocast's are.
 
-    What bf16 does to the logits is tested in tests/test_generator.py; here a token that differs changes what follows.
+    What bf16 does to the logits is tested in tests/generation/test_generator.py; here a token that differs changes what
+    follows.
     """
     pipeline = load(inputs.model, "auto", inputs.labels.device)
     generator = var.Generator(pipeline.var, pipeline.vqvae, batch_size=len(inputs.labels))

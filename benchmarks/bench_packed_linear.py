@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from var_kernels import packed_linear
-from var_kernels.packed_linear import PackedLinear, kernel_unavailable_reason, packing_unavailable_reason
+from var_kernels.inference import packed_linear
+from var_kernels.inference.packed_linear import PackedLinear, kernel_unavailable_reason, packing_unavailable_reason
 from var_kernels.testing import randn
 
 from .harness import OURS, Call, Case, Judge, Unavailable, judge_floats

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from var_kernels.inference.winograd_conv import PackedConv3x3, winograd_unavailable_reason
 from var_kernels.testing import randn
-from var_kernels.winograd_conv import PackedConv3x3, winograd_unavailable_reason
 
 from .harness import OURS, Call, Case, Judge, Unavailable, judge_floats
 from .table import Work

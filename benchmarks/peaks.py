@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from var_kernels import _build
+from var_kernels.native import build
 
 from .clock import Clock, CpuClock
 
@@ -71,7 +71,7 @@ class Peaks:
 def _arithmetic_peaks(threads: int) -> dict[str, Peak]:
     try:
         library = _compile()
-    except (_build.BuildUnavailable, subprocess.CalledProcessError, OSError):
+    except (build.BuildUnavailable, subprocess.CalledProcessError, OSError):
         return _matmul_peaks(CpuClock(), 1536, "torch matmul; no compiler for a register loop")
     fp32 = Peak(library.peak_fp32(threads), f"register loop of multiply-adds, {threads} threads")
     rate = library.peak_bf16(threads)
@@ -87,7 +87,7 @@ def _matmul_peaks(clock: Clock, size: int, how: str) -> dict[str, Peak]:
 
 
 def _compile() -> ctypes.CDLL:
-    compiler = _build.find_compiler()
+    compiler = build.find_compiler()
     with tempfile.TemporaryDirectory() as directory:
         library = Path(directory) / "peaks.so"
         flags = "-O3 -march=native -ffp-contract=fast -std=c++17 -fPIC -shared -pthread"

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from var_kernels import _native
+from var_kernels.native import load
 
 from . import fair_malloc, plain_mode, ranking
 from .clock import clock_for
@@ -82,7 +82,7 @@ class BenchmarkPlugin:
             torch=torch.__version__,
             torch_threads=torch.get_num_threads(),
             torch_cpu_capability=torch.backends.cpu.get_cpu_capability(),
-            var_kernels_isa=_native.load().isa,
+            var_kernels_isa=load.native_library().isa,
             malloc=fair_malloc.mode(),
             device=self._device_name(),
         )
@@ -90,7 +90,7 @@ class BenchmarkPlugin:
     def _device_name(self) -> str:
         if self.device == "cuda":
             return torch.cuda.get_device_name()
-        isa = _native.load().isa or "no library"
+        isa = load.native_library().isa or "no library"
         return f"the CPU, {torch.get_num_threads()} threads; var_kernels at {isa}"
 
     def pytest_benchmark_update_json(self, output_json: dict) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from var_kernels import backends, measured_order
-from var_kernels.measured_order import MARGIN, Speeds
+from var_kernels import backends
+from var_kernels.measured import speeds
+from var_kernels.measured.speeds import MARGIN, Speeds
 
 from .harness import Case, by_backend
 from .table import Row
@@ -43,11 +44,11 @@ def record(ranked: Mapping[str, Speeds]) -> str:
     """Adds the speeds to the file of this GPU, and says so, or why not."""
     device = torch.cuda.get_device_name()
     try:
-        known = measured_order.read(device)
+        known = speeds.read(device)
     except ValueError:  # damaged: rewritten
         known = {}
     try:
-        path = measured_order.write(device, known | ranked)
+        path = speeds.write(device, known | ranked)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         return f"not recorded: {error}"
     return f'recorded in {path}: later processes on this kind of GPU follow it in "auto" until it is deleted'
@@ -57,9 +58,9 @@ def lines(ranked: Mapping[str, Speeds], unranked: Mapping[str, str]) -> Iterator
     """One line per op, below a header."""
     yield f"our GPU backends, by op: geometric mean of × over its cases; above {MARGIN:.0%} the order of auto changes"
     major = torch.cuda.get_device_capability()[0]
-    for op, speeds in ranked.items():
+    for op, found in ranked.items():
         shipped = backends.shipped_choice(op, major).first
-        first = speeds.first(shipped)
-        yield f"  {op}: {speeds}: {first} {'stays' if first == shipped else 'comes'} first"
+        first = found.first(shipped)
+        yield f"  {op}: {found}: {first} {'stays' if first == shipped else 'comes'} first"
     for op, reason in unranked.items():
         yield f"  {op}: {reason}"

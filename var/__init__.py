@@ -1,11 +1,11 @@
 """A thin VAR: multi-scale VQ-VAE and next-scale transformer on the ops of var_kernels."""
 
-from .checkpoints import Pipeline, load, save
-from .config import PRESETS, ScaleSchedule, VARConfig, VQVAEConfig
-from .editing import edit
-from .sampler import Generated, Generator, generate
-from .transformer import VAR
-from .vqvae import VQVAE
+from .generation.editing import edit
+from .generation.generator import Generated, Generator, generate
+from .model.checkpoints import Pipeline, load, save
+from .model.config import PRESETS, ScaleSchedule, VARConfig, VQVAEConfig
+from .model.transformer import VAR
+from .model.vqvae import VQVAE
 
 __all__ = [
     "PRESETS", "VAR", "VQVAE", "Generated", "Generator", "Pipeline", "ScaleSchedule", "VARConfig", "VQVAEConfig",

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from . import cli_images, cli_training
-from .cli import Commands, help_text
-from .memory import keep_freed_memory
+from .cli import images, training
+from .cli.console import Commands, help_text
+from .generation.memory import keep_freed_memory
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,8 +28,8 @@ def program(
 
 
 app.callback(help=help_text(program))(program)
-cli_images.register(app)
-cli_training.register(app)
+images.register(app)
+training.register(app)
 
 if __name__ == "__main__":
     keep_freed_memory()

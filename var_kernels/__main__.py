@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, _build, _native, _self_check, backends, measured_order
-from .packed_linear import packer
+from . import __version__, _self_check, backends
+from .inference.packed_linear import packer
+from .measured import speeds
+from .native import build, load
 
 
 def main() -> int:
@@ -24,7 +26,7 @@ def main() -> int:
     ).parse_args()
     console = Console(highlight=False)
     try:
-        _print_installation(console, _native.load())
+        _print_installation(console, load.native_library())
         _print_backends(console)
         _print_gpu_order(console)
     except ValueError as error:  # of a setting, or a damaged file of measurements
@@ -33,7 +35,7 @@ def main() -> int:
     return _print_self_check(console)
 
 
-def _print_installation(console: Console, status: _native.NativeStatus) -> None:
+def _print_installation(console: Console, status: load.NativeStatus) -> None:
     flavour = next((f"{kind} {v}" for kind in ("cuda", "hip") if (v := getattr(torch.version, kind))), "a CPU build")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows = {
@@ -56,7 +58,7 @@ def _print_installation(console: Console, status: _native.NativeStatus) -> None:
         rows["native library"] = f"not available: {status.reason}"
     packing = {"fp32": torch.float32, "bf16": torch.bfloat16}
     rows["packed linear"] = "; ".join(f"{name}: {packer(dtype)}" for name, dtype in packing.items())
-    toolkit = _build.find_nvcc()
+    toolkit = build.find_nvcc()
     rows["CUDA toolkit"] = f"{'.'.join(map(str, toolkit.release))} in {toolkit.toolkit}" if toolkit else "none found"
     for name, value in rows.items():
         # Not a table: a path must stay on one line to be copied.
@@ -99,7 +101,7 @@ def _print_gpu_order(console: Console) -> None:
     for (where, choice), ops in choices.items():
         line = f"auto on cuda tries {choice.first} first for {', '.join(ops)}{where}: {choice.why}"
         console.print(Text(line), soft_wrap=True)
-    into = f", into {measured_order.path_of(device)}" if device else ""
+    into = f", into {speeds.path_of(device)}" if device else ""
     line = f"(not measured unless it says so; pytest benchmarks/ --benchmark-only --device cuda measures{into})"
     console.print(Text(line), soft_wrap=True)
 

@@ -9,8 +9,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._checks import check, check_same, check_tensor, same_floats
-from ._library import autocast_dtype, define, needs_grad, raw_ops, register_fake
 from .backends import resolve
+from .native.library import autocast_dtype, define, needs_grad, raw_ops, register_fake
 from .reference import adaln_layer_norm as _reference
 
 _FLOAT32_BRANCHES = (torch.float32, torch.bfloat16, torch.float16)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import _library
+from .native import library
 
 OPS = (
     "block_causal_attention", "adaln_layer_norm", "gated_residual_adaln", "nearest_code", "multi_scale_quantize",
@@ -55,7 +55,7 @@ class Choice(NamedTuple):
 _LAUNCH = "a launch costs the host a few µs, through Triton tens"
 _MEMORY = Choice("cuda", f"both are bound by memory, and {_LAUNCH}")
 # The first that names the GPU's compute capability. What the benchmarks measured on a kind of GPU comes before it,
-# see `measured_order.py`.
+# see `measured/speeds.py`.
 GPU_ORDER = {
     "block_causal_attention": (
         Choice("triton", "compiled to wgmma or tcgen05, whose peak the mma.sync of cuda does not reach", (9, 10, 11)),
@@ -79,11 +79,12 @@ def page_of(op: str) -> str:
 
 @functools.cache
 def _native() -> types.ModuleType:
-    return importlib.import_module("._native", __package__)  # at the first op call: importing var_kernels loads nothing
+    # At the first op call: importing var_kernels loads nothing.
+    return importlib.import_module(".native.load", __package__)
 
 
 def _native_reason() -> str | None:
-    status = _native().load()
+    status = _native().native_library()
     return None if status.available else f"the native library is not available: {status.reason}"
 
 
@@ -101,17 +102,17 @@ def _found_cuda_reason(op: str) -> str | None:
         return "its kernels need a GPU of compute capability 8.0 or newer"
     if (reason := _native_reason()) is not None:
         return reason
-    toolkit = _native().load().build_info["cuda"]
+    toolkit = _native().native_library().build_info["cuda"]
     if toolkit is None:
         return (
             "the native library was built without CUDA kernels: install the CUDA toolkit (nvcc), then "
-            "python -m var_kernels._build --mode cuda"
+            "python -m var_kernels.native.build --mode cuda"
         )
     if (driver := _driver_cuda()) < int(toolkit.partition(".")[0]):
         return f"the native library was built with CUDA {toolkit}, which a driver for CUDA {driver} cannot run"
     missing = [
-        name for name in _library.names(page_of(op))
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{_library.NATIVE.ns}::{name}", "CUDA")
+        name for name in library.names(page_of(op))
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{library.NATIVE.ns}::{name}", "CUDA")
     ]  # fmt: skip
     return f"the native library has no CUDA kernel for {', '.join(missing)}" if missing else None
 
@@ -168,10 +169,10 @@ def gpu_choice(op: str) -> Choice:
     """The choice for `op` on the current GPU: what was measured on its kind, else the shipped one."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return Choice("triton", "the only one without an NVIDIA GPU")
-    from . import measured_order
+    from .measured import speeds
 
     shipped = shipped_choice(op, torch.cuda.get_device_capability()[0])
-    measured = measured_order.read(torch.cuda.get_device_name()).get(op)
+    measured = speeds.read(torch.cuda.get_device_name()).get(op)
     if measured is None:
         return shipped
     return Choice(measured.first(shipped.first), f"measured on this kind of GPU: {measured}")

@@ -14,8 +14,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ._checks import check_same, check_shape, check_tensor, same_floats, unit_inner_stride
-from ._library import autocast_dtype, define, needs_grad, raw_ops, register_fake
 from .backends import resolve
+from .native.library import autocast_dtype, define, needs_grad, raw_ops, register_fake
 from .reference import block_causal_attention as reference
 
 MAX_HEAD_DIM = 256

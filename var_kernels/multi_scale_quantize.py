@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from ._checks import check, check_same, check_tensor
-from ._library import autocast_dtype, define, needs_grad, raw_ops, register_fake
 from .backends import resolve
+from .native.library import autocast_dtype, define, needs_grad, raw_ops, register_fake
 from .reference import multi_scale_quantize as _reference
 from .reference.multi_scale_quantize import phi_index
 

@@ -3,8 +3,8 @@
 import torch
 
 from ._checks import check_tensor, same_floats
-from ._library import autocast_dtype, define, raw_ops, register_fake
 from .backends import resolve
+from .native.library import autocast_dtype, define, raw_ops, register_fake
 from .reference import nearest_code as _reference
 
 define("_nearest_code(Tensor z, Tensor codebook, bool cosine) -> Tensor", __name__)

@@ -8,8 +8,8 @@ result once.
 import torch
 
 from ._checks import check_same, check_shape, check_tensor, refuse_gradients, same_floats
-from ._library import define, raw_ops, register_fake
 from .backends import resolve
+from .native.library import define, raw_ops, register_fake
 from .reference import qk_norm_cache as _reference
 
 # q is (B, L, H, D), dense. The caches are (B, H, L_max, D); rows start … start + L of them are written.

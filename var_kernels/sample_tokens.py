@@ -3,8 +3,8 @@
 import torch
 
 from ._checks import check, check_same, check_tensor
-from ._library import define, raw_ops, register_fake
 from .backends import resolve
+from .native.library import define, raw_ops, register_fake
 from .reference import sample_tokens as _reference
 
 # logits are (B, L, V) with a dense last dimension; noise (B, L, V) fp32 dense or seeds (B,) int64, exactly one of them.

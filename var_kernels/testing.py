@@ -284,10 +284,10 @@ def isa_levels() -> tuple[str, ...]:
     Empty where the native library is not available. The level is fixed when the library is loaded, so tests of another
     level run in a subprocess with the variable set.
     """
-    from . import _build, _native  # finding, and perhaps building, the library is not part of importing this module
+    from .native import build, load
 
-    status = _native.load()
+    status = load.native_library()
     if not status.available or status.isa is None:
         return ()
-    levels = tuple(_build.ISA_LEVELS)
+    levels = tuple(build.ISA_LEVELS)
     return levels[: levels.index(status.isa) + 1]

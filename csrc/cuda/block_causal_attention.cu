@@ -2,8 +2,8 @@
 #include "block_causal_attention.cuh"
 #include "block_causal_attention_backward.cuh"
 #include "block_causal_attention_parts.cuh"
-#include "plain_block_causal_attention_backward.cuh"
-#include "tf32_block_causal_attention.cuh"
+#include "block_causal_attention_plain_backward.cuh"
+#include "block_causal_attention_tf32.cuh"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>

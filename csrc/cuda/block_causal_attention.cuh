@@ -1,4 +1,4 @@
-// Block-causal attention, forward: FlashAttention over the tiles of a staircase (attention_tiles.h).
+// Block-causal attention, forward: FlashAttention over the tiles of a staircase (block_causal_attention_tiles.h).
 //
 // With c = softmax_scale·log2(e) and all sums in fp32, a tile of query rows walks over the blocks of keys that it sees
 // and keeps, per row, the maximum m of the scaled scores so far, the sum l of the exponentials, and the sum of values;
@@ -14,9 +14,9 @@
 // the parts follows.
 //
 // fp32, rows that 16-byte accesses cannot address, and head dimensions above 128 go to a plain kernel of fp32
-// multiply-adds; fp32 to tensor cores as well where TF32 is allowed (tf32_block_causal_attention.cuh).
+// multiply-adds; fp32 to tensor cores as well where TF32 is allowed (block_causal_attention_tf32.cuh).
 #pragma once
-#include "attention_device.cuh"
+#include "block_causal_attention_device.cuh"
 
 namespace var_kernels {
 namespace {

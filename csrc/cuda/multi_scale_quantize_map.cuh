@@ -9,7 +9,7 @@
 // channels: per row of the kernel and 4 input channels it loads 10 pixels and 12 rows of weights, for 384
 // multiply-adds in exact fp32.
 #pragma once
-#include "code_search.cuh"
+#include "nearest_code_search.cuh"
 
 namespace var_kernels {
 namespace {

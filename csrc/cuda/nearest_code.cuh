@@ -1,7 +1,7 @@
 // nearest_code on CUDA devices: a block searches the codes of up to 64 vectors, in all of the codebook or, where there
 // are too few vectors to keep the GPU busy, in one of several splits of it, whose winners a second kernel compares.
 #pragma once
-#include "code_search.cuh"
+#include "nearest_code_search.cuh"
 
 namespace var_kernels {
 namespace {

@@ -16,7 +16,7 @@ enters, ds = p * (dout v^T - delta) and
 It is two kernels without atomics, so that its sums have one order: dq over tiles of rows, which also leaves delta for
 the second; dk and dv over tiles of keys, through all heads that share them.
 
-Three questions are kept apart. Which tiles exist: the tables of `_tiles`, read at run time, so that no schedule is
+Three questions are kept apart. Which tiles exist: the tables of `tiles`, read at run time, so that no schedule is
 compiled into a kernel. Which elements of a tile are visible: `_visible`, asked only in the last blocks of a tile. The
 softmax: `_softmax_step`. Blocks that are visible as a whole come in a loop of their own, without predicates.
 
@@ -34,10 +34,10 @@ import triton
 import triton.language as tl
 
 from .._checks import check, check_same, check_shape
-from .._tiles import device_table, key_tiles, query_tiles
 from . import configs
 from .launch import launch
 from .targets import target_of
+from .tiles import device_table, key_tiles, query_tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_E_REST = tl.constexpr(1.925963033500681e-08)  # log2(e) less its value in float32

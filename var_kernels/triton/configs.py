@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import tuned_file
+from ..measured import tuned_tiles
+from ..measured.tuned_tiles import Key
 from .targets import Target
-from .tuned_file import Key
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ def tuned_on(device: str) -> dict[Key, Config]:
     What was measured against other rows than those of this version does not count.
     """
     found = {}
-    for key, values in (tuned_file.read(device) if device else {}).items():
+    for key, values in (tuned_tiles.read(device) if device else {}).items():
         if key.kernel in TABLE and values.pop("table") == fingerprint(key.kernel):
             found[key] = Config(**values)
     return found

@@ -3,7 +3,7 @@
 Nothing runs by itself: the shipped table serves until this command has written its file, which later processes on the
 same kind of GPU read at their first launch. Deleting the file restores the table.
 
-Each problem of `var_kernels.report.problems` is run with the table's configurations first. Then, kernel by kernel,
+Each problem of `tools.report.problems` is run with the table's configurations first. Then, kernel by kernel,
 one number at a time is halved, doubled, or moved by one; a change is kept if the whole problem gets faster by more than
 :data:`MARGIN` and its results stay those of the table within rounding. What does not compile or does not fit is passed
 over.
@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..measured import tuned_tiles
+from ..measured.tuned_tiles import Key
 from ..testing import GPU_CACHE_BYTES, gpu_seconds
-from . import configs, tuned_file
+from . import configs
 from .configs import Config
 from .targets import target_of
-from .tuned_file import Key
 
 MARGIN = 0.02
 _ROUNDS = 15
@@ -146,7 +147,7 @@ def _text(config: Config) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Tunes and writes the file; 2 where it cannot."""
-    from ..report.problems import PROBLEMS
+    from tools.report.problems import PROBLEMS
 
     ops = sorted({problem.op for problem in PROBLEMS})
     parser = argparse.ArgumentParser(prog="python -m var_kernels.triton.tune", description=__doc__.splitlines()[0])
@@ -162,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         key: {**dataclasses.asdict(config), "table": configs.fingerprint(key.kernel)}
         for key, config in configs.tuned_on(device).items()
     }
-    path = tuned_file.write(device, entries)
+    path = tuned_tiles.write(device, entries)
     print(f"{len(found)} configurations became faster on {device}; all that were measured are in {path}")
     return 0
 

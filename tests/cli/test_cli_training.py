@@ -1,0 +1,126 @@
+"""The commands about training: their options, a whole small run, what they refuse, interruption."""
+
+import dataclasses
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import var
+from tests.helpers.cli import REFERENCE, refused, run, save_model
+from tests.helpers.training import write_image_folder
+from var.cli import training
+from var.model import checkpoints
+from var.training.tokenizer import TokenizerTraining
+from var.training.transformer import TransformerTraining
+
+ROOT = Path(__file__).parents[2]
+TINY_TOKENIZER = (
+    "--batch-size", 4, "--val-images", 4, "--warmup-steps", 1, "--init-images", 8, "--log-every", 1,
+    "--vocab-size", 16, "--z-channels", 4, "--ch-mult", "1,1", "--patch-nums", "1 2 4",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "sizes", "own"),
+    [
+        (training.train_tokenizer, TokenizerTraining, var.VQVAEConfig, set()),
+        # Of the transformer's sizes these follow from the tokenizer and the data set.
+        (training.train, TransformerTraining, var.VARConfig,
+         {"patch_nums", "vocab_size", "z_channels", "class_names"}),
+    ],
+)
+def test_trainings_offer_every_option_with_its_default(command, options, sizes, own):
+    parameters = inspect.signature(command).parameters
+    fields = {field.name: field for field in dataclasses.fields(options) if field.name != "model"}
+    assert set(parameters) == set(fields) | {field.name for field in dataclasses.fields(sizes)} - own
+    for name, field in fields.items():
+        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        assert parameters[name].default == default, name
+
+
+def test_training_evaluation_and_curves(tmp_path):
+    data, tokenizer, clothes = tmp_path / "data", tmp_path / "tokenizer", tmp_path / "clothes"
+    write_image_folder(data, {"cats": 8, "dogs": 8})
+    common = (*REFERENCE, "-d", data, "--max-steps", 3)
+    line = run("train-tokenizer", "-o", tokenizer, *common, *TINY_TOKENIZER)
+    assert "finished after 3 steps" in line and "val_psnr" in line
+    assert "resume it" in refused("train-tokenizer", "-o", tokenizer, *common, *TINY_TOKENIZER)
+    assert "differs" in refused("train-tokenizer", "-o", tokenizer, *common, *TINY_TOKENIZER, "--ch", 64, "--resume")
+
+    small = ("--depth", 1, "--width", 32, "--heads", 2, "--batch-size", 4, "--val-images", 4, "--log-every", 1)
+    run("train", "-o", clothes, "-t", tokenizer, *common, *small)
+    pipeline = var.load(path=clothes)
+    assert pipeline.class_names == ("cats", "dogs") and pipeline.var.config.patch_nums == (1, 2, 4)
+
+    figures = tmp_path / "quality.json"
+    small = ("-n", 4, "--held-out", 4, "--epochs", 1)
+    text = run("evaluate", "-m", clothes, "-d", data, *REFERENCE, *small, "-o", figures)
+    quality = json.loads(figures.read_text())
+    assert quality["quality"]["generated_images"] == 4 and quality["sampling"]["cfg"] == 1.5
+    assert "class agreement: dogs" in text
+
+    pytest.importorskip("matplotlib")
+    run("plot", tokenizer, clothes / "log.jsonl", "-o", tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > picture.height > 500  # two rows
+
+
+def test_training_refuses_bad_input_in_one_line(tmp_path):
+    model = save_model(tmp_path / "model")
+    write_image_folder(tmp_path / "data", {"cats": 8})
+    tokenizer = ("train-tokenizer", "-o", tmp_path / "run", "-d", tmp_path / "data", *REFERENCE)
+    assert "expected integers such as 1,2,4" in refused(*tokenizer, "--patch-nums", "1,two")
+    assert "lr: expected" in refused(*tokenizer, "--lr", -1)
+    assert "ch: expected" in refused(*tokenizer, "--ch", 33)
+    assert "precision: expected" in refused(*tokenizer, "--precision", "fp8")
+    assert "Fashion-MNIST" in refused("train-tokenizer", "-o", tmp_path / "run", "-d", tmp_path / "nothing")
+    train = ("train", "-o", tmp_path / "run", "-d", tmp_path / "data", *REFERENCE)
+    assert "no such file" in refused(*train, "-t", tmp_path / "nothing")
+    assert "num_classes: expected 1" in refused(*train, "-t", model, "--num-classes", 7)
+    assert "--tokenizer" in refused(*train)
+    evaluate = ("evaluate", "-m", model, "-d", tmp_path / "data", "-o", tmp_path / "quality.json")
+    assert "expected the 10 classes" in refused(*evaluate)
+    assert not (tmp_path / "run").exists()
+
+
+def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert 'pip install "var-kernels[plots]"' in refused("plot", tmp_path, "-o", tmp_path / "curves.png")
+
+
+def test_plot_refuses_what_is_no_log(tmp_path):
+    assert "log of a training" in refused("plot", tmp_path, "-o", tmp_path / "curves.png")
+    assert "expected a .png file" in refused("plot", tmp_path, "-o", tmp_path / "curves.pdf")
+
+
+def test_interrupted_training_can_be_resumed(tmp_path):
+    write_image_folder(tmp_path / "data", {"cats": 12})
+    output = tmp_path / "run"
+    arguments = ["train-tokenizer", "-o", output, "-d", tmp_path / "data", *REFERENCE, *TINY_TOKENIZER]
+    arguments = [str(argument) for argument in arguments]
+    command = [sys.executable, "-m", "var", *arguments, "--max-steps", "1000000"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "log.jsonl").is_file() or not (output / "log.jsonl").read_text():
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    assert "interrupted after" in stdout and "--resume" in stdout and "Traceback" not in stderr
+    assert isinstance(checkpoints.load_model(output / "vqvae.safetensors"), var.VQVAE)
+    # Zero minutes: the resumed run takes one step and stops.
+    assert "time limit after" in run(*arguments, "--max-steps", 1_000_000, "--resume", "--max-minutes", 0)

@@ -1,0 +1,313 @@
+"""The CUDA kernels of multi_scale_quantize and next_scale_input: executed on the CPU by the emulation and from the PTX
+that nvcc writes, never on a GPU; what nvcc makes of them; and that planted faults are found."""
+
+import functools
+
+import pytest
+import torch
+
+from tests.kernels.multi_scale_quantize.contract import NAMES, SHAPES, gradients, inputs, leaves, pairs
+from tools.gpu_emulation.cuda import EmulationError, build, load, machine_code, serving
+from tools.gpu_emulation.cuda.mutants import Mutant, load_mutant
+from tools.gpu_emulation.cuda.sanitized import run_sanitized
+from tools.report import nvcc
+from var_kernels import multi_scale_quantize, next_scale_input
+from var_kernels.native import build as native_build
+from var_kernels.testing import assert_accurate, randn
+
+pytest.importorskip("pybind11")
+if build.unavailable_reason() is not None:
+    pytest.skip(build.unavailable_reason(), allow_module_level=True)
+
+FORWARD = native_build.CSRC / "cuda" / "multi_scale_quantize.cu"
+BACKWARD = native_build.CSRC / "cuda" / "multi_scale_quantize_backward.cu"
+# Beside the shapes of all backends: several tiles of 16×16 pixels, and of 32 channels; as (batch, channels, codes,
+# convolutions, maps).
+TILED = (2, 33, 30, 2, ((1, 1), (3, 5), (17, 19)))
+LARGE = (6, 3, 9, 1, ((1, 1), (100, 70)))  # a residual map that no block can hold
+
+
+@functools.cache
+def emulated(variant):
+    return load(variant, [FORWARD, BACKWARD])
+
+
+def emulation(variant="fast", **options):
+    """Inside, backend="cuda" is the emulation; raises EmulationError for what was found."""
+    return serving(emulated(variant) if isinstance(variant, str) else variant, **options)
+
+
+def forward_and_backward(tensors, maps, backend, dtype=None, **options):
+    arguments = leaves(tensors, dtype)
+    result = multi_scale_quantize(*arguments, maps, **options, backend=backend)
+    return result, gradients(result, arguments)
+
+
+def check(shape, variant="fast", *, seed=0, executor=None, metric="l2"):
+    """Tokens are those of float64, the rest is as accurate as plain PyTorch."""
+    tensors, maps = inputs(shape), shape[-1]
+    with emulation(variant, seed=seed, late_copies=seed % 2 == 0, executor=executor) as record:
+        found, found_gradients = forward_and_backward(tensors, maps, "cuda", metric=metric)
+    plain, plain_gradients = forward_and_backward(tensors, maps, "reference", metric=metric)
+    exact, exact_gradients = forward_and_backward(tensors, maps, "reference", torch.float64, metric=metric)
+    assert torch.equal(found.tokens, exact.tokens)
+    assert_accurate(found.f_hat, plain.f_hat, exact.f_hat, name="f_hat")
+    assert_accurate(found.vq_loss, plain.vq_loss, exact.vq_loss, name="vq_loss")
+    for name, *parts in zip(NAMES, found_gradients, plain_gradients, exact_gradients, strict=True):
+        assert_accurate(*parts, name=f"gradient of {name}")
+    return record.counters
+
+
+# ---- accuracy, races, bounds ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_forward_and_backward(name):
+    for seed, metric in enumerate(("l2", "cosine")):
+        check(SHAPES[name], seed=seed, metric=metric)
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name not in ("VAR", "two strips")])
+def test_races_and_bounds(name):
+    check(SHAPES[name], "race", seed=7)
+
+
+def test_several_tiles():
+    check(TILED, seed=3)
+    check(TILED, "race", seed=1, metric="cosine")
+
+
+# Backward takes 7 launches, forward one or, for each scale, a pool, a search with its candidates, and an update.
+@pytest.mark.parametrize(("shape", "launches"), [(SHAPES["nine images"], 1), (LARGE, 1 + 3 * 2 + 1)])
+def test_one_launch_if_the_residual_fits_a_block(shape, launches):
+    tensors = inputs(shape)
+    with emulation() as record:
+        found = multi_scale_quantize(*tensors, shape[-1], backend="cuda")
+    plain, exact = (multi_scale_quantize(*(x.to(dtype) for x in tensors), shape[-1], backend="reference")
+                    for dtype in (torch.float32, torch.float64))  # fmt: skip
+    assert record.counters["launches"] == launches
+    assert torch.equal(found.tokens, exact.tokens)
+    assert_accurate(found.f_hat, plain.f_hat, exact.f_hat, name="f_hat")
+
+
+def test_both_ways_give_the_same_bits():
+    # One image is too much for a block while the rest of the emulated GPU waits, six are not.
+    shape = (1, 32, 1500, 2, (1, 4, 8))
+    tensors = inputs(shape)
+    with emulation() as record:
+        stepwise = multi_scale_quantize(*tensors, shape[-1], backend="cuda")
+        resident = multi_scale_quantize(tensors[0].repeat(6, 1, 1, 1), *tensors[1:], shape[-1], backend="cuda")
+    assert record.counters["launches"] == 1 + 3 * (1 + 2 + 1) + 1 + 1
+    assert torch.equal(resident.tokens, stepwise.tokens.repeat(6, 1))
+    assert torch.equal(resident.f_hat, stepwise.f_hat.repeat(6, 1, 1, 1))
+
+
+@pytest.mark.parametrize("variant", ["fast", "race"])
+def test_next_scale_input(variant):
+    for shape in (SHAPES["larger on the way"], SHAPES["wide"], TILED):
+        f_hat, _, *phi = inputs(shape, seed=2)
+        f_hat = f_hat.contiguous(memory_format=torch.channels_last)
+        for k, (height, width) in enumerate(pairs(shape[-1])):
+            codes = randn(shape[0], height * width, 2 * shape[1], seed=20 + k)[..., : shape[1]]
+            with emulation(variant, seed=k):
+                found = next_scale_input(f_hat, codes, *phi, shape[-1], k, phi_ratio=0.4, backend="cuda")
+            plain, exact = (
+                next_scale_input(*(x.to(dtype) for x in (f_hat, codes, *phi)), shape[-1], k, phi_ratio=0.4,
+                                 backend="reference") for dtype in (torch.float32, torch.float64)
+            )  # fmt: skip
+            for part, *values in zip(("f_hat", "next map"), found, plain, exact, strict=True):
+                if values[0] is not None:
+                    assert_accurate(*values, name=f"{part} after scale {k}")
+
+
+def test_every_order_gives_the_same_bits():
+    shape = (17, 8, 40, 2, (1, 3, 5))  # slices of two images, the last of one
+    results = []
+    for seed in (0, 1, 2, 9):
+        with emulation(seed=seed):
+            result, derivatives = forward_and_backward(inputs(shape), shape[-1], "cuda")
+        results.append([*result, *derivatives])
+    assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(result, results[0], strict=True))
+
+
+def test_sanitizers_find_nothing():
+    build.build("sanitized", [FORWARD, BACKWARD])
+    answer = run_sanitized("""
+        import torch
+        from tests.kernels.multi_scale_quantize import test_cuda as tests
+        torch.set_num_threads(1)
+        for name in ("narrow", "one scale", "larger on the way", "wide"):
+            tests.check(tests.SHAPES[name], "sanitized", seed=1)
+        print("clean")
+    """)
+    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
+
+
+# ---- layouts, non-finite values, the call --------------------------------------------------------------------------
+
+
+def test_strided_inputs():
+    shape = SHAPES["one vector"]
+    f, codebook, weight, bias = inputs(shape)
+    with emulation("race"):
+        expected = multi_scale_quantize(f, codebook, weight, bias, shape[-1], backend="cuda")
+        strided = (
+            f.contiguous(memory_format=torch.channels_last), torch.nn.functional.pad(codebook, (1, 3))[:, 1:-3],
+            weight.mT.contiguous().mT, bias.T.contiguous().T,
+        )  # fmt: skip
+        found = multi_scale_quantize(*strided, shape[-1], backend="cuda")
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_f_hat_is_nan_where_f_is_not_finite():
+    shape = SHAPES["one vector"]
+    f, *others = inputs(shape)
+    f[1, 2, 3, 4], f[2, 0, 0, 0] = torch.nan, torch.inf
+    with emulation():
+        found = multi_scale_quantize(f, *others, shape[-1], backend="cuda")
+    expected = multi_scale_quantize(f, *others, shape[-1], backend="reference")
+    assert torch.equal(found.f_hat.isnan(), expected.f_hat.isnan()) and torch.equal(found.tokens, expected.tokens)
+
+
+def test_empty_batch_of_raw_ops():
+    f, codebook, *phi = inputs((0, 4, 9, 2, (1, 3)))
+    ops, maps = emulated("race").ops, ([1, 3], [1, 3], [0, 1])
+    with emulation("race") as record:
+        tokens, f_hat, errors = ops._multi_scale_quantize(f, codebook, *phi, *maps, 0.5, False)
+        derivatives = ops._multi_scale_quantize_backward(f, codebook, *phi, tokens, errors, *maps, 0.5)
+        steps = ops._next_scale_input(f, torch.zeros(0, 1, 4), *phi, 0, 1, 1, 3, 3, 0.5)
+    assert record.counters["launches"] == 0 and tokens.shape == (0, 10) and errors.shape == (0, 2)
+    assert f_hat.shape == steps[0].shape == f.shape and steps[1].shape == (0, 9, 4)
+    assert [x.shape for x in derivatives] == [x.shape for x in (f, codebook, *phi)]
+    assert not any(x.any() for x in derivatives)
+
+
+def test_raw_op_checks_its_arguments():
+    op = emulated("fast").ops._multi_scale_quantize
+    f, codebook, weight, bias = inputs((1, 4, 9, 2, (1, 3)))
+    many = [1] * 64 + [3]
+    for message, changed in {
+        "f: expected float32, got Half": {"f": f.half()},
+        r"codebook: expected shape \(V, C\)": {"codebook": codebook[:, :3]},
+        r"phi_weight: expected shape \(n, C, C, 3, 3\)": {"weight": weight[..., :2]},
+        "heights, widths: expected the full size as last entry, got 2 and 3": {"heights": [1, 2]},
+        "phi_index: expected an index of phi_weight, got 2": {"phi_index": [0, 2]},
+        "heights, widths: expected at most 64 scales, got 65": {
+            "heights": many, "widths": many, "phi_index": [0] * 65,
+        },
+    }.items():
+        arguments = {"f": f, "codebook": codebook, "weight": weight, "bias": bias, "heights": [1, 3], "widths": [1, 3],
+                     "phi_index": [0, 1]} | changed  # fmt: skip
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments.values(), 0.5, False)
+
+
+def test_opcheck():
+    f, codebook, *phi = inputs((2, 4, 9, 2, (1, 3)))
+    ops, maps = emulated("fast").ops, ([1, 3], [1, 3], [0, 1])
+    with emulation():
+        torch.library.opcheck(ops._multi_scale_quantize.default, (f, codebook, *phi, *maps, 0.5, False))
+        tokens, _, errors = ops._multi_scale_quantize(f, codebook, *phi, *maps, 0.5, False)
+        arguments = (f, codebook, *phi, tokens, errors, *maps, 0.5)
+        torch.library.opcheck(ops._multi_scale_quantize_backward.default, arguments)
+        torch.library.opcheck(ops._next_scale_input.default, (f, randn(2, 1, 4, seed=1), *phi, 0, 1, 1, 3, 3, 0.5))
+
+
+# ---- what nvcc writes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(nvcc.unavailable_reason() is not None, reason=str(nvcc.unavailable_reason()))
+@pytest.mark.parametrize("shape", [(2, 4, 20, 2, (1, 3, 5)), (1, 5, 9, 2, ((1, 2), (4, 3))), (1, 36, 30, 1, (1, 2))],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_ptx_is_accurate(shape, metric):
+    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same doors."""
+    from tools.gpu_emulation.cuda.ptx import execute_ptx_of
+
+    check(shape, metric=metric, executor=execute_ptx_of(FORWARD, BACKWARD))
+
+
+# Two blocks of 256 threads on a multiprocessor; of the resident kernel one.
+REGISTERS = {
+    "quantize_resident_kernel": 255, "nearest_code_kernel": 168, "quantize_update_kernel": 128, "add_scale_kernel": 128,
+    "scale_maps_kernel": 128, "code_maps_kernel": 128, "phi_gradients_kernel": 128, "": 64,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", machine_code.ARCHS)
+@pytest.mark.parametrize("source", [FORWARD, BACKWARD], ids=lambda source: source.stem)
+def test_machine_code(source, arch, selected):
+    kernels = machine_code.kernels(source, arch, selected("arch"))
+    assert len(kernels) == (3 * 2 + 8 + 5 if source == FORWARD else 2 * 2 + 5)
+    for kernel in kernels:
+        machine_code.assert_resources(kernel, REGISTERS)
+        if kernel.name.startswith(("quantize_resident", "quantize_update", "add_scale", "scale_maps", "code_maps")):
+            wide = len(kernel.having("LDS")) - len(kernel.narrow("LDS"))
+            assert wide >= 10 + 12 and not kernel.having("HMMA"), f"{kernel.name}: {wide} wide loads"
+
+
+# ---- planted faults ------------------------------------------------------------------------------------------------
+
+MAP, RESIDENT, GRADIENTS = (f"multi_scale_quantize{part}.cuh" for part in ("_map", "", "_backward"))
+FORWARD_MUTANTS = {
+    "the residual is read too early": Mutant(RESIDENT, "__syncthreads();  // the residual is complete;", "//", "race"),
+    "no barrier before the pixels": Mutant(MAP, "    __syncthreads();\n    fill_pixels", "    fill_pixels",
+                                           "undefined"),
+    "no barrier after the weights": Mutant(MAP, "store(memory.weights);\n      __syncthreads();",
+                                           "store(memory.weights);", "race"),
+    "no barrier before the weights": Mutant(MAP, "if (i > 0) __syncthreads();  // the weights", "// the weights",
+                                            "race"),
+    "a pixel of the next row": Mutant(MAP, "if (x + p < shape.width) f(",
+                                      "if (x + p <= shape.width && y * shape.width + x + p < shape.pixels()) f(",
+                                      "race"),
+    "tokens of another image": Mutant(RESIDENT, "a.tokens[int64_t(image) * a.length + scale", "a.tokens[scale",
+                                      "cross_block_race"),
+    "the border is not zero": Mutant(
+        MAP, "exists ? pixel(row, column, c) : float4{};",
+        "pixel(min(max(row, 0), shape.height - 1), min(max(column, 0), shape.width - 1), c * exists);", "values"),
+    "the identity of another pixel": Mutant(MAP, "thread_column() + 1) * kTileChannels + thread_channel();",
+                                            "thread_column()) * kTileChannels + thread_channel();", "values"),
+    "windows end too early": Mutant(MAP, "x1 = ((j + 1) * shape.width + width - 1) / width",
+                                    "x1 = (j + 1) * shape.width / width", "values"),
+    "f_hat forgets a scale": Mutant(RESIDENT, "k == 0 ? float4{}", "k <= 1 ? float4{}", "values"),
+}  # fmt: skip
+BACKWARD_MUTANTS = {
+    "no barrier between two strips": Mutant(GRADIENTS, "__syncthreads();  // the last strip is done with", "", "race"),
+    "slices share their sums": Mutant(GRADIENTS, "a.partials + (int64_t(slice) * a.scales + k) * a.phi_floats();",
+                                      "a.partials + k * a.phi_floats();", "cross_block_race"),
+    "weights are not mirrored": Mutant(MAP, "* 9 + 8 - tap]", "* 9 + tap]", "values"),
+    "pixels out of reach": Mutant(GRADIENTS, "(2 * int64_t(index) - 3)", "(2 * int64_t(index))", "values"),
+    "later scales are not taken off": Mutant(GRADIENTS, "    add_scaled(difference, -1.0f, h);\n", "", "values"),
+    "the last tokens are left out": Mutant(GRADIENTS, "first < count; first += 32", "first + 32 < count; first += 32",
+                                           "values"),
+}  # fmt: skip
+
+SMALL = (2, 12, 40, 2, (1, 4, (9, 10)))  # two strips; windows that overlap
+
+
+def outcome(emulated_kernels, source):
+    """What the kernels of a source make of SMALL, as a list of tensors."""
+    tensors, maps = inputs(SMALL), [[side[i] for side in pairs(SMALL[-1])] for i in range(2)] + [[0, 1, 1]]
+    with emulation(emulated_kernels, seed=1):
+        if source == FORWARD:
+            return list(emulated_kernels.ops._multi_scale_quantize(*tensors, *maps, 0.5, False))
+        tokens = multi_scale_quantize(*tensors, SMALL[-1], backend="reference").tokens
+        derrors = randn(2, 3, seed=5)
+        backward = emulated_kernels.ops._multi_scale_quantize_backward
+        return list(backward(*tensors, tokens, derrors, *maps, 0.5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FORWARD_MUTANTS, *BACKWARD_MUTANTS])
+def test_planted_faults_are_found(name, selected):
+    mutants = FORWARD_MUTANTS if name in FORWARD_MUTANTS else BACKWARD_MUTANTS
+    source = FORWARD if name in FORWARD_MUTANTS else BACKWARD
+    faulty = load_mutant(source, mutants[name], [mutants[each] for each in selected("name") if each in mutants])
+    if mutants[name].layer == "values":
+        found, expected = outcome(faulty, source), outcome(emulated("fast"), source)
+        assert not all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(found, expected, strict=True))
+        return
+    with pytest.raises(EmulationError) as caught:
+        outcome(faulty, source)
+    assert mutants[name].layer in {report.kind for report in caught.value.reports}

@@ -1,0 +1,271 @@
+"""The CUDA kernels of nearest_code: executed on the CPU by the emulation and from the PTX that nvcc writes, never on a
+GPU; what nvcc makes of them; and that planted faults are found."""
+
+import functools
+
+import pytest
+import torch
+
+from tests.kernels.nearest_code.test_cpu import assert_nearest
+from tools.gpu_emulation.cuda import EmulationError, build, load, machine_code, serving
+from tools.gpu_emulation.cuda.mutants import Mutant, load_mutant
+from tools.gpu_emulation.cuda.sanitized import run_sanitized
+from tools.report import nvcc
+from var_kernels import nearest_code
+from var_kernels.native import build as native_build
+from var_kernels.testing import randn
+
+pytest.importorskip("pybind11")
+if build.unavailable_reason() is not None:
+    pytest.skip(build.unavailable_reason(), allow_module_level=True)
+
+SOURCE = native_build.CSRC / "cuda" / "nearest_code.cu"
+METRICS = ("l2", "cosine")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Rows, codes, channels. A block takes 8, 16, 32 or 64 rows by 128 codes by 32 channels: both sides of each, aligned and
+# not, one chunk of channels and several, one tile of codes and as many splits as the emulated GPU has room for.
+EDGES = [
+    (1, 1, 1), (8, 127, 3), (9, 128, 32), (16, 129, 31), (17, 257, 36), (32, 90, 64), (33, 1030, 32), (64, 300, 8),
+    (65, 140, 33), (3, 700, 100), (130, 65, 4),
+]  # fmt: skip
+
+
+@functools.cache
+def emulated(variant):
+    return load(variant, [SOURCE])
+
+
+def emulation(variant="fast", **options):
+    """Inside, backend="cuda" is the emulation; raises EmulationError for what was found."""
+    return serving(emulated(variant) if isinstance(variant, str) else variant, **options)
+
+
+def search(z, codebook, metric="l2", variant="fast", **options):
+    with emulation(variant, **options):
+        return nearest_code(z, codebook, metric=metric, backend="cuda")
+
+
+# ---- exactness, races, bounds --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["fast", "race"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+def test_nearest_within_rounding(metric, dtype, variant):
+    for index, (rows, codes, channels) in enumerate(EDGES):
+        z, codebook = randn(rows, channels, seed=rows, dtype=dtype), randn(codes, channels, seed=codes + 7, dtype=dtype)
+        found = search(z, codebook, metric, variant, seed=(0, 1, 7)[index % 3], late_copies=index % 2 == 0)
+        assert_nearest(found, z, codebook, metric)
+
+
+def test_few_rows_are_searched_in_splits():
+    z, codebook = randn(5, 32, seed=1), randn(1030, 32, seed=2)
+    with emulation() as record:
+        found = nearest_code(z, codebook, backend="cuda")
+        assert torch.equal(nearest_code(z.repeat(60, 1), codebook, backend="cuda"), found.repeat(60))
+    assert record.counters["launches"] == 2 + 1  # the many rows keep the emulated GPU busy without
+
+
+@pytest.mark.parametrize("variant", ["fast", "race"])
+def test_exact_on_small_integers(variant):
+    # Small integers leave no rounding, so that index and tie rule must be exact; three values make many ties.
+    generator = torch.Generator().manual_seed(0)
+    for rows, codes in ((17, 5), (3, 31), (70, 500), (2, 900)):
+        z = torch.randint(-1, 2, (rows, 4), generator=generator).float()
+        codebook = torch.randint(-1, 2, (codes, 4), generator=generator).float()
+        distance = (z.unsqueeze(1) - codebook).square().sum(-1)
+        lowest = (distance == distance.amin(-1, keepdim=True)).int().argmax(-1)
+        assert torch.equal(search(z, codebook, variant=variant, seed=1), lowest), (rows, codes)
+
+
+@pytest.mark.parametrize("channels", [19, 40])
+@pytest.mark.parametrize("metric", METRICS)
+def test_first_of_equal_codes(metric, channels):
+    # Equal codes at `first` and everywhere behind: other lanes, warps, tiles and splits.
+    target = randn(1, channels, seed=1)
+    far = -target + randn(700, channels, seed=3, std=0.1)
+    for rows in (3, 40):
+        z = target + randn(rows, channels, seed=2, std=0.01)
+        for first in (0, 1, 7, 8, 63, 64, 127, 128, 300, 699):
+            codebook = far.clone()
+            codebook[first:] = target
+            found = search(z, codebook, metric, seed=first)
+            assert (found == first).all(), f"expected {first}, got {found.tolist()}"
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    # Every number of rows a thread takes, and splits: scores are the same bits, near-ties included.
+    z, codebook = randn(200, 24, seed=1, std=1e-3) + 3, randn(1000, 24, seed=2, std=1e-3) + 3
+    everything = search(z, codebook)
+    for count in (1, 9, 20, 40, 150):
+        assert torch.equal(search(z[:count], codebook, seed=count), everything[:count])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nan_and_inf_as_in_the_reference(metric):
+    generator = torch.Generator().manual_seed(3)
+    specials = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+    for case in range(6):
+        z, codebook = randn(20, 6, seed=case), randn(190, 6, seed=100 + case)
+        for tensor, count in ((z, 10), (codebook, 60)):
+            where = torch.randint(tensor.numel(), (count,), generator=generator)
+            tensor.view(-1)[where] = specials[torch.randint(4, (count,), generator=generator)]
+        assert torch.equal(search(z, codebook, metric), nearest_code(z, codebook, metric=metric, backend="reference"))
+
+
+def test_nothing_to_choose():
+    z, codebook = randn(9, 6, seed=1), randn(190, 6, seed=2)
+    assert not search(z, torch.full_like(codebook, torch.nan)).any()
+    assert not search(z * torch.nan, codebook).any()
+    codebook[:170, 3] = torch.inf
+    assert (search(z, codebook) >= 170).all()  # infinitely far codes score -inf
+
+
+def test_cosine_of_tiny_codes():
+    z, direction = torch.ones(1, 4), torch.tensor([[1.0, 1.0, 1.0, 1.0]])
+    codebook = torch.cat([torch.zeros(1, 4), direction * 1e-20, direction * 1e-3 + torch.eye(4)[:1] * 1e-3])
+    assert search(z, codebook, "cosine").item() == 2
+
+
+def test_sanitizers_find_nothing():
+    build.build("sanitized", [SOURCE])
+    answer = run_sanitized("""
+        import torch
+        from tests.kernels.nearest_code import test_cuda as tests
+        torch.set_num_threads(1)
+        for rows, codes, channels in tests.EDGES:
+            for dtype in tests.DTYPES[:2]:
+                z, codebook = (tests.randn(n, channels, seed=n, dtype=dtype) for n in (rows, codes))
+                tests.assert_nearest(tests.search(z, codebook, "cosine", "sanitized", seed=1), z, codebook, "cosine")
+        print("clean")
+    """)
+    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
+
+
+# ---- layouts, the call ---------------------------------------------------------------------------------------------
+
+
+def test_strided_inputs():
+    z, codebook = randn(40, 12, seed=1), randn(300, 12, seed=2)
+    expected = search(z, codebook)
+    layouts = (
+        lambda x: x.T.contiguous().T,  # copied
+        lambda x: torch.nn.functional.pad(x, (4, 4))[:, 4:-4],  # aligned pieces
+        lambda x: torch.nn.functional.pad(x, (1, 2))[:, 1:-2],  # rows at odd addresses
+        lambda x: x.repeat_interleave(2, 0)[::2],
+    )
+    for first, layout in enumerate(layouts):
+        other = layouts[(first + 1) % len(layouts)]
+        assert torch.equal(search(layout(z), other(codebook), variant="race"), expected)
+
+
+@pytest.mark.parametrize("rows, codes, channels", [(0, 5, 4), (3, 5, 0)])
+def test_empty_raw_op(rows, codes, channels):
+    with emulation("race"):
+        found = emulated("race").ops._nearest_code(torch.zeros(rows, channels), torch.zeros(codes, channels), False)
+    assert torch.equal(found, torch.zeros(rows).long())
+
+
+def test_raw_op_checks_its_arguments():
+    op = emulated("fast").ops._nearest_code
+    for message, arguments in {
+        "z: expected 2 dimensions, got 1": (torch.zeros(7), torch.zeros(9, 7)),
+        "codebook: expected 7, got 6 channels": (torch.zeros(5, 7), torch.zeros(9, 6)),
+        "codebook: expected at least one code, got 0": (torch.zeros(5, 7), torch.zeros(0, 7)),
+        "z: expected float32, bfloat16 or float16, got Double": torch.zeros(2, 5, 7).double().unbind(),
+        "codebook: expected Float, got Half": (torch.zeros(5, 7), torch.zeros(9, 7).half()),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments, False)
+
+
+def test_opcheck():
+    with emulation():
+        for cosine in (False, True):
+            arguments = (randn(5, 8, seed=1), randn(11, 8, seed=2), cosine)
+            torch.library.opcheck(emulated("fast").ops._nearest_code.default, arguments)
+
+
+# ---- what nvcc writes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(nvcc.unavailable_reason() is not None, reason=str(nvcc.unavailable_reason()))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("metric", METRICS)
+def test_ptx_is_accurate(metric, dtype):
+    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same door."""
+    from tools.gpu_emulation.cuda.ptx import execute_ptx_of
+
+    for rows, codes, channels in ((3, 300, 32), (9, 130, 33), (20, 131, 8), (70, 129, 36)):
+        z, codebook = randn(rows, channels, seed=rows, dtype=dtype), randn(codes, channels, seed=codes, dtype=dtype)
+        assert_nearest(search(z, codebook, metric, executor=execute_ptx_of(SOURCE)), z, codebook, metric)
+
+
+# Three blocks of 128 threads on a multiprocessor.
+REGISTERS = {"nearest_code_kernel": 168, "normalise_codes_kernel": 40, "best_candidate_kernel": 40}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", machine_code.ARCHS)
+def test_machine_code(arch, selected):
+    kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
+    assert len(kernels) == 4 * (2 + 1 + 1) + 3 + 1  # rows of a thread, elements or pieces; normalised; candidates
+    for kernel in kernels:
+        machine_code.assert_resources(kernel, REGISTERS)
+        if kernel.name.startswith("nearest_code_kernel<float, true"):
+            assert kernel.having("LDGSTS") and not kernel.narrow("LDGSTS") and not kernel.having("LDG"), kernel.name
+            # Operands come 16 bytes at a time, of 8 codes and the thread's rows; no product is rounded to fewer bits.
+            wide = len(kernel.having("LDS")) - len(kernel.narrow("LDS"))
+            assert wide >= 8 + int(kernel.name[-2]) and not kernel.having("HMMA"), f"{kernel.name}: {wide} wide loads"
+
+
+# ---- planted faults ------------------------------------------------------------------------------------------------
+
+SEARCH = "nearest_code_search.cuh"
+MUTANTS = {
+    "does not wait for the copies": Mutant(SEARCH, "ptx::cp_async_wait<0>();", "ptx::cp_async_wait<1>();", "in_flight"),
+    "no barrier after the wait": Mutant(
+        SEARCH, "__syncthreads();  // this step's tile has landed,", "//", "race"),
+    "no barrier before the scores": Mutant(
+        SEARCH, "code + thread < end);\n    __syncthreads();", "code + thread < end);", "race"),
+    "no barrier before the winners": Mutant(
+        SEARCH, "  __syncthreads();\n  Candidate winner", "  Candidate winner", "race"),
+    "codes past the end": Mutant(SEARCH, "row < matrix.rows && channel < matrix.channels);",
+                                 "channel < matrix.channels);", "out_of_bounds"),
+    "channels past the end": Mutant(SEARCH, "row < matrix.rows && channel < matrix.channels);", "row < matrix.rows);",
+                                    "out_of_bounds"),
+    "codes of the padding are chosen": Mutant(SEARCH, ": -INFINITY;\n}", ": 0.0f;\n}", "values"),
+    "of equal scores the last": Mutant(SEARCH, "b.index < a.index", "b.index > a.index", "ties"),
+    "lanes look at the wrong codes": Mutant(SEARCH, "codes + 8 * j * kChunkPitch", "codes + j * kChunkPitch", "values"),
+    "no check of the alignment": Mutant(SEARCH, "reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0 && ", "",
+                                        "misaligned"),
+    "rows past the end": Mutant("nearest_code.cuh", " || row >= a.z.rows) return;", ") return;", "out_of_bounds"),
+    "splits overlap": Mutant("nearest_code.cuh", "int64_t(blockIdx.y) * a.z.rows + row] = best",
+                             "int64_t(blockIdx.y) * (a.z.rows - 1) + row] = best", "cross_block_race"),
+    "a warp leaves early": Mutant("nearest_code.cuh", "if (code >= codebook.rows) return;",
+                                  "if (code >= codebook.rows || lane >= codebook.channels) return;", "deadlock"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_faults_are_found(name, selected):
+    mutant = MUTANTS[name]
+    faulty = load_mutant(SOURCE, mutant, [MUTANTS[each] for each in selected("name")])
+    z, codebook = randn(13, 28, seed=1), randn(700, 28, seed=2)
+    # The best code of all rows but the first: behind the last, negative scores lose to what is not a code.
+    z, codebook = z - 2 * (mutant.layer == "values"), codebook + 2 * (mutant.layer == "values")
+    if mutant.layer == "misaligned":
+        z = torch.nn.functional.pad(z, (1, 3))[:, 1:-3]
+    if mutant.layer == "ties":
+        codebook[5:] = z[:1]
+    metric = "cosine" if mutant.layer == "deadlock" else "l2"
+    if mutant.layer == "values":
+        with pytest.raises(AssertionError):
+            assert_nearest(search(z, codebook, metric, faulty), z, codebook, metric)
+    elif mutant.layer == "ties":
+        assert search(z, codebook, metric, faulty)[0] > 5
+    else:
+        with pytest.raises(EmulationError) as caught:
+            search(z, codebook, metric, faulty, seed=1)
+        assert mutant.layer in {report.kind for report in caught.value.reports}

@@ -1,0 +1,218 @@
+"""The CUDA kernels of qk_norm_cache: executed on the CPU by the emulation and from the PTX that nvcc writes, never on a
+GPU; what nvcc makes of them; and that planted faults are found."""
+
+import functools
+
+import pytest
+import torch
+
+from tests.kernels.qk_norm_cache.test_cpu import DTYPES, expected, problem
+from tools.gpu_emulation.cuda import EmulationError, build, load, machine_code, serving
+from tools.gpu_emulation.cuda.mutants import Mutant, load_mutant
+from tools.gpu_emulation.cuda.sanitized import run_sanitized
+from tools.report import nvcc
+from var_kernels import qk_norm_cache
+from var_kernels.native import build as native_build
+from var_kernels.testing import assert_accurate, randn
+
+pytest.importorskip("pybind11")
+if build.unavailable_reason() is not None:
+    pytest.skip(build.unavailable_reason(), allow_module_level=True)
+
+SOURCE = native_build.CSRC / "cuda" / "qk_norm_cache.cu"
+# Batch, tokens, heads, head dimension: 1 to 32 lanes for a head, two packs in a lane, and what no pack fits.
+EDGES = [(1, 1, 1, 1), (2, 3, 2, 7), (1, 5, 3, 8), (2, 3, 3, 24), (1, 9, 2, 64), (1, 3, 2, 126), (2, 2, 3, 128),
+         (1, 2, 1, 256)]  # fmt: skip
+
+
+@functools.cache
+def emulated(variant):
+    return load(variant, [SOURCE])
+
+
+def check(shape, dtype, variant="fast", layout="BHLD", **options):
+    qkv, q_factor, k_cache, v_cache = problem(*shape, dtype, layout=layout)
+    start, length = 2, shape[1]
+    with serving(emulated(variant) if isinstance(variant, str) else variant, **options):
+        q = qk_norm_cache(qkv, k_cache, v_cache, start, q_factor=q_factor, backend="cuda")
+    exact = expected(qkv.double(), q_factor.double())
+    plain = [tensor.to(dtype) for tensor in expected(qkv.float(), q_factor)]
+    rows = slice(start, start + length)
+    assert_accurate(q, plain[0], exact[0], name="q")
+    assert_accurate(k_cache[:, :, rows], plain[1], exact[1], name="k")
+    assert torch.equal(v_cache[:, :, rows], plain[2])
+    for cache in (k_cache, v_cache):
+        assert cache[:, :, :start].isnan().all() and cache[:, :, start + length :].isnan().all()
+
+
+@pytest.mark.parametrize("variant", ["fast", "race"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_against_float64(dtype, variant):
+    for index, shape in enumerate(EDGES):
+        check(shape, dtype, variant, layout=("BHLD", "BLHD")[index % 2], seed=index)
+
+
+def test_strides_alignment_zeros_and_nan():
+    qkv, q_factor, k_cache, v_cache = problem(2, 4, 3, 24)
+    qkv[0, 0, 0, 0] = 0
+    qkv[0, 1, 1, 1, 3] = torch.nan
+    want = [torch.full_like(k_cache, torch.nan) for _ in range(2)]
+    expected_q = qk_norm_cache(qkv, *want, 1, q_factor=q_factor, backend="reference")
+    wide = torch.zeros(2, 4, 3, 4, 29)
+    wide[..., :3, 1:25] = qkv
+    for source in (qkv, wide[..., :3, 1:25], torch.stack((qkv, qkv), dim=-1)[..., 0]):
+        with serving(emulated("race")):
+            q = qk_norm_cache(source, k_cache, v_cache, 1, q_factor=q_factor, backend="cuda")
+        torch.testing.assert_close(q, expected_q, equal_nan=True)
+        torch.testing.assert_close(k_cache, want[0], equal_nan=True)
+        assert not q[0, 0, 0].any()
+
+
+def unfit_for_packs() -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """qkv and caches each of which only one check of `packs_fit` refuses: 16 bytes are four elements."""
+    shape = {"qkv": (2, 4, 3, 3, 24), "cache": (2, 3, 9, 24)}
+
+    def strided(kind: str, dim: int) -> torch.Tensor:
+        """Aligned, with a stride of `dim` that is odd, and one in every other dimension that is not."""
+        sizes, stride, strides = shape[kind], 24, {}
+        for other in sorted(range(len(sizes) - 1), key=lambda d: (d == dim, -d)):  # the odd one is the outermost
+            strides[other] = stride + (other == dim)
+            stride *= sizes[other]
+        memory = torch.zeros(sum((size - 1) * strides.get(d, 1) for d, size in enumerate(sizes)) + 1)
+        return memory.as_strided(sizes, [*(strides[d] for d in range(len(sizes) - 1)), 1])
+
+    def fit(kind: str) -> torch.Tensor:
+        return torch.zeros(shape[kind])
+
+    def shifted(kind: str) -> torch.Tensor:
+        return torch.zeros(fit(kind).numel() + 1)[1:].view(shape[kind])
+
+    cases = {f"qkv, stride {dim}": (strided("qkv", dim), fit("cache"), fit("cache")) for dim in range(4)}
+    cases["qkv, address"] = (shifted("qkv"), fit("cache"), fit("cache"))
+    faults = {f"stride {dim}": functools.partial(strided, dim=dim) for dim in range(3)} | {"address": shifted}
+    for what, make in faults.items():
+        cases[f"k, {what}"] = (fit("qkv"), make("cache"), fit("cache"))
+        cases[f"v, {what}"] = (fit("qkv"), fit("cache"), make("cache"))
+    return cases
+
+
+def check_unfit(variant, names=None) -> None:
+    for name, (qkv, k_cache, v_cache) in unfit_for_packs().items():
+        if names is not None and name not in names:
+            continue
+        qkv.copy_(randn(*qkv.shape, seed=1))
+        q_factor = torch.tensor([1.0, 2.0, 0.5])
+        want = [torch.zeros(k_cache.shape) for _ in range(2)]
+        expected_q = qk_norm_cache(qkv, *want, 1, q_factor=q_factor, backend="reference")
+        with serving(emulated(variant) if isinstance(variant, str) else variant):
+            q = qk_norm_cache(qkv, k_cache, v_cache, 1, q_factor=q_factor, backend="cuda")
+        for found, exact in zip((q, k_cache, v_cache), (expected_q, *want), strict=True):
+            torch.testing.assert_close(found, exact)
+
+
+def test_layouts_that_no_pack_fits():
+    check_unfit("fast")
+
+
+def test_empty_and_bad_arguments_of_the_raw_op():
+    op = emulated("fast").ops._qk_norm_cache
+    factor, cache = torch.ones(3), torch.zeros(2, 3, 9, 8)
+    with serving(emulated("fast")):
+        assert op(torch.zeros(2, 0, 3, 3, 8), factor, cache, cache.clone(), 0).shape == (2, 0, 3, 8)
+    qkv = torch.zeros(2, 4, 3, 3, 8)
+    for message, arguments in {
+        "qkv: expected shape": (qkv[:, :, :2], factor, cache, cache, 0),
+        "qkv: expected float32, bfloat16 or float16, got Double": (qkv.double(), factor, cache, cache, 0),
+        "v_cache: expected Float, got Half": (qkv, factor, cache, cache.half(), 0),
+        "k_cache: expected shape": (qkv, factor, cache[:, :2], cache, 0),
+        "start: expected rows that the caches have, got 6": (qkv, factor, cache, cache, 6),
+        "q_factor: expected a dense float32 vector": (qkv, factor[:2], cache, cache, 0),
+    }.items():
+        with pytest.raises(RuntimeError, match=message):
+            op(*arguments)
+
+
+def test_sanitizers_find_nothing():
+    build.build("sanitized", [SOURCE])
+    answer = run_sanitized("""
+        import torch
+        from tests.kernels.qk_norm_cache import test_cuda as tests
+        torch.set_num_threads(1)
+        for shape in tests.EDGES[1:6]:
+            tests.check(shape, torch.bfloat16, "sanitized", seed=1)
+        print("clean")
+    """)
+    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
+
+
+@pytest.mark.skipif(nvcc.unavailable_reason() is not None, reason=str(nvcc.unavailable_reason()))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ptx_is_accurate(dtype):
+    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same door."""
+    from tools.gpu_emulation.cuda.ptx import execute_ptx_of
+
+    for shape in ((1, 3, 2, 64), (2, 2, 3, 7), (1, 2, 1, 256)):
+        check(shape, dtype, executor=execute_ptx_of(SOURCE))
+
+
+REGISTERS = {"qk_norm_cache_kernel": 64, "plain_qk_norm_cache_kernel": 56}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", machine_code.ARCHS)
+def test_machine_code(arch, selected):
+    kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
+    assert len(kernels) == 3 * (2 + 1)  # dtypes; one or two packs, or element by element
+    for kernel in kernels:
+        machine_code.assert_resources(kernel, REGISTERS)
+        if kernel.name.startswith("qk_norm_cache_kernel"):
+            assert len(kernel.having("LDG")) - len(kernel.narrow("LDG")) >= 3, kernel.name
+            assert not kernel.narrow("STG"), kernel.name
+
+
+CODE = "qk_norm_cache.cuh"
+MUTANTS = {
+    "heads past the end": Mutant(CODE, "const bool present = wanted < a.batch * a.length * a.heads;",
+                                 "const bool present = true;", "out_of_bounds"),
+    "packs past the end": Mutant(CODE, "present && at < packs ? ptx", "present ? ptx", "values"),
+    "lanes of the next head": Mutant(CODE, "distance = lanes / 2", "distance = lanes", "values"),
+    "keys are scaled as queries": Mutant(CODE, "part == 0 ? factor : 1.0f", "factor", "values"),
+    "a row too far": Mutant(CODE, "(a.start + token) * cache", "(a.start + 1 + token) * cache", "values"),
+}  # fmt: skip
+
+
+# Each check of `packs_fit` left out: 16-byte accesses at addresses that are not aligned.
+DOOR = "qk_norm_cache.cu"
+UNCHECKED = {
+    "qkv, address": Mutant(DOOR, "aligned(a.qkv) && ", "", "misaligned"),
+    **{f"qkv, stride {dim}": Mutant(DOOR, "{a.qkv_sample, a.qkv_token, a.qkv_part, a.qkv_head}",
+                                    "{" + ", ".join(f"a.qkv_{part}" for part in parts) + "}", "misaligned")
+       for dim, parts in enumerate((("token", "part", "head"), ("sample", "part", "head"), ("sample", "token", "head"),
+                                    ("sample", "token", "part")))},
+    "k, address": Mutant(DOOR, "fit &= aligned(cache->data) && cache", "fit &= cache", "misaligned"),
+    "k, stride 0": Mutant(DOOR, "cache->per_sample % width == 0 && ", "", "misaligned"),
+    "k, stride 1": Mutant(DOOR, "cache->per_head % width == 0 &&\n           ", "", "misaligned"),
+    "k, stride 2": Mutant(DOOR, "cache->per_head % width == 0 &&\n           cache->per_token % width == 0",
+                          "cache->per_head % width == 0", "misaligned"),
+    "v, address": Mutant(DOOR, "{&a.k, &a.v}", "{&a.k}", "misaligned"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNCHECKED)
+def test_every_check_of_the_layout_is_needed(name, selected):
+    faulty = load_mutant(SOURCE, UNCHECKED[name], [UNCHECKED[each] for each in selected("name")])
+    with pytest.raises(EmulationError) as caught:
+        check_unfit(faulty, {name})
+    assert "misaligned" in {report.kind for report in caught.value.reports}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_faults_are_found(name, selected):
+    mutant = MUTANTS[name]
+    faulty = load_mutant(SOURCE, mutant, [MUTANTS[each] for each in selected("name")])
+    with pytest.raises((EmulationError, AssertionError)) as caught:
+        check((1, 3, 3, 24), torch.float32, faulty, seed=1)
+    if mutant.layer != "values":
+        assert mutant.layer in {report.kind for report in caught.value.reports}

@@ -1,0 +1,202 @@
+"""A test of the tests: faults planted in the Triton kernels, one at a time, in a copy of the package. Each must fail
+the test that is named beside it; all of those pass without a fault.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+class Mutant(NamedTuple):
+    """In `file` of var_kernels `right` becomes `wrong`, and `test` fails."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    test: str
+
+
+ATTENTION = "triton/block_causal_attention.py"
+MUTANTS = [
+    Mutant(
+        "a row sees one scale more",
+        "triton/tiles.py",
+        "return [end for length, end in zip(lens, accumulate(lens), strict=True) for _ in range(length)]",
+        "ends = [*accumulate(lens)]; ends = [*ends[1:], ends[-1]]; "
+        "return [end for length, end in zip(lens, ends, strict=True) for _ in range(length)]",
+        "block_causal_attention/test_triton.py::test_schedules",
+    ),
+    Mutant(
+        "the last block of keys is not masked",
+        ATTENTION,
+        "    return keys < ends\n",
+        "    return keys >= 0\n",
+        "block_causal_attention/test_triton.py::test_schedules",
+    ),
+    Mutant(
+        "rows beyond the end of a tile are loaded",
+        ATTENTION,
+        "row_inside = tl.arange(0, ROWS)[:, None] < count",
+        "row_inside = tl.arange(0, ROWS)[:, None] < ROWS",
+        "block_causal_attention/test_triton.py::test_compiled_code",
+    ),
+    Mutant(
+        "sums under an older maximum are not rescaled",
+        ATTENTION,
+        "acc * factor[:, None]",
+        "acc",
+        "block_causal_attention/test_triton.py::test_large_logits",
+    ),
+    Mutant(
+        "the sum of exponentials is not rescaled",
+        ATTENTION,
+        "total * factor + tl.sum(p, 1)",
+        "total + tl.sum(p, 1)",
+        "block_causal_attention/test_triton.py::test_large_logits",
+    ),
+    Mutant(
+        "v is read with the strides of k",
+        ATTENTION,
+        "v_base = _head(v, batch, head // group, v_batch, v_head, STRIDE_UNIT)",
+        "v_base = _head(v, batch, head // group, k_batch, k_head, STRIDE_UNIT)",
+        "block_causal_attention/test_triton.py::test_strided_inputs",
+    ),
+    Mutant(
+        "the gradient of lse is ignored",
+        ATTENTION,
+        "if HAS_DLSE:",
+        "if HAS_DLSE and False:",
+        "block_causal_attention/test_triton.py::test_log_sum_exp_and_its_gradient",
+    ),
+    Mutant(
+        "shift is dropped",
+        "triton/adaln_layer_norm.py",
+        "factors[i] + shifts[i],)",
+        "factors[i] + 0 * shifts[i],)",
+        "adaln_layer_norm/test_triton.py::test_accurate_over_shapes",
+    ),
+    Mutant(
+        "x is read with the strides of the branch",
+        "triton/adaln_layer_norm.py",
+        "rows_at(x, sample, token, x_b, x_l)",
+        "rows_at(x, sample, token, branch_b, x_l)",
+        "adaln_layer_norm/test_triton.py::test_accurate_over_shapes",
+    ),
+    Mutant(
+        "padded channels count in the variance",
+        "triton/adaln_layer_norm.py",
+        "            if i == C // CHUNK and C % CHUNK != TAIL:\n",
+        "            if i < 0:\n",
+        "adaln_layer_norm/test_triton.py::test_accurate_over_shapes",
+    ),
+    Mutant(
+        "a later tile of equal score wins",
+        "triton/nearest_code.py",
+        "better = top > best",
+        "better = top >= best",
+        "nearest_code/test_triton.py::test_first_of_equal_codes",
+    ),
+    Mutant(
+        "codes beyond the codebook take part",
+        "triton/nearest_code.py",
+        'mask=v < end, other=float("-inf")',
+        "mask=v < end, other=0.0",
+        "nearest_code/test_triton.py::test_small_tiles",
+    ),
+    Mutant(
+        "the bias of phi is dropped",
+        "triton/multi_scale_quantize.py",
+        "(products + tl.load(bias + o, mask=o < channels, other=0.0)[None, :])",
+        "products",
+        "multi_scale_quantize/test_triton.py::test_forward_and_backward",
+    ),
+    Mutant(
+        "bicubic taps are not clamped to the map in the backward",
+        "triton/multi_scale_quantize_backward.py",
+        "tl.minimum(tl.maximum(below - 1 + tap, 0), size - 1)",
+        "tl.maximum(below - 1 + tap, 0)",
+        "multi_scale_quantize/test_triton.py::test_forward_and_backward",
+    ),
+    Mutant(
+        "keys go one row too far into the cache",
+        "triton/qk_norm_cache.py",
+        "place = start + token\n",
+        "place = start + 1 + token\n",
+        "qk_norm_cache/test_triton.py::test_interpreted",
+    ),
+    Mutant(
+        "columns beyond the head dimension are written",
+        "triton/qk_norm_cache.py",
+        "mask = present & (column < D)",
+        "mask = present & (column < WIDTH)",
+        "qk_norm_cache/test_triton.py::test_interpreted",
+    ),
+    Mutant(
+        "top-p drops the last of equal tokens",
+        "triton/sample_tokens.py",
+        "tied & (index < low), _LOWEST",
+        "tied & (index >= tokens - low), _LOWEST",
+        "sample_tokens/test_triton.py::test_equal_logits_on_the_border",
+    ),
+    Mutant(
+        "the second half of the key is not used",
+        "triton/sample_tokens.py",
+        "key1 = (seed >> 32).to(tl.uint32)",
+        "key1 = (seed >> 32).to(tl.uint32) * 0",
+        "sample_tokens/test_triton.py::test_seeds_stand_for_the_documented_noise",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The package and its tests in another place, without the native library."""
+    root = tmp_path_factory.mktemp("mutants")
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    for part in ("var_kernels", "tools", "tests", "var", "csrc"):
+        shutil.copytree(ROOT / part, root / part, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", root)
+    return root
+
+
+def run(root: Path, *tests: str) -> subprocess.CompletedProcess:
+    """The tests on the package in `root`, until the first failure."""
+    environment = {**os.environ, "PYTHONPATH": str(root), "VAR_KERNELS_BUILD": "none", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, *(str(root / "tests/kernels" / test) for test in tests)],
+        env=environment, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name.replace(" ", "-") for mutant in MUTANTS])
+def test_mutant_is_caught(copy, mutant):
+    path = copy / "var_kernels" / mutant.file
+    text = path.read_text()
+    assert text.count(mutant.right) >= 1, "the kernel has changed: plant this fault anew"
+    path.write_text(text.replace(mutant.right, mutant.wrong))
+    try:
+        answer = run(copy, mutant.test)
+    finally:
+        path.write_text(text)
+    # One failure, of this test and of what it asserts: not a fault that does not compile, nor one of the copy.
+    assert answer.returncode == 1, answer.stdout
+    assert re.search(r"^1 failed", answer.stdout.splitlines()[-1]), answer.stdout
+    assert re.search(r"^E +(AssertionError|assert |.*PtxError)", answer.stdout, re.M), answer.stdout
+
+
+def test_without_a_fault_the_same_tests_pass(copy):
+    answer = run(copy, *sorted({mutant.test for mutant in MUTANTS}))
+    assert answer.returncode == 0, answer.stdout

@@ -1,0 +1,34 @@
+"""What the README says is true: its Python examples run, its files exist, its commands have the form that CI runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_examples_run(number):
+    exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {})
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) >= 2
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_linked_files_exist(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = [t for t in re.findall(r"\]\(([^)#]+)", text) if "://" not in t]
+    targets += re.findall(r'src="([^"]+)"', text)
+    missing = [target for target in targets if not ((ROOT / page).parent / target).exists()]
+    assert not missing
+
+
+def test_the_first_two_commands_are_single_lines():
+    commands = re.findall(r"^```bash\n(.*?)\n```$", README, re.M | re.S)[:2]
+    assert len(commands) == 2 and not any("\n" in command for command in commands)
+    assert "var demo" in commands[0] and "pytest" in commands[1]

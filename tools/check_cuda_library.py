@@ -1,0 +1,98 @@
+"""What must hold for a native library with CUDA kernels, without a GPU: under a CPU and under a CUDA build of torch.
+
+    python tools/check_cuda_library.py [LIBRARY]     # default: the one that was built ahead of time
+
+Exit status 1 and a line for each fault. `tests/packaging/test_cuda_library.py` and `tools/check_cuda_torch.py` run it.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from var_kernels import _self_check, adaln_layer_norm, backends
+from var_kernels.native import build, load
+
+STREAM = "aoti_torch_get_current_cuda_stream"
+# What a library for every build of torch must not ask the loader for.
+FORBIDDEN = ("libcudart", "libcuda.", "libc10_cuda", "libtorch_cuda")
+
+
+def file_faults(library: Path) -> Iterator[str]:
+    """What the file says to the loader."""
+    if shutil.which("readelf") is None:
+        print("readelf is not installed: what the library needs is not checked")
+        return
+    dynamic, symbols = (
+        subprocess.run(["readelf", "-W", what, library], capture_output=True, text=True, check=True).stdout
+        for what in ("-d", "--dyn-syms")
+    )
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    if not {"libtorch.so", "libtorch_cpu.so"} <= set(needed):
+        yield f"NEEDED: expected torch's libraries, got {needed}"
+    yield from (f"NEEDED: expected nothing of CUDA, got {name}" for name in needed if name.startswith(FORBIDDEN))
+    if re.search(r"\(R(UN)?PATH\)", dynamic):
+        yield "expected no RPATH: the path would be that of the machine that built it"
+    if not re.search(rf"\bWEAK\s+DEFAULT\s+UND\s+{STREAM}$", symbols, re.M):
+        yield f"expected {STREAM} to be weak and undefined"
+
+
+def kernel_faults(library: Path) -> Iterator[str]:
+    """What is registered by the loaded library."""
+    sources = "".join(path.read_text() for path in (build.CSRC / "cuda").glob("*.cu"))
+    expected = {"CPU": set(), "CUDA": set(re.findall(r'm\.impl\("(\w+)"', sources))}
+    names = {name for op in backends.OPS for name in library.names(backends.page_of(op))}
+    expected["CPU"] = names
+    for key, wanted in expected.items():
+        found = {n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(f"var_kernels::{n}", key)}
+        if found != wanted:
+            yield f"kernels for {key}: expected {sorted(wanted)}, got {sorted(found)}"
+    # Through the library's own dependencies, as the loader binds the weak symbol.
+    if hasattr(ctypes.CDLL(str(library)), STREAM) != (torch.version.cuda is not None):
+        yield f"{STREAM}: expected with a CUDA build of torch, and with that only; this is {torch.__version__}"
+
+
+def call_faults() -> Iterator[str]:
+    """CPU tensors are served, and "cuda" says clearly why it does not serve."""
+    for check in _self_check.run():
+        if check.failure is not None:
+            yield f"{check.op}, {check.backend}, {check.dtype}: {check.failure}"
+    x = torch.ones(1, 2, 8)
+    calls = {
+        "runs on cuda tensors only": lambda: adaln_layer_norm(x, x, x, backend="cuda"),
+        "there is no GPU": lambda: backends.resolve("adaln_layer_norm", "cuda", "cuda", torch.float32),
+    }
+    for expected, call in calls.items():
+        try:
+            call()
+        except ValueError as error:
+            if expected not in str(error):
+                yield f"expected {expected!r}, got {error}"
+        else:
+            if not torch.cuda.is_available():
+                yield f"expected an error that says {expected!r}, got none"
+
+
+def main(arguments: list[str]) -> int:
+    """Checks everything, and prints what was checked."""
+    if arguments:
+        build.AHEAD_OF_TIME_LIBRARY = Path(arguments[0]).resolve()
+    status = load.native_library()
+    if not status.available or not status.build_info["cuda"] or status.origin != "ahead of time":
+        print(f"expected a library with CUDA kernels, built ahead of time from these sources, got {status}")
+        return 1
+    faults = [*file_faults(status.path), *kernel_faults(status.path), *call_faults()]
+    for fault in faults:
+        print(fault)
+    archs = ", ".join(f"sm_{arch}" for arch in status.build_info["cuda_archs"])
+    print(f"{len(faults)} faults in {status.path} ({archs}) under torch {torch.__version__}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

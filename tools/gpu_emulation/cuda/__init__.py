@@ -1,0 +1,249 @@
+"""CUDA kernels executed on the CPU: the unchanged .cu files, one fiber per CUDA thread.
+
+    emulation = load("race", kernel_sources())
+    with emulation.run(seed=1, late_copies=True):
+        torch.ops.var_kernels_emulated_race._adaln_layer_norm(x, scale, shift, 1e-6)
+
+What the emulation finds raises :class:`EmulationError` at the end of the block. It says nothing about speed, the
+assembly inside `csrc/cuda/device.cuh`, or the memory model beyond barriers: memory is sequentially consistent here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.machinery
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from tools.report.nvcc import plain_name
+from var_kernels import backends
+from var_kernels.native import build as native_build
+from var_kernels.native import library
+
+from . import build
+
+__all__ = [
+    "Emulation", "EmulationError", "Executor", "Launch", "Report", "Run", "as_backend", "kernel_sources", "load",
+    "load_built", "serving",
+]  # fmt: skip
+
+
+# Few, so that a door meets shapes that fill the device and shapes that do not in small tests.
+MULTIPROCESSORS = 6
+
+
+@dataclass(frozen=True)
+class Report:
+    """One finding.
+
+    `kind` is one of race, cross_block_race, undefined, in_flight, async_copy, out_of_bounds, misaligned, divergence,
+    barrier, deadlock, launch; `other_thread` the second party of a race inside a block, else -1; `where` "file:line"
+    of the access and `kernel` the function's name, both empty where they could not be found.
+    """
+
+    kind: str
+    message: str
+    block: tuple[int, int, int]
+    thread: int
+    other_thread: int
+    count: int
+    kernel: str
+    where: str
+
+    def __str__(self) -> str:
+        who = f"block {self.block}, thread {self.thread}" + (
+            f" and thread {self.other_thread}" if self.other_thread >= 0 else ""
+        )
+        times = f" ({self.count} times)" if self.count > 1 else ""
+        return f"{self.kind}: {self.message}{times} [{who}; {self.where or 'unknown line'}; {self.kernel}]"
+
+
+class EmulationError(AssertionError):
+    """The emulation found what no GPU would have said; `reports` has the details."""
+
+    def __init__(self, reports: Sequence[Report]) -> None:
+        super().__init__("\n".join(map(str, reports)))
+        self.reports = tuple(reports)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch by a door. `parameters` are the bytes of each; `buffers` (begin, end, name, undefined) are what the
+    kernel may touch, undefined where nothing has been written yet."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    parameters: list[bytes]
+    buffers: list[tuple[int, int, str, bool]]
+
+
+Executor = Callable[[Launch], None]
+
+
+@dataclass
+class Run:
+    """What happened inside a `with emulation.run()` block; complete at its end."""
+
+    counters: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """A loaded module. `ops` are its raw operators, on CPU tensors."""
+
+    namespace: str
+    path: Path
+    module: object
+
+    @property
+    def ops(self):
+        return getattr(torch.ops, self.namespace)
+
+    @contextlib.contextmanager
+    def run(
+        self,
+        *,
+        seed: int = 0,
+        late_copies: bool = True,
+        executor: Executor | None = None,
+        multiprocessors: int = MULTIPROCESSORS,
+        fill_outputs: bool = True,
+        **buffers: torch.Tensor,
+    ) -> Iterator[Run]:
+        """Kernels inside this block run in the order that `seed` says: 0 in order, 1 in reverse, else at random.
+
+        `late_copies`: cp.async lands when it is waited for, else when it is issued. `executor`: executes the launches
+        instead of fibers. `multiprocessors`: those of the device, which doors may ask for. `fill_outputs`: with NaN
+        before kernels write them. `buffers`: memory that kernels use without the door of an op, by name. Raises
+        EmulationError for what was found, and what the executor raised.
+        """
+        failures: list[Exception] = []
+        guarded = self._guard(executor, failures) if executor else None
+        self.module.begin(seed, late_copies, multiprocessors, fill_outputs, guarded)
+        for name, tensor in buffers.items():
+            self.module.add_buffer(tensor.data_ptr(), tensor.untyped_storage().nbytes(), name)
+        run, problem = Run(), None
+        try:
+            yield run
+        except RuntimeError as error:  # the door's, because a launch failed; the reports say why
+            problem = error
+        finally:
+            self.module.end()
+        run.counters.update(self.module.counters())
+        if failures:
+            raise failures[0]
+        if found := self.module.reports():
+            raise EmulationError(self._resolve(found)) from problem
+        if problem is not None:
+            raise problem
+
+    def record(self, call: Callable[[], object], multiprocessors: int) -> list[Launch]:
+        """The launches of `call` on a device with so many multiprocessors. Nothing is run, and tensors are not touched:
+        they cost address space only, whatever their size."""
+        launches: list[Launch] = []
+        with self.run(executor=launches.append, multiprocessors=multiprocessors, fill_outputs=False):
+            call()
+        return launches
+
+    def _guard(self, executor: Executor, failures: list[Exception]) -> Callable[[dict], bool]:
+        def execute(launch: dict) -> bool:
+            try:
+                name = _places(self.path, (launch.pop("kernel"),))[0][0]
+                executor(Launch(kernel=name, **launch))
+            except Exception as error:  # kept: it would lose its type on the way through C++
+                failures.append(error)
+            return not failures
+
+        return execute
+
+    def _resolve(self, found: Sequence[dict]) -> list[Report]:
+        addresses = [entry[key] for entry in found for key in ("kernel", "code")]
+        places = _places(self.path, tuple(addresses))
+        reports = []
+        for entry, kernel, code in zip(found, places[::2], places[1::2], strict=True):
+            known = {key: value for key, value in entry.items() if key not in ("kernel", "code")}
+            reports.append(Report(**known, kernel=kernel[0], where=code[1]))
+        return reports
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(path: Path, addresses: Sequence[int]) -> list[tuple[str, str]]:
+    """(function, "file:line") of each address in the library."""
+    if not shutil.which("addr2line"):
+        return [("", "")] * len(addresses)
+    # A return address is one behind the call it returns from.
+    hexadecimal = [hex(address - 1 if i % 2 and address else address) for i, address in enumerate(addresses)]
+    command = ["addr2line", "-f", "-C", "-e", str(path), *hexadecimal]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    names = [plain_name(line) for line in lines[::2]]
+    files = [re.sub(r" \(discriminator.*|^\?\?.*", "", line).rpartition("/")[2] for line in lines[1::2]]
+    return list(zip(names, files, strict=True))
+
+
+@contextlib.contextmanager
+def as_backend(emulation: Emulation) -> Iterator[None]:
+    """Inside this context ``backend="cuda"`` of the public functions is the emulation, on CPU tensors."""
+    with (
+        mock.patch.dict(backends._DEVICES, cuda=("cpu",)),
+        mock.patch.object(backends, "_cuda_reason", lambda op: None),
+        mock.patch.dict(library.NAMESPACES, cuda=emulation.namespace),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def serving(emulation: Emulation, **options) -> Iterator[Run]:
+    """Both at once: ``backend="cuda"`` is the emulation, which runs with the options of `Emulation.run`."""
+    with as_backend(emulation), emulation.run(**options) as run:
+        yield run
+
+
+def kernel_sources() -> list[Path]:
+    """Every CUDA file of the package."""
+    return sorted((native_build.CSRC / "cuda").glob("*.cu"))
+
+
+@functools.cache
+def _defined(namespace: str) -> torch.library.Library:
+    return library.define_again(namespace)
+
+
+_loaded: dict[Path, Emulation] = {}
+_served_by: dict[tuple[str, str], Path] = {}  # (namespace, source) -> module
+
+
+def load(variant: str, sources: Sequence[Path], label: str = "") -> Emulation:
+    """Builds, or finds in the cache, the module of these .cu files, and loads it. `variant`: see :mod:`.build`.
+
+    A `label` keeps the operators apart from those of other modules of the variant in this process. ValueError where
+    that is needed: of two modules with the same operators, torch calls the one loaded last.
+    """
+    path, namespace = build.build(variant, sources, label), build.namespace(variant, label)
+    for source in sources:
+        if _served_by.setdefault((namespace, source.stem), path) != path:
+            raise ValueError(f"label: expected one that no other module of {source.name} has, got {label!r}")
+    return load_built(path, namespace)
+
+
+def load_built(path: Path, namespace: str) -> Emulation:
+    """Loads a module that was built for this namespace."""
+    if path not in _loaded:
+        _defined(namespace)
+        # Extension modules are remembered by name: each library needs its own.
+        name = f"{path.parent.name}.{build.MODULE}"
+        loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+        module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path, loader=loader))
+        loader.exec_module(module)
+        _loaded[path] = Emulation(namespace, path, module)
+    return _loaded[path]

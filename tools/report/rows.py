@@ -1,0 +1,159 @@
+"""A compiled kernel as a problem launches it, and what is read off its machine code."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from var_kernels.triton.targets import TARGETS
+
+from . import amdgcn, flow, occupancy, sass
+from .bounds import Loop, loop_bound
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A compiled kernel as one problem launches it on a target.
+
+    `code` is a cubin, or the assembly of an AMD GPU; `shared_memory` the dynamic part of it in bytes; `columns` those
+    of tensor memory (sm_100); `has_16bit_products` whether its source multiplies 16-bit matrices, as far as that says.
+    """
+
+    op: str
+    problem: str
+    backend: str
+    kernel: str  # <stem>.<function>
+    symbol: str  # its name in `code`
+    target: str
+    code: bytes | str = field(repr=False)
+    programs: int
+    threads: int
+    shared_memory: int
+    columns: int = 0
+    has_16bit_products: bool = False
+    config: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the report knows of one kernel of a problem on a target.
+
+    `registers` are those of a thread (AMD: vector registers, accumulation registers included); `spills` instructions
+    that access local memory (AMD: registers spilled to scratch); `stack` bytes of local memory of a thread (AMD:
+    scratch); `counts` instructions by kind. `launches` counts the starts of the same code in the problem.
+    """
+
+    op: str
+    problem: str
+    backend: str
+    kernel: str
+    target: str
+    config: str
+    programs: int
+    threads: int
+    launches: int
+    registers: int
+    accumulators: int
+    scalars: int
+    spills: int
+    stack: int
+    shared_memory: int
+    has_16bit_products: bool
+    occupancy: occupancy.Occupancy
+    counts: dict[str, int]
+    loop: Loop | None
+
+    @property
+    def key(self) -> tuple[str, str, str, str, str]:
+        """What budgets are kept for."""
+        return self.op, self.problem, self.backend, self.kernel, self.target
+
+    @property
+    def tensor(self) -> dict[str, int]:
+        """Tensor-core instructions by kind."""
+        return {name.partition(" ")[2]: n for name, n in self.counts.items() if name.startswith("tensor ")}
+
+    def wide_share(self, access: str) -> float | None:
+        """The share of "loads", "stores" or "async copies" that move 128 bits; None if there are none."""
+        total = self.counts.get(access, 0)
+        return self.counts[access + " wide"] / total if total else None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A problem that does not compile for a target."""
+
+    op: str
+    problem: str
+    backend: str
+    target: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.op}, {self.problem}, {self.backend} on {self.target}: does not compile: {self.message}"
+
+
+def tools() -> tuple[str, str]:
+    """NVIDIA's nvdisasm and cuobjdump, which come with Triton. RuntimeError if one is missing."""
+    from triton import knobs
+
+    paths = knobs.nvidia.nvdisasm.path, knobs.nvidia.cuobjdump.path
+    for name, path in zip(("nvdisasm", "cuobjdump"), paths, strict=True):
+        if not Path(path).is_file():
+            variable = f"TRITON_{name.upper()}_PATH"
+            raise RuntimeError(f"{name}: expected Triton's at {path}, got no file; {variable} names another")
+    return paths
+
+
+@functools.lru_cache(maxsize=4)  # nvcc's have tens of kernels, and are read once for all of them
+def functions(cubin: bytes) -> dict[str, sass.Function]:
+    """The kernels of a cubin by name. RuntimeError with the message of the tool that fails."""
+    return sass.read(cubin, *tools())
+
+
+def read(binary: Binary) -> Row:
+    """Everything that the machine code says. RuntimeError or ValueError if it cannot be read."""
+    if TARGETS[binary.target].api == "cuda":
+        function = functions(binary.code)[binary.symbol]
+        module, vector = sass, {"registers": function.registers, "accumulators": 0, "scalars": 0}
+    else:
+        function = amdgcn.parse(binary.code, binary.symbol)
+        module = amdgcn
+        vector = {"registers": function.vgprs, "accumulators": function.agprs, "scalars": function.sgprs}
+    counts = module.counts(instruction.opcode for instruction in function.instructions)
+    shared = function.shared_memory + binary.shared_memory
+    is_cuda = module is sass
+    return Row(
+        op=binary.op, problem=binary.problem, backend=binary.backend, kernel=binary.kernel, target=binary.target,
+        config=binary.config, programs=binary.programs, threads=binary.threads, launches=1,
+        spills=counts["spills"] if is_cuda else function.vgpr_spills,
+        stack=function.stack if is_cuda else function.scratch,
+        shared_memory=shared,
+        has_16bit_products=binary.has_16bit_products,
+        occupancy=_occupancy(binary, function, shared),
+        counts=dict(counts),
+        loop=_loop(binary.target, module, function),
+        **vector,
+    )  # fmt: skip
+
+
+def _occupancy(binary: Binary, function, shared: int) -> occupancy.Occupancy:
+    common = {"threads": binary.threads, "shared_memory": shared}
+    if isinstance(function, sass.Function):
+        return occupancy.nvidia(
+            binary.target, registers=function.registers, tensor_columns=binary.columns, **common
+        )
+    return occupancy.amd(binary.target, vgprs=function.vgprs, sgprs=function.sgprs, **common)
+
+
+def _loop(target: str, module, function) -> Loop | None:
+    def weight(opcodes):
+        work = [module.tensor_work(opcode) for opcode in opcodes]
+        return sum(flop for entry in work if entry is not None for flop in entry[1:])
+
+    body = flow.main_loop(function.instructions, weight)
+    if body is None:
+        return None
+    products = [opcode for opcode in body if any(name.startswith("tensor") for name in module.counts([opcode]))]
+    return loop_bound(target, module.counts(body), map(module.tensor_work, products))

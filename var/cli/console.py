@@ -1,0 +1,156 @@
+"""What the commands of `python -m var` share: consoles, options' parsers, and errors as one line with an exit status.
+
+Nothing here imports torch, so that help and a mistyped option are answered at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer.core import TyperGroup
+
+# typer brings its own copy of click or uses the installed one, depending on its version; this is either's base class.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+_LONGEST_MESSAGE = 1000
+_FILE_WIDTH = 120  # of tables in a file or a pipe: rich would squeeze them into 80 columns
+
+BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; the second is the shell's 128 + SIGINT
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+errors = Console(highlight=False, stderr=True)
+
+
+class Commands(TyperGroup):
+    """The group of commands: an expected failure of any of them ends as one line on stderr and exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            note("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            message = _explanation(error)
+            if message is None or ctx.params.get("traceback"):
+                raise
+            note(f"error: {message}")
+            raise typer.Exit(BAD_INPUT) from None
+
+
+def _explanation(error: Exception) -> str | None:
+    """One line for a failure that the user or the machine caused; None for a fault of the program."""
+    if isinstance(error, _UsageError):
+        context = getattr(error, "ctx", None)
+        hint = f" (see `{context.command_path} --help`)" if context is not None else ""
+        return error.format_message() + hint  # type: ignore[attr-defined]
+    if isinstance(error, OSError):
+        return _os_explanation(error)
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return "out of memory: try a smaller --batch-size, or --precision bf16"
+    # By name: their modules import torch, and have been imported if such an error can be raised.
+    if isinstance(error, ValueError) or type(error).__name__ in ("TrainingError", "SafetensorError"):
+        text = " ".join(str(error).split())
+        return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]} … (all of it: --traceback)"
+    return None
+
+
+def _os_explanation(error: OSError) -> str | None:
+    if error.errno == errno.EPIPE:
+        return None  # whoever read our output has gone: typer ends the program silently
+    if error.errno is None:
+        return " ".join(str(error).split())
+    reason = error.strerror or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+
+
+def say(message: str) -> None:
+    """One line of result, on stdout."""
+    console.print(message, markup=False, soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """One line beside the result, on stderr."""
+    errors.print(message, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Any]:
+    """A bar on stderr that disappears when done, nothing where stderr is no terminal; yields ``advance(steps=1)``."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda steps=1: bar.advance(task, steps)
+
+
+def help_text(command: Any) -> str:
+    """The docstring of a command, its paragraphs unwrapped: help is as wide as the terminal, not as the source."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.getdoc(command).split("\n\n"))
+
+
+def integers(text: str | tuple[int, ...]) -> tuple[int, ...]:
+    """The value of an option like ``--patch-nums 1,2,4`` or ``"1 2 4"``."""
+    if isinstance(text, tuple):  # a default
+        return text
+    try:
+        return tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise typer.BadParameter(f"expected integers such as 1,2,4, got {text!r}") from None
+
+
+def prepare_output(path: Path, *suffixes: str, folder: bool = False) -> None:
+    """Refuse an output that cannot be written, before the work; missing folders are made.
+
+    `suffixes` are those of the files that may be written; with `folder`, a path without a suffix, or an existing folder
+    of any name, is a folder to write several files to.
+    """
+    is_folder = folder and (path.is_dir() or not path.suffix)
+    if not is_folder and (path.suffix.lower() not in suffixes or path.is_dir()):
+        expected = " or ".join((*(["a folder"] if folder else []), *(f"a {suffix} file" for suffix in suffixes)))
+        raise ValueError(f"--output: expected {expected}, got {path}{' (a folder)' if path.is_dir() else ''}")
+    from ..model.checkpoints import write_atomically
+
+    probe = (path if is_folder else path.parent) / f".{path.name}.probe"
+    try:
+        write_atomically(probe, lambda temporary: None)
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--output: cannot write {path}: {error.strerror or error}") from error
+
+
+def check_backend(backend: str) -> str:
+    """`backend`; ValueError with the names there are if it is none of them."""
+    from var_kernels.backends import BACKENDS
+
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"--backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def check_device(device: str) -> str:
+    """`device`; ValueError if torch does not know it or this machine does not have it."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--device: expected a device that is here, such as cpu, got {device!r} ({reason})") from error
+    return device

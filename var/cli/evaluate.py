@@ -1,0 +1,73 @@
+"""Quality of a model, measured and written as JSON: the work behind `python -m var evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from ..data.datasets import ImageData, describe, open_dataset, split_indices
+from ..evaluation.quality import QualityReport, evaluate, generator_of, train_classifier
+from ..generation.batches import default_batch_size, open_model, sampling_for
+from ..model import checkpoints
+from .console import console, note, say
+
+_CLASSIFIER_BATCH = 128
+_UNITS = {"psnr": "dB", "mse": "of values in [−1, 1]", "code_perplexity": "codes"}
+
+
+def run(
+    output: Path, model: str, path: str | None, data: Path | None, backend: str, images: int, held_out: int,
+    epochs: float, chosen: dict[str, Any], seed: int, precision: str, batch_size: int | None,
+) -> None:
+    """Measure, print a table, write `output`."""
+    started = time.perf_counter()
+    opened = open_model(model, path, backend)
+    vqvae, var = opened.pipeline
+    sampling = sampling_for(opened, **chosen)
+    train, test = (open_dataset(data, split, vqvae.config.image_size) for split in ("train", "test"))
+    if len(train.class_names) != var.config.num_classes:
+        expected = f"the {var.config.num_classes} classes of {opened.name}"
+        raise ValueError(f"--data: expected {expected}, got {describe(train)}")
+    fit = split_indices(len(train), held_out)[0]
+    note(f"training a classifier to measure with, on {len(fit)} images of {train.name}")
+    classifier = train_classifier(
+        train, fit, epochs=epochs, batch_size=min(_CLASSIFIER_BATCH, len(fit)), seed=seed,
+        progress=lambda step, steps, loss: note(f"classifier: step {step}/{steps}, loss {loss:.3f}"),
+    )
+    batch_size = batch_size or default_batch_size(var.config)
+    generate = generator_of(var, vqvae, batch_size=batch_size, precision=precision, **dataclasses.asdict(sampling))
+    report = evaluate(
+        vqvae, generate, train, test, classifier=classifier, num_generated=images, held_out=held_out,
+        batch_size=batch_size, seed=seed, progress=note,
+    )
+    conditions = {
+        "model": opened.name, "data": describe(test), "sampling": dataclasses.asdict(sampling), "seed": seed,
+        "precision": precision, "batch_size": batch_size,
+        "classifier_epochs": epochs, "backend": backend, "torch": torch.__version__,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    text = json.dumps(conditions | {"quality": report.as_dict()}, indent=2) + "\n"
+    checkpoints.write_atomically(output, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    _print(report, train)
+    say(f"{output}: {opened.name} on {test.name}, {sampling}, seed {seed}, {precision}, {conditions['seconds']} s")
+
+
+def _print(report: QualityReport, data: ImageData) -> None:
+    table = Table(title="Quality", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_column("")
+    for name, value in report.as_dict().items():
+        if isinstance(value, int | float):
+            text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+            table.add_row(name.replace("_", " "), text, _UNITS.get(name))
+    for name, value in zip(data.class_names, report.class_agreement_by_class, strict=True):
+        table.add_row(f"class agreement: {name}", f"{value:.4g}")
+    console.print(table)

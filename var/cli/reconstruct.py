@@ -1,0 +1,83 @@
+"""Image files through the tokenizer and back: the work behind `python -m var reconstruct`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data.datasets import DataError, load_resized, to_unit_range
+from ..data.pictures import comparison, to_pictures, write_png
+from ..evaluation.quality import psnr
+from ..model.vqvae import VQVAE
+from .console import note, say
+
+_BATCH = 16
+
+
+class Picture(NamedTuple):
+    """One image file, made to fit the model."""
+
+    path: Path
+    image: Tensor  # (3, S, S) float32 in [−1, 1]
+
+
+def read_image(path: Path, size: int) -> Picture:
+    """An image file as RGB, its shorter side resized to `size` pixels and its centre cut out; a line says so if it was.
+
+    Raises DataError naming a file that is no image, or a broken one.
+    """
+    try:
+        with Image.open(path) as header:
+            width, height = header.size
+        pixels = load_resized(path, size)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: not a readable image: {error}") from error
+    if (width, height) != (size, size):
+        steps = [] if min(width, height) == size else [f"resized to {pixels.shape[1]}×{pixels.shape[0]}"]
+        steps += [] if width == height else [f"cropped to its central {size}×{size} pixels"]
+        note(f"{path}: {width}×{height} pixels, {' and '.join(steps)} for this model")
+    y, x = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    square = torch.from_numpy(pixels[y : y + size, x : x + size].copy())
+    return Picture(path, to_unit_range(square.permute(2, 0, 1)))
+
+
+def reconstruct(vqvae: VQVAE, images: Tensor, precision: str = "fp32") -> Tensor:
+    """Reconstructions (B, 3, S, S) float32 in [−1, 1], on the CPU."""
+    device = vqvae.quant_conv.weight.device
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return torch.cat([vqvae.reconstruct(part.to(device)).float().cpu() for part in images.split(_BATCH)])
+
+
+def run(pictures: Sequence[Picture], vqvae: VQVAE, precision: str, output: Path) -> None:
+    """Write the sheet of pairs (.png), or every reconstruction to a folder; print the PSNR of each."""
+    originals = torch.stack([picture.image for picture in pictures])
+    reconstructions = reconstruct(vqvae, originals, precision)
+    if output.suffix.lower() == ".png" and not output.is_dir():
+        write_png(output, comparison(originals, reconstructions, _distinct([p.path.stem for p in pictures])))
+        files = [output] * len(pictures)
+    else:
+        stems = _distinct([picture.path.stem for picture in pictures])
+        files = [output / f"{stem}-reconstruction.png" for stem in stems]
+        for file, picture in zip(files, to_pictures(reconstructions), strict=True):
+            write_png(file, picture)
+    for picture, file, ratio in zip(pictures, files, psnr(reconstructions, originals).tolist(), strict=True):
+        say(f"{picture.path}: PSNR {ratio:.1f} dB, {file}")
+
+
+def _distinct(stems: Sequence[str]) -> list[str]:
+    """The names, numbered where one occurs again: files of equal names in several folders must not meet."""
+    seen: set[str] = set()
+    names = []
+    for stem in stems:
+        name, number = stem, 1
+        while name in seen:
+            number += 1
+            name = f"{stem}-{number}"
+        seen.add(name)
+        names.append(name)
+    return names

@@ -1,0 +1,232 @@
+"""The commands about training: train-tokenizer, train, evaluate, plot. Declarations and dispatch; torch on use.
+
+The options of the two trainings are the fields of `TokenizerTraining`, `TransformerTraining` and of the model's
+configuration, under the same names; a test holds the two lists together.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import INTERRUPTED, check_backend, check_device, help_text, integers, prepare_output, say
+from .images import Backend, BatchSize, Cfg, Data, Device, Model, ModelPath, Precision, Seed, TopK, TopP
+
+_RUN, _OPTIMIZER, _MODEL, _DATA = "Run", "Optimization", "Model", "Data"
+
+
+def _option(help_text: str, panel: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, **settings)
+
+
+def _integers(help_text: str, panel: str) -> Any:
+    return _option(help_text, panel, parser=integers, metavar="N,N,…")
+
+
+# Options of both trainings.
+RunFolder = Annotated[Path, _option(
+    "Folder of the run: checkpoint.pt, log.jsonl (curves) and the weights as .safetensors.", _RUN, "--output", "-o",
+    metavar="FOLDER")]
+Resume = Annotated[bool, _option("Go on from the checkpoint in --output, as if never stopped.", _RUN, "--resume")]
+MaxSteps = Annotated[int, _option("Optimizer steps; the learning rate falls to its minimum at the last.", _RUN)]
+MaxMinutes = Annotated[float | None, _option("Stop after so long, with a checkpoint.", _RUN, show_default="no limit")]
+CheckpointMinutes = Annotated[float, _option("Minutes between checkpoints.", _RUN)]
+LogEvery = Annotated[int, _option("Steps between lines of log.jsonl.", _RUN)]
+ValEvery = Annotated[int, _option("Steps between validations; 0: at the end only.", _RUN)]
+TrainPrecision = Annotated[str, _option("fp32, or bf16: autocast of forward and backward.", _RUN)]
+TrainSeed = Annotated[int, _option("Seed of initialisation, data order and dropout.", _RUN)]
+Images = Annotated[int, _option("Images per step.", _OPTIMIZER, "--batch-size")]
+Lr = Annotated[float, _option("Peak learning rate of AdamW.", _OPTIMIZER)]
+MinLr = Annotated[float, _option("Learning rate at the last step, reached along half a cosine.", _OPTIMIZER)]
+Warmup = Annotated[int, _option("Steps of linear warm-up.", _OPTIMIZER)]
+Decay = Annotated[float, _option("Weight decay of linear and convolution weights.", _OPTIMIZER)]
+Beta1 = Annotated[float, _option("AdamW's first moment.", _OPTIMIZER)]
+Beta2 = Annotated[float, _option("AdamW's second moment.", _OPTIMIZER)]
+GradClip = Annotated[float, _option("Largest global norm of the gradient; 0: not clipped.", _OPTIMIZER)]
+Ema = Annotated[float, _option("Decay of the average of the weights that is exported; 0: no average.", _OPTIMIZER)]
+ValImages = Annotated[int, _option("Training images held out for validation.", _DATA)]
+RandomCrop = Annotated[bool, _option("Cut a random square, not the centre (image folders).", _DATA, "--random-crop")]
+Flip = Annotated[bool, _option("Mirror half of the images (image folders only).", _DATA, "--flip")]
+
+# Sizes of the tokenizer.
+VocabSize = Annotated[int, _option("Codes in the codebook.", _MODEL)]
+ZChannels = Annotated[int, _option("Channels of a code.", _MODEL)]
+Ch = Annotated[int, _option("Channels of the convolutions at full resolution, a multiple of 32.", _MODEL)]
+ChMult = Annotated[Any, _integers("Factors of --ch per resolution; every further one halves the side.", _MODEL)]
+PatchNums = Annotated[Any, _integers("Sides of the token maps. An image side is the last one times 2^(number of "
+                                     "--ch-mult - 1).", _MODEL)]
+ResBlocks = Annotated[int, _option("Residual blocks per resolution.", _MODEL)]
+NumPhi = Annotated[int, _option("Convolutions φ shared by the scales.", _MODEL)]
+PhiRatio = Annotated[float, _option("Share of the convolution in φ.", _MODEL)]
+Beta = Annotated[float, _option("Weight of the commitment loss within the quantizer's loss.", _MODEL)]
+Znorm = Annotated[bool, _option("Nearest code by cosine instead of distance.", _MODEL, "--using-znorm")]
+L1 = Annotated[float, _option("Weight of the absolute error beside the squared error.", _OPTIMIZER)]
+Vq = Annotated[float, _option("Weight of the quantizer's loss.", _OPTIMIZER)]
+InitImages = Annotated[int, _option("Images whose features, clustered, are the first codebook.", _OPTIMIZER)]
+RestartEvery = Annotated[int, _option("Steps between revivals of unused codes.", _OPTIMIZER)]
+RestartUntil = Annotated[float, _option("Share of the steps after which codes are left alone.", _OPTIMIZER)]
+RestartBelow = Annotated[float, _option("A code is unused below this share of the average use.", _OPTIMIZER)]
+
+# Sizes of the transformer.
+Tokenizer = Annotated[Path, _option("Weights of train-tokenizer: its folder, or the file vqvae.safetensors.", _DATA,
+                                    "--tokenizer", "-t", metavar="FOLDER|FILE")]
+Depth = Annotated[int, _option("Blocks.", _MODEL)]
+Width = Annotated[int | None, _option("Channels.", _MODEL, show_default="64 times the depth")]
+Heads = Annotated[int | None, _option("Attention heads.", _MODEL, show_default="one per 64 channels")]
+MlpRatio = Annotated[float, _option("Hidden channels of the feed-forward layers over channels.", _MODEL)]
+SharedAln = Annotated[bool, _option("One AdaLN projection for all blocks, as in d36.", _MODEL, "--shared-aln")]
+L2Norm = Annotated[bool, _option("Normalised queries and keys, as in all released models.", _MODEL)]
+NumClasses = Annotated[int | None, _option("Classes.", _MODEL, show_default="counted in the data set")]
+LabelDropout = Annotated[float, _option("Share of labels replaced by 'no class', for guidance (--cfg).", _OPTIMIZER)]
+Views = Annotated[int, _option("Tokenized copies of the training set, each cropped and mirrored anew.", _DATA)]
+EncodeBatch = Annotated[int, _option("Images tokenized at a time.", _DATA)]
+
+
+def train_tokenizer(
+    output: RunFolder, data: Data = None, resume: Resume = False, max_steps: MaxSteps = 10_000, batch_size: Images = 64,
+    lr: Lr = 1e-3, min_lr: MinLr = 1e-5, warmup_steps: Warmup = 200, weight_decay: Decay = 0.05, beta1: Beta1 = 0.9,
+    beta2: Beta2 = 0.95, grad_clip: GradClip = 1.0, ema_decay: Ema = 0.999, precision: TrainPrecision = "fp32",
+    device: Device = "cpu", seed: TrainSeed = 0, val_images: ValImages = 2000, val_every: ValEvery = 1000,
+    log_every: LogEvery = 50, checkpoint_minutes: CheckpointMinutes = 5.0, max_minutes: MaxMinutes = None,
+    backend: Backend = "auto", l1_weight: L1 = 0.2, vq_weight: Vq = 1.0, random_crop: RandomCrop = False,
+    flip: Flip = False, init_images: InitImages = 256, restart_every: RestartEvery = 50,
+    restart_until: RestartUntil = 0.7, restart_threshold: RestartBelow = 0.1, vocab_size: VocabSize = 512,
+    z_channels: ZChannels = 16, ch: Ch = 32, ch_mult: ChMult = "1,2,2", patch_nums: PatchNums = "1,2,3,4,6,8",
+    num_res_blocks: ResBlocks = 1, num_phi: NumPhi = 4, phi_ratio: PhiRatio = 0.5, beta: Beta = 0.25,
+    using_znorm: Znorm = False,
+) -> None:
+    """Train the tokenizer, a multi-scale VQ-VAE: images to token maps and back.
+
+    The sizes by default are those of the embedded model (32×32 pixels, 130 tokens); those of the released tokenizer are
+    --vocab-size 4096 --z-channels 32 --ch 160 --ch-mult 1,1,2,2,4 --num-res-blocks 2 --patch-nums
+    1,2,3,4,5,6,8,10,13,16. Ctrl-C ends the run with a checkpoint and usable weights; --resume goes on.
+
+    Examples:
+
+    $ python -m var train-tokenizer -o runs/tokenizer --precision bf16
+
+    $ python -m var train-tokenizer -o runs/tokenizer --resume
+
+    $ python -m var train-tokenizer -o runs/flowers -d ~/flowers --flip --patch-nums 1,2,3,4,6,8,12,16 --max-minutes 60
+    """
+    values = dict(locals())
+    check_backend(backend)
+    check_device(device)
+    from ..model.config import VQVAEConfig
+    from ..training import tokenizer as work
+
+    _finish(work.train_tokenizer(_build(work.TokenizerTraining, VQVAEConfig, values)), "train-tokenizer")
+
+
+def train(
+    output: RunFolder, tokenizer: Tokenizer, data: Data = None, resume: Resume = False, max_steps: MaxSteps = 10_000,
+    batch_size: Images = 64, lr: Lr = 1e-3, min_lr: MinLr = 1e-5, warmup_steps: Warmup = 200,
+    weight_decay: Decay = 0.05, beta1: Beta1 = 0.9, beta2: Beta2 = 0.95, grad_clip: GradClip = 1.0,
+    ema_decay: Ema = 0.999, precision: TrainPrecision = "fp32", device: Device = "cpu", seed: TrainSeed = 0,
+    val_images: ValImages = 2000, val_every: ValEvery = 1000, log_every: LogEvery = 50,
+    checkpoint_minutes: CheckpointMinutes = 5.0, max_minutes: MaxMinutes = None, backend: Backend = "auto",
+    label_dropout: LabelDropout = 0.1,
+    random_crop: RandomCrop = False, flip: Flip = False, views: Views = 1, encode_batch: EncodeBatch = 128,
+    depth: Depth = 6, width: Width = None, heads: Heads = None, mlp_ratio: MlpRatio = 4.0,
+    shared_aln: SharedAln = False, attn_l2_norm: L2Norm = True, num_classes: NumClasses = None,
+) -> None:
+    """Train the transformer on the tokens of a trained tokenizer: next-scale prediction.
+
+    Scales, codebook and classes follow the tokenizer and the data set. The folder of the run ends up holding both
+    halves, so that it serves as --model of the other commands. Ctrl-C ends the run with a checkpoint and usable
+    weights; --resume goes on.
+
+    Examples (the first has the sizes of the embedded model):
+
+    $ python -m var train -o runs/clothes -t runs/tokenizer --width 192 --shared-aln --precision bf16
+
+    $ python -m var generate -m runs/clothes -o clothes.png
+    """
+    values = dict(locals())
+    check_backend(backend)
+    check_device(device)
+    from ..data.datasets import open_dataset
+    from ..model.config import VARConfig
+    from ..training import transformer as work
+
+    config = work.load_tokenizer(tokenizer.expanduser(), backend).config
+    if num_classes is None:
+        num_classes = len(open_dataset(data, "train", config.image_size).class_names)
+    values |= {"num_classes": num_classes, "patch_nums": config.patch_nums}
+    values |= {"vocab_size": config.vocab_size, "z_channels": config.z_channels}
+    _finish(work.train_transformer(_build(work.TransformerTraining, VARConfig, values)), "train")
+
+
+def _build(options: Any, model: Any, values: dict[str, Any]) -> Any:
+    """The dataclass `options` with its `model` configuration, both filled from the command line's values by name."""
+    import dataclasses
+
+    sizes = {field.name: values[field.name] for field in dataclasses.fields(model) if field.name in values}
+    rest = {field.name: values[field.name] for field in dataclasses.fields(options) if field.name in values}
+    return options(model=model(**sizes), **rest)
+
+
+def _finish(result: Any, command: str) -> None:
+    figures = "".join(f", {name} {value:.4g}" for name, value in result.validation.items())
+    say(f"{result.weights}: {result.reason} after {result.step} steps, {result.seconds / 60:.1f} min{figures}")
+    if result.reason == "interrupted":
+        say(f"continue with: python -m var {command} … --resume")
+        raise typer.Exit(INTERRUPTED)
+
+
+def evaluate(
+    output: Annotated[Path, typer.Option(
+        "--output", "-o", metavar="FILE.json", help="The figures.")] = Path("quality.json"),
+    model: Model = "fashion", path: ModelPath = None, data: Data = None, backend: Backend = "auto",
+    images: Annotated[int, typer.Option("--images", "-n", min=2, help="Images to generate.")] = 2000,
+    held_out: Annotated[int, typer.Option(
+        "--held-out", min=2, help="Training images kept from the classifier, for the floor of the distance.")] = 2000,
+    epochs: Annotated[float, typer.Option("--epochs", min=0.0, help="Epochs of training of the classifier.")] = 4.0,
+    cfg: Cfg = None, top_k: TopK = None, top_p: TopP = None, seed: Seed = 0, precision: Precision = "fp32",
+    batch_size: BatchSize = None,
+) -> None:
+    """Measure a model on its data set; a few minutes, most of it for the measuring classifier.
+
+    Reconstruction of the test images (PSNR), use of the codebook, and, by a small classifier trained for this only, how
+    often generated images show their class, and the Fréchet distance of its features to real test images beside the
+    same distance of held-out real images. That distance is no FID: it compares models of one data set.
+
+    Example:
+
+    $ python -m var evaluate -m runs/clothes -o quality.json
+    """
+    check_backend(backend)
+    prepare_output(output, ".json")
+    from ..generation.batches import check_precision
+    from . import evaluate
+
+    check_precision(precision)
+    sampling = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
+    evaluate.run(output, model, path, data, backend, images, held_out, epochs, sampling, seed, precision, batch_size)
+
+
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or their log.jsonl files.")],
+    output: Annotated[Path, typer.Option(
+        "--output", "-o", metavar="FILE.png", help="The picture.")] = Path("curves.png"),
+) -> None:
+    """Draw the curves of trainings, running or done: losses, accuracy, PSNR, use of the codebook.
+
+    Needs matplotlib: the extra `plots` of this package.
+
+    Example:
+
+    $ python -m var plot runs/tokenizer runs/clothes -o curves.png
+    """
+    prepare_output(output, ".png")
+    from . import curves
+
+    curves.run(runs, output)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the program."""
+    for command in (train_tokenizer, train, evaluate, plot):
+        app.command(rich_help_panel="Training", help=help_text(command))(command)

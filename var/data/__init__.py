@@ -1,0 +1,1 @@
+"""Images in and out: data sets by class, and pictures for people."""

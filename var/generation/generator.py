@@ -1,0 +1,306 @@
+"""The loop from labels to images: classifier-free guidance, sampling, and the scales one after the other."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from var_kernels import sample_tokens
+from var_kernels.reference.sample_tokens import restrict
+
+from ..model.transformer import VAR
+from ..model.vqvae import VQVAE
+from . import graphs as graph_capture
+from .inference import PRECISIONS, InferenceDecoder, InferenceTransformer
+
+
+class Generated(NamedTuple):
+    """Result of a generation."""
+
+    tokens: Tensor  # (B, L) int64, as sampled
+    images: Tensor  # (B, 3, H, W) in [−1, 1]
+
+
+class Kept(NamedTuple):
+    """Given tokens that editing keeps: `tokens` (B, L) and, per scale, a mask (l_k,) that is True where they stay."""
+
+    tokens: Tensor
+    masks: tuple[Tensor, ...]
+
+
+OnScale = Callable[[int, Callable[[], Tensor]], None]
+
+
+def soft_codes(logits_BLV: Tensor, codebook_VC: Tensor, ratio: float, exponential_BLV: Tensor) -> Tensor:
+    """`more_smooth`: codes averaged with Gumbel-softmax weights, sharper from scale to scale (ratio = k/(K−1))."""
+    temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
+    weights = ((logits_BLV * (1 + ratio) - exponential_BLV.log()) / temperature).softmax(dim=-1)
+    return weights @ codebook_VC
+
+
+@functools.cache
+def _exponential_composes() -> bool:
+    """Whether `exponential_` on a CPU is −log1p(−u) of the doubles of `uniform_`, as in PyTorch's plain kernel."""
+    expected = torch.empty(4099).exponential_(generator=torch.Generator().manual_seed(1))
+    drawn = torch.empty(4099, dtype=torch.float64).uniform_(generator=torch.Generator().manual_seed(1))
+    return torch.equal(drawn.neg_().log1p_().neg_().float(), expected)
+
+
+def fill_exponential(out: Tensor, generator: torch.Generator) -> None:
+    """`out.exponential_(generator=generator)` of a dense tensor, number for number; on a CPU in a quarter of the time.
+
+    PyTorch draws and takes the logarithm one number after the other; only drawing has to be so.
+    """
+    if out.device.type != "cpu" or out.dtype != torch.float32 or not _exponential_composes():
+        out.exponential_(generator=generator)
+        return
+    buffer = torch.empty(min(out.numel(), 1 << 17), dtype=torch.float64)  # 1 MiB: stays in the cache
+    for part in out.view(-1).split(1 << 17):
+        drawn = buffer[: len(part)].uniform_(generator=generator)
+        part.copy_(drawn.neg_().log1p_().neg_())
+
+
+class _Noise:
+    """Exp(1) variates, (B, l, V) for one scale after the other, from one generator or one for each image."""
+
+    def __init__(self, batch: int, vocab: int, device: torch.device, seed: int | None, seeds: Tensor | None) -> None:
+        self._shape, self._device = (batch, vocab), device
+        if seeds is not None:
+            self._generators = [torch.Generator(device).manual_seed(int(value)) for value in seeds]
+            return
+        generator = torch.Generator(device)
+        generator.seed() if seed is None else generator.manual_seed(seed)
+        self._generators = [generator]
+
+    def draw(self, length: int) -> Tensor:
+        batch, vocab = self._shape
+        noise = torch.empty(batch, length, vocab, device=self._device)
+        for part, generator in zip(noise.chunk(len(self._generators)), self._generators, strict=True):
+            fill_exponential(part, generator)
+        return noise
+
+
+class Options(NamedTuple):
+    """What a whole generation is done with; part of a captured graph."""
+
+    cfg: float
+    top_k: int
+    top_p: float
+
+    @property
+    def guided(self) -> bool:
+        return self.cfg > 0
+
+
+class Generator:
+    """Images of a model, as fast as the machine allows: built once for a precision and a batch size, called often.
+
+    Building copies the weights as they are now, on a CPU packed for the kernels, else the decoder's with its channels
+    last; `nbytes` says how much that is, with the KV cache. Later changes of the model do not show. With `pack=False`
+    nothing is copied in fp32: projections are `F.linear`, and the model's own decoder runs. Precision "bf16" holds
+    weights, activations of the projections, attention and the decoder in bfloat16; the residual stream, the norms, the
+    head and sampling stay fp32.
+
+    `graphs`: whether each scale is captured as a CUDA graph, once for each batch size and set of options; None: on
+    GPUs. Never verified on a GPU. Where a capture fails, a warning says why and the scales are launched as usual.
+
+    Raises ValueError for an unknown precision, a batch size below 1 and a VQ-VAE of another schedule, vocabulary or
+    width than the transformer's.
+    """
+
+    def __init__(
+        self, var: VAR, vqvae: VQVAE, *, batch_size: int = 1, precision: str = "fp32", pack: bool = True,
+        graphs: bool | None = None,
+    ) -> None:
+        for name in ("patch_nums", "vocab_size", "z_channels"):
+            ours, theirs = getattr(var.config, name), getattr(vqvae.config, name)
+            if ours != theirs:
+                raise ValueError(f"vqvae: expected {name} {ours} like the transformer, got {theirs}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        self.config, self.batch_size, self.precision = var.config, batch_size, precision
+        self.device = var.pos_1LC.device
+        self._backend = var.backend
+        self._condition = var.condition
+        self._quantize = vqvae.quantize
+        with torch.inference_mode():
+            self._transformer = InferenceTransformer(var, 2 * batch_size, PRECISIONS[precision], pack=pack)
+            in_place = precision == "fp32" and not pack
+            self._decoder = None if in_place else InferenceDecoder(
+                vqvae, PRECISIONS[precision], batch_size=batch_size, pack=pack
+            )
+        self.decode = self._decoder or vqvae.decode_features  # features (B, z_channels, h, w) -> images
+        self.begin, self.empty_features = self._transformer.begin, vqvae.quantize.empty_features
+        on_gpu = self.device.type == "cuda"
+        if graphs and not on_gpu:
+            raise ValueError(f"graphs: expected a model on a GPU, got one on {self.device}")
+        self._capture = graph_capture.capture_cuda if on_gpu and graphs is not False else None
+        self._captured: dict[tuple, graph_capture.CapturedGeneration] = {}
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes that this object holds beside the model: packed weights, the decoder with its activations, KV cache."""
+        return {
+            "packed weights": self._transformer.packed_bytes,
+            "decoder": self._decoder.nbytes if self._decoder else 0,
+            "KV cache": self._transformer.cache_bytes,
+        }
+
+    def stream(self, labels: Tensor, *, seeds: Sequence[int] | Tensor | None = None, **options) -> Iterator[Generated]:
+        """Generate any number of images, `batch_size` at a time, each group as soon as it is ready.
+
+        `seeds` has one seed for each label; options are those of a call. One `seed` is refused: groups would repeat
+        each other.
+        """
+        if "seed" in options:
+            raise ValueError("seed: expected seeds, one for each image, got one seed for all groups")
+        for start in range(0, len(labels), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield self(labels[part], seeds=None if seeds is None else seeds[part], **options)
+
+    @torch.inference_mode()
+    def __call__(
+        self, labels: Tensor, *, cfg: float = 1.5, top_k: int = 0, top_p: float = 0.0, seed: int | None = None,
+        seeds: Sequence[int] | Tensor | None = None, more_smooth: bool = False, keep: Kept | None = None,
+        on_scale: OnScale | None = None,
+    ) -> Generated:
+        """One image for each of up to `batch_size` labels; the options are those of `generate`."""
+        _check_options(cfg, top_k, top_p)
+        options, batch = Options(cfg, top_k, top_p), len(labels)
+        labels = labels.to(self.device)
+        if batch > self.batch_size:
+            raise ValueError(f"labels: expected at most batch_size = {self.batch_size}, got {batch}")
+        seeds = _checked_seeds(seeds, seed, batch)
+        self._condition(labels)  # refuses bad labels
+        if options.guided:
+            labels = torch.cat((labels, torch.full_like(labels, self.config.num_classes)))
+        with torch.autocast(self.device.type, enabled=False):
+            if batch == 0:
+                return Generated(labels.new_zeros(0, self.config.schedule.length), self.decode(self.empty_features(0)))
+            # Seeds serve the kernel's own generator; `more_smooth` needs the numbers themselves.
+            from_noise = seeds is None or more_smooth
+            noise = _Noise(batch, self.config.vocab_size, self.device, seed, seeds) if from_noise else None
+            seeds = None if from_noise else seeds.to(self.device)
+            if keep is None and not more_smooth and (captured := self._captured_for(batch, options, seeds is not None)):
+                return captured(labels, noise, seeds, on_scale)
+            return self._run(labels, batch, options, noise, seeds, more_smooth, keep, on_scale)
+
+    def _run(
+        self, labels: Tensor, batch: int, options: Options, noise: _Noise | None, seeds: Tensor | None,
+        more_smooth: bool, keep: Kept | None, on_scale: OnScale | None,
+    ) -> Generated:
+        x_BLC, f_hat, sampled = self.begin(labels), self.empty_features(batch), []
+        schedule = self.config.schedule
+        for k, (start, length) in enumerate(zip(schedule.starts, schedule.lengths, strict=True)):
+            drawn = None if noise is None else noise.draw(length)
+            gumbel = noise.draw(length) if more_smooth else None
+            given = None if keep is None else (keep.tokens[:, start : start + length], keep.masks[k])
+            tokens, f_hat, x_BLC = self.scale(
+                k, x_BLC, f_hat, options, noise=drawn, seeds=seeds, gumbel=gumbel, given=given
+            )
+            sampled.append(tokens)
+            if on_scale is not None:
+                on_scale(k, lambda features=f_hat: self.decode(features))
+        return Generated(torch.cat(sampled, dim=1), self.decode(f_hat))
+
+    def scale(
+        self, k: int, x_BLC: Tensor, f_hat: Tensor, options: Options, *, noise: Tensor | None = None,
+        seeds: Tensor | None = None, gumbel: Tensor | None = None, given: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scale k from its input and the features so far: tokens, new features, input of the next scale.
+
+        Tensors in, tensors out, nothing read back: this is what is captured. `gumbel` makes the soft codes of
+        `more_smooth`; `given` holds tokens (B, l_k) and where (l_k,) they replace the sampled ones.
+        """
+        schedule = self.config.schedule
+        ratio = k / (schedule.num_scales - 1) if schedule.num_scales > 1 else 0.0
+        logits = self._transformer.step(x_BLC, k, options.cfg * ratio if options.guided else None)
+        tokens = sample_tokens(
+            logits, top_k=options.top_k, top_p=options.top_p, noise=noise, seeds=seeds,
+            offset=0 if seeds is None else schedule.starts[k], backend=self._backend,
+        )
+        codebook = self._quantize.embedding
+        codes = codebook(tokens)
+        if gumbel is not None:
+            codes = soft_codes(restrict(logits, options.top_k, options.top_p), codebook.weight, ratio, gumbel)
+        if given is not None:
+            codes = torch.where(given[1].view(1, -1, 1), codebook(given[0]), codes)
+        f_hat, following = self._quantize.accumulate(f_hat, codes, k)
+        last = following is None
+        return tokens, f_hat, None if last else self._transformer.embed(following, k + 1, options.guided)
+
+    def _captured_for(
+        self, batch: int, options: Options, seeded: bool
+    ) -> graph_capture.CapturedGeneration | None:
+        """The graphs for such a call, captured at the first one; None where nothing is captured."""
+        if self._capture is None:
+            return None
+        key = (batch, options, seeded)
+        if key not in self._captured:
+            try:
+                self._captured[key] = graph_capture.CapturedGeneration(self, batch, options, seeded, self._capture)
+            except RuntimeError as error:
+                warnings.warn(f"the scales could not be captured as CUDA graphs and are launched as usual: {error}",
+                              RuntimeWarning, stacklevel=4)  # fmt: skip
+                self._capture = None
+                return None
+        return self._captured[key]
+
+
+def _check_options(cfg: float, top_k: int, top_p: float) -> None:
+    if not cfg >= 0 or cfg == float("inf"):
+        raise ValueError(f"cfg: expected a finite number ≥ 0, got {cfg}")
+    if top_k < 0:
+        raise ValueError(f"top_k: expected an integer ≥ 0 (0: off), got {top_k}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p: expected a number in [0, 1] (0: off), got {top_p}")
+
+
+def _checked_seeds(seeds: Sequence[int] | Tensor | None, seed: int | None, batch: int) -> Tensor | None:
+    if seeds is None:
+        return None
+    if seed is not None:
+        raise ValueError("seed: expected one of seed and seeds, got both")
+    if not isinstance(seeds, Tensor):
+        seeds = torch.tensor(list(seeds), dtype=torch.int64)
+    if seeds.dtype != torch.int64 or tuple(seeds.shape) != (batch,):
+        raise ValueError(f"seeds: expected {batch} 64-bit integers, one for each label, got shape "
+                         f"{tuple(seeds.shape)} {seeds.dtype}")
+    return seeds
+
+
+def generate(
+    var: VAR, vqvae: VQVAE, labels: Tensor, *, cfg: float = 1.5, top_k: int = 0, top_p: float = 0.0,
+    seed: int | None = None, seeds: Sequence[int] | Tensor | None = None, more_smooth: bool = False,
+    keep: Kept | None = None, on_scale: OnScale | None = None, precision: str | None = None, pack: bool = True,
+) -> Generated:
+    """Sample one image per label, coarse to fine. This builds a `Generator`; for more than one call keep one.
+
+    Guidance grows with the scale: t = cfg·k/(K−1); with cfg = 0 the unconditional half is not computed. One
+    `torch.Generator` is seeded with `seed` (fresh entropy if None) and drawn from once per scale, so a seed gives the
+    tokens of the official implementation. With `seeds`, one for each label, an image depends on its own seed and not
+    on its neighbours. `more_smooth` feeds Gumbel-softmax mixtures of codes forward (nicer pictures, no valid
+    likelihood); `keep` holds tokens that editing keeps. `on_scale(k, partial)` is called after each scale; `partial()`
+    decodes the images (B, 3, H, W) so far.
+
+    `precision` is "fp32" or "bf16"; None: bf16 under bf16 autocast, else fp32. `pack` as in `Generator`.
+
+    Raises ValueError for labels outside [0, num_classes], top_p outside [0, 1], negative cfg or top_k, and a VQ-VAE
+    of another schedule, vocabulary or width.
+    """
+    device = var.pos_1LC.device.type
+    if precision is None:
+        low = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        precision = "bf16" if low else "fp32"
+    generator = Generator(var, vqvae, batch_size=max(1, len(labels)), precision=precision, pack=pack)
+    return generator(
+        labels, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, seeds=seeds, more_smooth=more_smooth, keep=keep,
+        on_scale=on_scale,
+    )

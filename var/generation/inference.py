@@ -1,0 +1,282 @@
+"""The two networks prepared for inference: weights packed once, every buffer allocated once, nothing to train."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from var_kernels import adaln_layer_norm, block_causal_attention, gated_residual_adaln, qk_norm_cache
+from var_kernels.inference import huge_pages
+from var_kernels.inference.group_norm_silu import group_norm_silu
+from var_kernels.inference.packed_linear import PackedLinear
+from var_kernels.inference.winograd_conv import PackedConv3x3, winograd_unavailable_reason
+
+from ..model.transformer import VAR
+from ..model.vqvae import VQVAE, Norm, ResnetBlock, Upsample
+from . import memory
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class _Layer(NamedTuple):
+    """One block: its projections, and the keys and values (rows, H, L, D) of all tokens so far."""
+
+    qkv: PackedLinear
+    proj: PackedLinear
+    fc1: PackedLinear  # with GELU
+    fc2: PackedLinear
+    q_factor: Tensor | None  # (H,), where queries and keys are normalised
+    k: Tensor
+    v: Tensor
+
+
+class InferenceTransformer:
+    """The transformer of `var` for up to `rows` sequences at a time, scale by scale.
+
+    `dtype` is that of the projections, of attention and of the KV cache; the residual stream, the norms, the embeddings
+    and the head are fp32. Weights are copied as they are now.
+    """
+
+    def __init__(self, var: VAR, rows: int, dtype: torch.dtype = torch.float32, *, pack: bool = True) -> None:
+        self.config, self.backend, self.dtype, self.rows = var.config, var.backend, dtype, rows
+        config, device = var.config, var.pos_1LC.device
+
+        def linear(module: nn.Linear, bias: Tensor | None = None, kind: torch.dtype = dtype, gelu: bool = False):
+            bias = module.bias if bias is None else bias
+            return PackedLinear(module.weight, bias, dtype=kind, gelu=gelu, pack=pack)
+
+        def layer(block: nn.Module) -> _Layer:
+            attn, ffn = block.attn, block.ffn
+            cache = (rows, config.heads, config.schedule.length, config.head_dim)
+            return _Layer(
+                qkv=linear(attn.mat_qkv, torch.cat((attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias))),
+                proj=linear(attn.proj), fc1=linear(ffn.fc1, gelu=True), fc2=linear(ffn.fc2),
+                q_factor=attn.scale_mul_1H11.detach().clamp_max(math.log(100.0)).exp().flatten().float()
+                if config.attn_l2_norm else None,
+                k=huge_pages.zeros(*cache, dtype=dtype, device=device),
+                v=huge_pages.zeros(*cache, dtype=dtype, device=device),
+            )  # fmt: skip
+
+        self._layers = [layer(block) for block in var.blocks]
+        if config.shared_aln:
+            self._modulate = [linear(var.shared_ada_lin[1])]
+            self._offsets = torch.stack([block.ada_gss.detach().view(6, -1) for block in var.blocks])
+        else:
+            self._modulate = [linear(block.ada_lin[1]) for block in var.blocks]
+        self._modulate_head = linear(var.head_nm.ada_lin[1])
+        self._head = linear(var.head, kind=torch.float32)
+        self._class_emb, self._pos_start = var.class_emb.weight.detach(), var.pos_start.detach()
+        self._word_embed = var.word_embed.weight.detach(), var.word_embed.bias.detach()
+        self._positions = var.positions().detach()
+        # (depth, rows, 6, C): gamma1, gamma2, scale1, scale2, shift1, shift2 of every block, read in place by the
+        # kernels; and (rows, 2, C): scale and shift of the head.
+        self._modulation = torch.zeros(config.depth, rows, 6, config.width, device=device)
+        self._head_modulation = torch.zeros(rows, 2, config.width, device=device)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache."""
+        return sum(layer.k.nbytes + layer.v.nbytes for layer in self._layers)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed copies of weights, which the model holds as well."""
+        layers = [linear for layer in self._layers for linear in layer if isinstance(linear, PackedLinear)]
+        return sum(linear.nbytes for linear in (*layers, *self._modulate, self._modulate_head, self._head))
+
+    def begin(self, labels: Tensor) -> Tensor:
+        """Modulation of all blocks for these classes, for all scales; the input (rows, l_1, C) of the first one."""
+        rows, width = len(labels), self.config.width
+        cond = F.embedding(labels, self._class_emb)
+        activated = F.silu(cond).to(self.dtype)
+        if self.config.shared_aln:
+            shared = self._modulate[0](activated).view(rows, 6, width)
+            torch.add(self._offsets[:, None], shared, out=self._modulation[:, :rows])
+        else:
+            for i, linear in enumerate(self._modulate):
+                self._modulation[i, :rows] = linear(activated).view(rows, 6, width)
+        self._head_modulation[:rows] = self._modulate_head(activated).view(rows, 2, width)
+        return cond.unsqueeze(1) + self._pos_start + self._positions[:, : self.config.schedule.lengths[0]]
+
+    def embed(self, map_BLC: Tensor, k: int, guided: bool) -> Tensor:
+        """The input of scale k, (rows, l_k, C), from what the coarser scales add up to; twice over with guidance."""
+        start, length = self.config.schedule.starts[k], self.config.schedule.lengths[k]
+        x_BLC = F.linear(map_BLC, *self._word_embed) + self._positions[:, start : start + length]
+        return torch.cat((x_BLC, x_BLC)) if guided else x_BLC
+
+    def step(self, x_BLC: Tensor, k: int, guidance: float | None = None) -> Tensor:
+        """Logits (rows, l_k, V), fp32, of scale k; its keys and values join those of the coarser scales.
+
+        With `guidance` t the second half of the rows is the unconditional one, and the result, of half as many rows,
+        (1 + t)·conditional − t·unconditional: combined in front of the head, which is linear.
+        """
+        rows, length, width = x_BLC.shape
+        config, start = self.config, self.config.schedule.starts[k]
+        lens, end = config.schedule.lengths[: k + 1], start + length
+        parameters = self._modulation[:, :rows].unbind(0)  # (rows, 6, C) of each block
+        following = [*((p[:, 2:3], p[:, 4:5]) for p in parameters[1:]), self._head_modulation[:rows].split(1, dim=1)]
+        y_BLC = adaln_layer_norm(x_BLC, parameters[0][:, 2:3], parameters[0][:, 4:5], backend=self.backend)
+        y_BLC = y_BLC.to(self.dtype)
+        for layer, p, (scale, shift) in zip(self._layers, parameters, following, strict=True):
+            qkv = layer.qkv(y_BLC).view(rows, length, 3, config.heads, config.head_dim)
+            q_BHLD = self._extend_cache(layer, qkv, start)
+            out_BHLD = block_causal_attention(
+                q_BHLD, layer.k[:rows, :, :end], layer.v[:rows, :, :end], lens, softmax_scale=config.softmax_scale,
+                backend=self.backend,
+            )
+            branch = layer.proj(out_BHLD.transpose(1, 2).reshape(rows, length, width))
+            x_BLC, y_BLC = gated_residual_adaln(
+                x_BLC, branch, p[:, 0:1], p[:, 3:4], p[:, 5:6], backend=self.backend
+            )
+            branch = layer.fc2(layer.fc1(y_BLC))
+            if layer is self._layers[-1]:  # for the head, which is fp32
+                branch = branch.to(x_BLC.dtype)
+            x_BLC, y_BLC = gated_residual_adaln(x_BLC, branch, p[:, 1:2], scale, shift, backend=self.backend)
+        if guidance is not None:
+            conditional, unconditional = y_BLC.chunk(2)
+            y_BLC = torch.lerp(unconditional, conditional, 1 + guidance)
+        return self._head(y_BLC)
+
+    def _extend_cache(self, layer: _Layer, qkv: Tensor, start: int) -> Tensor:
+        rows, length = qkv.shape[:2]
+        k_cache, v_cache = layer.k[:rows], layer.v[:rows]
+        if layer.q_factor is not None:
+            return qk_norm_cache(qkv, k_cache, v_cache, start, q_factor=layer.q_factor, backend=self.backend)
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        k_cache[:, :, start : start + length] = k
+        v_cache[:, :, start : start + length] = v
+        return q
+
+
+class Spaces:
+    """Memory for the activations of a decoder, allocated once: of malloc, large ones would be fresh pages every time.
+
+    Three are enough: a convolution reads one and a residual, over which it writes its result.
+    """
+
+    def __init__(self, elements: int, dtype: torch.dtype) -> None:
+        self._flat = [huge_pages.zeros(elements, dtype=dtype) for _ in range(memory.DECODER_ACTIVATIONS)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(space.nbytes for space in self._flat)
+
+    def beside(self, shape: torch.Size, *used: Tensor) -> Tensor | None:
+        """Room for an activation (B, C, H, W), channels last, where none of those in use lies, or None."""
+        batch, channels, height, width = shape
+        taken = {tensor.data_ptr() for tensor in used}
+        space = next((space for space in self._flat if space.data_ptr() not in taken), None)
+        if space is None or shape.numel() > space.numel():
+            return None
+        return space[: shape.numel()].view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+class Conv3x3(nn.Module):
+    """A 3×3 convolution with its weights prepared; `forward(x, residual)` adds the residual, and may write over it."""
+
+    def __init__(self, prepared: PackedConv3x3, spaces: Spaces) -> None:
+        super().__init__()
+        self.prepared, self._spaces = prepared, spaces
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, kept: tuple[Tensor, ...] = ()) -> Tensor:
+        if not self.prepared.packed:
+            return self.prepared(x, residual)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+            return self.prepared(x, residual, out=residual)
+        return self.prepared(x, out=self._spaces.beside(self.prepared.shape_of(x), x, *kept))
+
+
+class FusedNorm(nn.Module):
+    """GroupNorm with SiLU behind it in one pass, its parameters in fp32 whatever the decoder's dtype."""
+
+    def __init__(self, norm: Norm, spaces: Spaces) -> None:
+        super().__init__()
+        self._affine = norm.weight.detach().float(), norm.bias.detach().float()  # no parameters: they stay fp32
+        self._groups, self._eps, self._spaces = norm.num_groups, norm.eps, spaces
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, *self._affine, self._groups, eps=self._eps, silu=False)
+
+    def activated(self, x: Tensor, inplace: bool = False) -> Tensor:
+        out = x if inplace else self._spaces.beside(x.shape, x)
+        return group_norm_silu(x, *self._affine, self._groups, eps=self._eps, out=out)
+
+
+class InPlaceResnetBlock(nn.Module):
+    """A residual block whose branch is normalised in place, and whose second convolution adds to the shortcut."""
+
+    def __init__(self, block: ResnetBlock) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = block.norm1, block.norm2
+        self.conv1, self.conv2, self.nin_shortcut = block.conv1, block.conv2, block.nin_shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm2.activated(self.conv1(self.norm1.activated(x), kept=(x,)), inplace=True)
+        return self.conv2(h, self.nin_shortcut(x))
+
+
+def _replace(module: nn.Module, replacements: dict[type, Callable[[nn.Module], nn.Module]]) -> None:
+    """Every submodule of one of these types gives way to the prepared one made from it, then those within."""
+    for name, child in module.named_children():
+        if type(child) in replacements:
+            child = replacements[type(child)](child)
+            setattr(module, name, child)
+        _replace(child, replacements)
+
+
+class InferenceDecoder:
+    """The decoder of `vqvae` in `dtype`, channels last; a copy of its weights as they are now.
+
+    Any number of images; for up to `batch_size` at a time memory is allocated once, here. Calls from several threads, a
+    display of partial images say, wait for one another.
+    """
+
+    def __init__(
+        self, vqvae: VQVAE, dtype: torch.dtype = torch.float32, *, batch_size: int = 1, pack: bool = True
+    ) -> None:
+        self.dtype = dtype
+        self.group = memory.decoded_at_a_time(vqvae.config, dtype.itemsize)
+        self.image_shape = (3, vqvae.config.image_size, vqvae.config.image_size)
+        in_our_kernels = pack and winograd_unavailable_reason(dtype, vqvae.decoder.conv_in.weight.device) is None
+        elements = memory.widest_activation(vqvae.config) * min(batch_size, self.group) if in_our_kernels else 0
+        self._spaces = Spaces(elements, dtype)
+        self._lock = threading.Lock()
+
+        def prepared(conv: nn.Conv2d, doubling: bool = False) -> nn.Module:
+            if conv.kernel_size != (3, 3):
+                return conv
+            packed = PackedConv3x3(conv.weight, conv.bias, dtype=dtype, doubling=doubling, pack=pack)
+            return Conv3x3(packed, self._spaces)
+
+        decoder = copy.deepcopy(nn.Sequential(vqvae.post_quant_conv, vqvae.decoder)).requires_grad_(False)
+        _replace(
+            decoder,
+            {
+                Upsample: lambda upsample: prepared(upsample.conv, doubling=True), nn.Conv2d: prepared,
+                ResnetBlock: InPlaceResnetBlock, Norm: lambda norm: FusedNorm(norm, self._spaces),
+            },
+        )  # fmt: skip
+        self._decoder = decoder.to(dtype=dtype, memory_format=torch.channels_last)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy of the weights, and of the activations."""
+        convs = [module.prepared for module in self._decoder.modules() if isinstance(module, Conv3x3)]
+        return sum(held.nbytes for held in (*self._decoder.parameters(), *convs, self._spaces))
+
+    def __call__(self, f_hat_BCHW: Tensor) -> Tensor:
+        """Images (B, 3, H, W), fp32 in [−1, 1]."""
+        images = f_hat_BCHW.new_empty(len(f_hat_BCHW), *self.image_shape)
+        with self._lock:
+            for f_hat, out in zip(f_hat_BCHW.split(self.group), images.split(self.group), strict=True):
+                x = f_hat.to(dtype=self.dtype, memory_format=torch.channels_last)
+                out.copy_(self._decoder(x)).clamp_(-1, 1)
+        return images

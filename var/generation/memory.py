@@ -1,0 +1,138 @@
+"""How much memory a generation takes, and how much there is: a batch that does not fit is refused beforehand."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..model.config import VARConfig, VQVAEConfig
+
+if TYPE_CHECKING:
+    import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+DECODER_ACTIVATIONS = 3  # that live at once: input, branch, result of a convolution
+# Of the widest activation of the decoder: images are decoded in groups of that size. More would not stay in a common
+# last-level cache (32 MiB).
+_DECODE_BYTES = 24 << 20
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc's malloc keep what this process frees, for all of the process; whether it could be told so.
+
+    As it is, malloc gives memory of more than 32 MiB back to the system at once, and every activation of that size
+    comes page by page again. `python -m var` calls this; a program that only uses the library may.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
+
+
+def available_bytes(device: str | torch.device = "cpu") -> int | None:
+    """Bytes that a program may still take on this device; None where nobody says."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        free = next(int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines()
+                    if line.startswith("MemAvailable:"))  # fmt: skip
+    except (OSError, StopIteration, ValueError):
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError, AttributeError):
+            return None
+    limit = _cgroup_room()
+    return free if limit is None else min(free, limit)
+
+
+def _cgroup_room() -> int | None:
+    """What a container's limit leaves, where there is one."""
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return None if limit == "max" else max(0, int(limit) - int(used))
+    except (OSError, ValueError):
+        return None
+
+
+def widest_activation(vqvae: VQVAEConfig) -> int:
+    """Elements of the decoder's widest activation of one image."""
+    widths, side = [vqvae.ch * mult for mult in vqvae.ch_mult], vqvae.image_size
+    # A level of the decoder begins with the width of the next coarser one.
+    return max(max(widths[i : i + 2]) * (side >> i) ** 2 for i in range(len(widths)))
+
+
+def decoded_at_a_time(vqvae: VQVAEConfig, itemsize: int) -> int:
+    """Images in a group of the decoder, so that memory does not grow with the batch."""
+    return max(1, _DECODE_BYTES // (widest_activation(vqvae) * itemsize))
+
+
+def fixed_bytes(var: VARConfig, vqvae: VQVAEConfig, precision_bytes: int, device: str | torch.device = "cpu") -> int:
+    """Bytes of the weights of a `Generator` beside the model's, whatever its batch size."""
+    import torch
+
+    from var_kernels.inference.packed_linear import packing_unavailable_reason
+    from var_kernels.inference.winograd_conv import prepared_bytes
+
+    from ..model.vqvae import Decoder, Upsample
+
+    width = var.width
+    modulation = 6 * width * width * (1 if var.shared_aln else var.depth)
+    per_block = (4 + 2 * var.mlp_ratio) * width * width
+    # What is not packed is the model's own where that has the same dtype, a converted copy where not.
+    fp32_copied = packing_unavailable_reason(torch.float32, device) is None
+    packed = 4 * width * var.vocab_size if fp32_copied else 0  # the head
+    if precision_bytes != 4 or fp32_copied:
+        packed += precision_bytes * (var.depth * per_block + modulation + 2 * width * width)
+    with torch.device("meta"):
+        decoder = Decoder(vqvae)
+    doubling = {module.conv for module in decoder.modules() if isinstance(module, Upsample)}
+    dtype = torch.float32 if precision_bytes == 4 else torch.bfloat16
+    for conv in decoder.modules():
+        if not isinstance(conv, torch.nn.Conv2d):
+            continue
+        if conv.kernel_size == (3, 3):
+            packed += prepared_bytes(conv.out_channels, conv.in_channels, dtype, conv in doubling, device)
+        else:
+            packed += conv.weight.numel() * precision_bytes
+    return int(packed)
+
+
+def batch_bytes(var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes: int) -> int:
+    """Bytes that a `Generator` takes for a batch: KV cache, activations of the largest scale and of the decoder.
+
+    Those of the largest scale are an upper bound: they do not all live at once.
+    """
+    rows, width, longest = 2 * batch, var.width, max(var.schedule.lengths)
+    cache = 2 * rows * var.schedule.length * width * var.depth * precision_bytes
+    block = rows * longest * width * (4 * 4 + precision_bytes * (3 + 1 + var.mlp_ratio))
+    sampling = (rows + batch) * longest * var.vocab_size * 4  # logits, noise
+    image = 3 * vqvae.image_size**2 * 4
+    group = min(batch, decoded_at_a_time(vqvae, precision_bytes))
+    decoder = DECODER_ACTIVATIONS * group * widest_activation(vqvae) * precision_bytes
+    return int(cache + block + sampling + decoder + 2 * batch * image)
+
+
+def check_batch(
+    var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes: int, device: str | torch.device
+) -> None:
+    """ValueError, naming the largest batch that fits, where this one does not."""
+    room = available_bytes(device)
+    if room is None:
+        return
+    fixed = fixed_bytes(var, vqvae, precision_bytes, device)
+    needed = fixed + batch_bytes(var, vqvae, batch, precision_bytes)
+    if needed <= room:
+        return
+    fits = batch
+    while fits and fixed + batch_bytes(var, vqvae, fits, precision_bytes) > room:
+        fits -= 1 if fits <= 64 else fits // 16
+    advice = f"a batch of at most {fits}" if fits else "a smaller model, or --precision bf16"
+    raise ValueError(
+        f"--batch-size: expected {advice}: {batch} images at a time need {needed / 2**30:.1f} GiB beside the model, "
+        f"and {room / 2**30:.1f} GiB are free"
+    )

@@ -1,0 +1,79 @@
+"""GroupNorm and SiLU of channels-last images in one op: between the convolutions of a decoder.
+
+A CPU kernel only: PyTorch's own GroupNorm of channels-last images takes E[x²] − E[x]² in fp32 there, and is wrong in
+the sixth digit. On a GPU PyTorch's two kernels serve.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .._checks import check, check_image_out, check_tensor, refuse_gradients
+from ..native import load
+from ..native.library import define, register_fake
+
+# x and y are (B, pixels, C), dense; y is written, and may be x.
+define(
+    "_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, Tensor(a!) y) -> ()",
+    __name__,
+)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@register_fake("_group_norm_silu")
+def _(x, weight, bias, groups, eps, silu, y):
+    return None
+
+
+def group_norm_silu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, *, eps: float = 1e-6, silu: bool = True,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Normalise groups of channels over all pixels, then y·sigmoid(y).
+
+    y = (x − mean)·rstd·weight[c] + bias[c], mean and variance over the pixels and the C/groups channels of each group
+    of each sample, rstd = 1 / sqrt(variance + eps); returns y·sigmoid(y), or y with `silu=False`.
+
+    Args:
+        x: (B, C, H, W), float32, bfloat16 or float16; dense with its channels last, else one copy is made.
+        weight, bias: (C,) float32.
+        groups: a divisor of C.
+        out: a tensor like the result to write to; may be x itself.
+
+    Returns:
+        (B, C, H, W) in the dtype of x, dense with its channels last; rounded once. The order of summation depends on
+        the shape only.
+
+    For inference: there is no gradient.
+
+    Raises:
+        TypeError: for an argument that is not a tensor, or of an unsupported dtype.
+        ValueError: for a wrong shape or number of groups, and an `out` of another device or layout.
+        RuntimeError: where a gradient would be needed.
+
+    Source: Wu and He, "Group normalization" (arXiv 1803.08494), as in the decoders of VQGAN and VAR.
+    """
+    check_tensor("x", x, rank=4)
+    batch, channels, height, width = x.shape
+    check(groups > 0 and channels % groups == 0, "groups", f"a divisor of the {channels} channels", groups)
+    for argument, tensor in (("weight", weight), ("bias", bias)):
+        check_tensor(argument, tensor)
+        check(tuple(tensor.shape) == (channels,), argument, f"shape {(channels,)}", tuple(tensor.shape))
+        check(tensor.device == x.device, argument, f"device {x.device} like x", tensor.device)
+        if tensor.dtype != torch.float32 and x.dtype != torch.float64:
+            raise TypeError(f"{argument}: expected torch.float32, got {tensor.dtype}")
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.channels_last)
+    else:
+        check_image_out(out, x.shape, x)
+    refuse_gradients("group_norm_silu", x, weight, bias, out)
+    if x.numel() == 0:
+        return out
+    dense = x.contiguous(memory_format=torch.channels_last)
+    if x.device.type == "cpu" and x.dtype in _DTYPES and load.native_library().available:
+        rows, y = (image.permute(0, 2, 3, 1).view(batch, height * width, channels) for image in (dense, out))
+        torch.ops.var_kernels._group_norm_silu(rows, weight, bias, groups, eps, silu, y)
+        return out
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # Channels first: of channels-last images PyTorch's kernel for CPUs loses the digits that this op is to keep.
+    y = F.group_norm(dense.to(wide).contiguous(), groups, weight.to(wide), bias.to(wide), eps)
+    return out.copy_(F.silu(y) if silu else y)

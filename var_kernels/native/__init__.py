@@ -1,0 +1,1 @@
+"""The native library: its build, its loading, and the raw operators that it implements."""

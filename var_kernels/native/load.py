@@ -1,0 +1,222 @@
+"""Finds, or builds once, and loads the native library; called at the first op that wants ``cpu`` or ``cuda``.
+
+A library is loaded only if the source hash embedded in it is that of the sources present now: a changed file under
+``csrc/`` means a new build, never stale kernels. The order is: the library built ahead of time beside this file, the
+one in the cache, a build into the cache behind a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import mmap
+import platform
+import shutil
+import struct
+import sys
+import threading
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import build
+
+_KEPT_LIBRARIES = 8
+_LOCK_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """Whether the native library serves this process; if not, `reason` says why, else the rest describes it.
+
+    `origin` is "ahead of time", "cached" or "built on first use in N s"; `isa` the level in use and `vector_width` its
+    floats per vector; `build_info` what the library was built from (source_hash, torch, compiler, isa_levels, cuda,
+    cuda_archs).
+    """
+
+    available: bool
+    reason: str | None = None
+    path: Path | None = None
+    origin: str | None = None
+    isa: str | None = None
+    vector_width: int | None = None
+    build_info: dict = field(default_factory=dict)
+
+
+_lock = threading.Lock()
+_status: NativeStatus | None = None
+
+
+def native_library() -> NativeStatus:
+    """The state of the native library, found out at the first call and the same afterwards; safe from any thread.
+
+    Where the library cannot be had, one warning says why and what to install. ``VAR_KERNELS_BUILD=none`` asks for no
+    library, without a warning. Raises ValueError for an invalid ``VAR_KERNELS_BUILD``.
+    """
+    global _status
+    if _status is None:
+        with _lock:
+            if _status is None:
+                _status = _load()
+    return _status
+
+
+def _load() -> NativeStatus:
+    mode = build.build_mode()
+    if mode == "none":
+        return NativeStatus(False, "VAR_KERNELS_BUILD=none asks for no native library")
+    try:
+        found = build.find_torch()
+        return _load_ahead_of_time(mode, found) or _load_cached(mode, build.require_torch(found))
+    except (build.BuildUnavailable, build.BuildFailed, OSError) as error:
+        reason = str(error)
+    warnings.warn(
+        "var_kernels: the native kernels are not available: for CPU tensors plain PyTorch serves instead (slower), for "
+        f"GPU tensors Triton where it can: {reason} "
+        "(VAR_KERNELS_BUILD=none silences this)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return NativeStatus(False, reason)
+
+
+def _load_ahead_of_time(mode: str, found: build.TorchInstall | None) -> NativeStatus | None:
+    info = _current_info(build.AHEAD_OF_TIME_LIBRARY)
+    if info is None:
+        return None
+    # Built beside a CPU torch that a CUDA torch replaced since: the CUDA kernels are missing.
+    if not info["cuda"] and found and build.cuda_compiler(mode, found):
+        return None
+    try:
+        return _open(build.AHEAD_OF_TIME_LIBRARY, "ahead of time", info)
+    except OSError:
+        return None  # Built on another system (an older glibc, say): build one for this system.
+
+
+def _load_cached(mode: str, found: build.TorchInstall) -> NativeStatus:
+    """Loads the library of these sources from the cache, after building it there if need be, one process at a time."""
+    flavour = "cuda" if build.cuda_compiler(mode, found) else "cpu"
+    torch_version = ".".join(map(str, found.major_minor))
+    key = f"{build.source_hash()[:16]}-torch{torch_version}-{flavour}-{platform.machine()}"
+    library = build.cache_root() / key / build.LIBRARY_NAME
+    origin = "cached"
+    info = _current_info(library)
+    if info is None:
+        arrived = time.time()
+        with _exclusive(found):
+            info = _current_info(library)
+            if info is None:
+                origin = _build_once(library, mode, found, arrived)
+                info = _current_info(library)
+    if info is None:
+        raise build.BuildFailed(f"the sources in {build.CSRC} changed while they were compiled; try again")
+    return _open(library, origin, info)
+
+
+def _current_info(library: Path) -> dict | None:
+    """The build info of `library` if it is whole and was built from the sources present now."""
+    info = read_build_info(library)
+    return info if info and info["source_hash"] == build.source_hash() else None
+
+
+def read_build_info(library: Path) -> dict | None:
+    """What `library` was built from, read without loading it; None for a file that is not a whole library of ours.
+
+    Loading first and asking then would be too late: the stale kernels would be registered already.
+    """
+    if not library.is_file() or library.stat().st_size < 64:
+        return None
+    with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] == b"\x7fELF" and not _elf_is_complete(data):
+            return None
+        start = data.find(build.INFO_MARKER)
+        end = data.find(b"\0", start)
+        if start < 0 or end < 0:
+            return None
+        try:
+            return json.loads(data[start + len(build.INFO_MARKER) : end])
+        except ValueError:
+            return None
+
+
+def _elf_is_complete(data: mmap.mmap) -> bool:
+    """Whether a 64-bit little-endian ELF file reaches to the end of its section table, which linkers write last."""
+    if data[4:6] != b"\x02\x01":
+        return False
+    (section_table,) = struct.unpack_from("<Q", data, 0x28)
+    entry_size, entries = struct.unpack_from("<HH", data, 0x3A)
+    return section_table > 0 and len(data) >= section_table + entry_size * entries
+
+
+def _exclusive(found: build.TorchInstall):
+    """The inter-process lock of the object files that a build for `found` uses."""
+    import filelock  # here, because importing var_kernels costs nothing that the reference does not need
+
+    directory = build.object_dir(found)
+    lock = filelock.FileLock(str(directory / "lock"), timeout=_LOCK_TIMEOUT_S)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            return lock.acquire(timeout=0)
+        except filelock.Timeout:
+            _progress("another process is compiling the kernels; waiting for it")
+        return lock.acquire()
+    except filelock.Timeout as error:
+        message = f"another process has held {lock.lock_file} for {_LOCK_TIMEOUT_S} s"
+        raise build.BuildUnavailable(message) from error
+    except OSError as error:
+        advice = "set VAR_KERNELS_CACHE to a writable directory"
+        raise build.BuildUnavailable(f"the cache directory is not writable ({error}): {advice}") from error
+
+
+def _build_once(library: Path, mode: str, found: build.TorchInstall, arrived: float) -> str:
+    """Builds `library` and returns its origin; the caller holds the lock and came to it at time `arrived`."""
+    failure = library.with_name("failure.txt")
+    # Of N processes that wait here, one tries: what failed for it would fail for the others as well.
+    if failure.is_file() and failure.stat().st_mtime >= arrived:
+        raise build.BuildFailed(failure.read_text())
+    build.find_compiler()
+    what = (
+        "CPU and CUDA kernels, once, some minutes"
+        if build.cuda_compiler(mode, found)
+        else "CPU kernels, once, about 30 s"
+    )
+    _progress(f"compiling the {what} ...")
+    start = time.perf_counter()
+    try:
+        build.build(library, build.object_dir(found), mode=mode, torch=found)
+    except build.BuildFailed as error:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        failure.write_text(str(error))
+        raise
+    failure.unlink(missing_ok=True)
+    seconds = time.perf_counter() - start
+    _progress(f"compiled in {seconds:.0f} s: {library}")
+    _discard_old(library)
+    return f"built on first use in {seconds:.0f} s"
+
+
+def _discard_old(library: Path) -> None:
+    """Keeps the newest libraries of this flavour and machine in the cache, so that edited sources do not fill it."""
+    suffix = library.parent.name.split("-", 1)[1]
+    with contextlib.suppress(OSError):  # another process may be discarding the same ones
+        others = sorted(build.cache_root().glob(f"*-{suffix}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for directory in others[_KEPT_LIBRARIES:]:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _open(library: Path, origin: str, info: dict) -> NativeStatus:
+    torch.ops.load_library(str(library))
+    symbols = ctypes.CDLL(str(library))
+    symbols.var_kernels_isa.restype = ctypes.c_char_p
+    symbols.var_kernels_vector_width.restype = ctypes.c_int
+    isa = symbols.var_kernels_isa()  # null: VAR_KERNELS_ISA names no level of this machine; the first op call raises
+    return NativeStatus(True, None, library, origin, isa and isa.decode(), symbols.var_kernels_vector_width(), info)
+
+
+def _progress(message: str) -> None:
+    print(f"[var_kernels] {message}", file=sys.stderr, flush=True)
