@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 import var
-from var.model.checkpoints import WEIGHTS
+from var.model.opening import WEIGHTS
 
 from .harness import Call, Case, Judge, Unavailable, compiled, judge_floats, our_providers
 from .plain_var import NearTies, PlainVAR

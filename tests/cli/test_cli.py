@@ -15,10 +15,10 @@ import var
 from tests.helpers.cli import REFERENCE, files_below, invoke, refused, run, save_model
 from tests.helpers.training import VAR_CONFIG, VQVAE_CONFIG, write_fashion_mnist
 from var.cli import demo, images, training
+from var.cli.labels import parse_labels
 from var.data import pictures
 from var.generation import batches
-from var.generation.batches import parse_labels
-from var.model import checkpoints
+from var.model import opening
 
 SIZE = VQVAE_CONFIG.image_size
 CELL = 96  # side of a 32-pixel image on a sheet
@@ -117,12 +117,12 @@ def test_bf16_gives_nearly_the_same_images(model, tmp_path):
 
 
 def test_the_embedded_model_is_the_default(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "WEIGHTS", model)
+    monkeypatch.setattr(opening, "WEIGHTS", model)
     assert "cfg 2.5" in run("generate", *REFERENCE, "-l", "0", "-o", tmp_path / "a.png")
 
 
 def test_sampling_is_chosen_then_the_files_then_the_papers(model):
-    opened = batches.OpenModel("own", None, {"sampling_cfg": "3", "sampling_top_k": "9"})
+    opened = opening.OpenModel("own", None, {"sampling_cfg": "3", "sampling_top_k": "9"})
     assert batches.sampling_for(opened) == batches.Sampling(3.0, 9, 0.96)
     assert batches.sampling_for(opened, cfg=0.0, top_k=0, top_p=None) == batches.Sampling(0.0, 0, 0.96)
     assert batches.sampling_for(opened._replace(name="d16", metadata={})) == batches.Sampling(1.5, 900, 0.96)
@@ -359,7 +359,7 @@ def test_demo_writes_pictures_and_compares(model, tmp_path, monkeypatch):
 
 
 def test_demo_without_data_says_how_to_get_it(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("var.data._IDX_SEARCH_PATH", (tmp_path / "nowhere",))
+    monkeypatch.setattr("var.data.datasets._IDX_SEARCH_PATH", (tmp_path / "nowhere",))
     for name in ("_print_generation", "_print_ops"):
         monkeypatch.setattr(demo, name, lambda *arguments: None)
     result = invoke("demo", "-m", model, *REFERENCE, "-o", tmp_path, "-n", 1)

@@ -84,7 +84,7 @@ def test_training_refuses_bad_input_in_one_line(tmp_path):
     assert "Fashion-MNIST" in refused("train-tokenizer", "-o", tmp_path / "run", "-d", tmp_path / "nothing")
     train = ("train", "-o", tmp_path / "run", "-d", tmp_path / "data", *REFERENCE)
     assert "no such file" in refused(*train, "-t", tmp_path / "nothing")
-    assert "num_classes: expected 1" in refused(*train, "-t", model, "--num-classes", 7)
+    assert "--num-classes: expected 1" in refused(*train, "-t", model, "--num-classes", 7)
     assert "--tokenizer" in refused(*train)
     evaluate = ("evaluate", "-m", model, "-d", tmp_path / "data", "-o", tmp_path / "quality.json")
     assert "expected the 10 classes" in refused(*evaluate)

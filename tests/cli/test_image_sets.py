@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.helpers.cli import REFERENCE, files_below, invoke, refused, run, save_model
-from var.cli import image_sets
+from var.cli import image_sets, images
 from var.data import pictures
 from var.generation import batches, memory
 from var.generation.generator import Generator
@@ -114,7 +114,7 @@ def test_images_of_another_request_do_not_count(model, tmp_path, monkeypatch, ki
 
 def test_images_of_other_weights_do_not_count(model, tmp_path, monkeypatch):
     run("generate", "-m", model, *ARGUMENTS, "-o", tmp_path / "images")
-    monkeypatch.setattr(batches, "fingerprint", lambda pipeline: "00000000")
+    monkeypatch.setattr(images, "_fingerprint", lambda pipeline: "00000000")
     sizes = stop_after(monkeypatch, -1, None)
     run("generate", "-m", model, *ARGUMENTS, "-o", tmp_path / "images")
     assert sum(sizes) == COUNT

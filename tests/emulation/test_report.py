@@ -11,10 +11,10 @@ import pytest
 
 from tools.report import __main__ as command
 from tools.report import bounds, budgets, cuda_source, occupancy, tables
-from tools.report.problems import PROBLEMS
 from tools.report.rows import Failure, Row
 from tools.report.sources import SOURCES, rows
 from tools.report.triton_source import record
+from var_kernels.triton.problems import PROBLEMS
 from var_kernels.triton.targets import TARGETS
 
 # ---- Bounds

@@ -9,8 +9,9 @@ import torch
 
 import var
 from tests.model.test_model import tiny_var, tiny_vqvae
-from var.model import checkpoints
-from var.model.checkpoints import load_model, load_weights, official_state_dict, read_state, save, write_atomically
+from var.model.checkpoints import load_model, load_weights, official_state_dict, read_state, save
+from var.model.config import PRESETS
+from var_kernels.native.build import write_atomically
 
 
 def same_state(a, b) -> bool:
@@ -59,7 +60,7 @@ def test_official_buffers_are_the_block_causal_mask():
 
 def test_load_from_a_folder_of_released_files(tmp_path, monkeypatch):
     vqvae, transformer = tiny_vqvae(), tiny_var()
-    monkeypatch.setitem(checkpoints.PRESETS, "d16", (vqvae.config, transformer.config))
+    monkeypatch.setitem(PRESETS, "d16", (vqvae.config, transformer.config))
     torch.save(official_state_dict(vqvae), tmp_path / "vae_ch160v4096z32.pth")
     torch.save(official_state_dict(transformer), tmp_path / "var_d16.pth")
     pipeline = var.load("d16", path=tmp_path)

@@ -8,19 +8,9 @@ import torch
 
 from tests.helpers.training import VAR_CONFIG, VQVAE_CONFIG, write_fashion_mnist
 from var.data.datasets import FashionMNIST, split_indices
-from var.evaluation.quality import (
-    Classifier,
-    classify,
-    code_counts,
-    code_perplexity,
-    codebook_usage,
-    evaluate,
-    frechet_distance,
-    generator_of,
-    psnr,
-    train_classifier,
-    used_codes,
-)
+from var.evaluation.classifier import Classifier, classify, train_classifier
+from var.evaluation.metrics import code_counts, code_perplexity, codebook_usage, frechet_distance, psnr, used_codes
+from var.evaluation.quality import evaluate, generator_of
 from var.model.transformer import VAR
 from var.model.vqvae import VQVAE
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from var_kernels.triton.problems import PROBLEMS, Problem
 from var_kernels.triton.targets import TARGETS
 
 from . import budgets, tables
 from .bounds import problem_bound
-from .problems import PROBLEMS, Problem
 from .rows import Failure, Row, tools
 from .sources import SOURCES, collect
 

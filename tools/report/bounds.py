@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from var_kernels.triton.problems import Problem
 from var_kernels.triton.targets import TARGETS
 
 from .cards import CARDS
-from .problems import Problem
 
 _PARTITIONS = 4  # of a multiprocessor; each issues one instruction a clock
 

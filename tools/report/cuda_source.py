@@ -16,10 +16,10 @@ from pathlib import Path
 
 from tools.gpu_emulation import cuda
 from var_kernels.native import build
+from var_kernels.triton.problems import Problem
 from var_kernels.triton.targets import TARGETS
 
 from . import nvcc
-from .problems import Problem
 from .rows import Binary, functions
 
 COMPILER = "nvcc"

@@ -16,8 +16,9 @@ from multiprocessing import get_context
 
 import torch
 
+from var_kernels.triton.problems import PROBLEMS, Problem
+
 from . import cuda_source, triton_source
-from .problems import PROBLEMS, Problem
 from .rows import Failure, Row, read
 
 SOURCES = {"triton": triton_source, "cuda": cuda_source}

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from var_kernels.triton.problems import Problem
 from var_kernels.triton.targets import TARGETS
 
 from .bounds import problem_bound
 from .budgets import ACCESSES
 from .cards import CARDS
-from .problems import Problem
 from .rows import Failure, Row
 
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator
 
 from var_kernels.triton.launch import Launch, executor
+from var_kernels.triton.problems import Problem
 from var_kernels.triton.targets import TARGETS, assume
 
-from .problems import Problem
 from .rows import Binary
 
 COMPILER = "Triton"

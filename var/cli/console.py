@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,18 @@ class Commands(TyperGroup):
             message = _explanation(error)
             if message is None or ctx.params.get("traceback"):
                 raise
-            note(f"error: {message}")
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            note(f"error: {_with_option_name(message, command.params if command else ())}")
             raise typer.Exit(BAD_INPUT) from None
+
+
+def _with_option_name(message: str, parameters: Sequence[Any]) -> str:
+    """A message "name: expected …" with the option for the argument, where the command has one of that name."""
+    name, colon, rest = message.partition(":")
+    for parameter in parameters:
+        if colon and parameter.name == name and parameter.opts[0].startswith("-"):
+            return f"{parameter.opts[0]}:{rest}"
+    return message
 
 
 def _explanation(error: Exception) -> str | None:
@@ -125,7 +135,7 @@ def prepare_output(path: Path, *suffixes: str, folder: bool = False) -> None:
     if not is_folder and (path.suffix.lower() not in suffixes or path.is_dir()):
         expected = " or ".join((*(["a folder"] if folder else []), *(f"a {suffix} file" for suffix in suffixes)))
         raise ValueError(f"--output: expected {expected}, got {path}{' (a folder)' if path.is_dir() else ''}")
-    from ..model.checkpoints import write_atomically
+    from var_kernels.native.build import write_atomically
 
     probe = (path if is_folder else path.parent) / f".{path.name}.probe"
     try:
@@ -142,6 +152,15 @@ def check_backend(backend: str) -> str:
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"--backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     return backend
+
+
+def check_precision(precision: str) -> str:
+    """`precision`; ValueError with the names there are if it is none of them."""
+    from ..generation.inference import PRECISIONS
+
+    if precision not in PRECISIONS:
+        raise ValueError(f"--precision: expected {' or '.join(PRECISIONS)}, got {precision!r}")
+    return precision
 
 
 def check_device(device: str) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..model.checkpoints import write_atomically
+from var_kernels.native.build import write_atomically
+
 from ..training.progress import read_log
 from ..training.trainer import LOG_NAME
 from .console import say

@@ -19,18 +19,10 @@ from var_kernels.testing import SHAPES, attention_inputs, modulation, randn
 
 from ..data.datasets import FASHION_MNIST_CLASSES, DataError, ImageData, open_dataset
 from ..data.pictures import comparison, grid_by_label, scale_strip, write_png
-from ..evaluation.quality import psnr
-from ..generation.batches import (
-    OpenModel,
-    Sampling,
-    count_scales,
-    generate_batches,
-    image_seeds,
-    open_model,
-    sampling_for,
-)
+from ..evaluation.metrics import psnr
+from ..generation.batches import Sampling, count_scales, generate_batches, image_seeds, sampling_for
 from ..generation.generator import Generated, Generator
-from ..model.checkpoints import Pipeline
+from ..model.opening import OpenModel, Pipeline, open_model
 from .console import console, note, progress, say
 
 _CLASSES = 10

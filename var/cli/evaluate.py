@@ -12,10 +12,13 @@ import torch
 from rich import box
 from rich.table import Table
 
+from var_kernels.native.build import write_atomically
+
 from ..data.datasets import ImageData, describe, open_dataset, split_indices
-from ..evaluation.quality import QualityReport, evaluate, generator_of, train_classifier
-from ..generation.batches import default_batch_size, open_model, sampling_for
-from ..model import checkpoints
+from ..evaluation.classifier import train_classifier
+from ..evaluation.quality import QualityReport, evaluate, generator_of
+from ..generation.batches import default_batch_size, sampling_for
+from ..model.opening import open_model
 from .console import console, note, say
 
 _CLASSIFIER_BATCH = 128
@@ -54,7 +57,7 @@ def run(
         "seconds": round(time.perf_counter() - started, 1),
     }
     text = json.dumps(conditions | {"quality": report.as_dict()}, indent=2) + "\n"
-    checkpoints.write_atomically(output, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    write_atomically(output, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
     _print(report, train)
     say(f"{output}: {opened.name} on {test.name}, {sampling}, seed {seed}, {precision}, {conditions['seconds']} s")
 

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from var_kernels.native.build import write_atomically
+
 from ..data.datasets import to_uint8
 from ..data.pictures import grid_by_label, to_pictures, write_png
 from ..generation.batches import Batch
-from ..model import checkpoints
 
 _COPY_BYTES = 1 << 24
 
@@ -106,7 +107,7 @@ class NpzFile:
 
     def write(self, batches: Iterator[Batch]) -> None:
         self._collect(batches)
-        checkpoints.write_atomically(self.path, self._assemble)
+        write_atomically(self.path, self._assemble)
         self._partial.unlink()
 
     def _collect(self, batches: Iterator[Batch]) -> None:

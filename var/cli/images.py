@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import check_backend, check_device, help_text, note, prepare_output, progress, say
+from .console import check_backend, check_device, check_precision, help_text, note, prepare_output, progress, say
 
 Model = Annotated[str, typer.Option(
     "--model", "-m", metavar="NAME|FOLDER",
@@ -119,11 +119,13 @@ def generate(
     check_backend(backend)
     check_device(device)
     from ..generation import batches
+    from ..model.opening import open_model
+    from .labels import parse_labels
 
-    opened = batches.open_model(model, path, backend, device)
+    opened = open_model(model, path, backend, device)
     sampling = batches.sampling_for(opened, cfg=cfg, top_k=top_k, top_p=top_p, more_smooth=more_smooth)
-    batches.check_precision(precision)
-    chosen = batches.parse_labels(_default_labels(labels, opened), opened.pipeline.class_names, number)
+    check_precision(precision)
+    chosen = parse_labels(_default_labels(labels, opened), opened.pipeline.class_names, number)
     prepare_output(output, ".png", ".npz", folder=True)
     _write_images(opened, chosen, sampling, seed, precision, batch_size, output, backend)
 
@@ -138,7 +140,7 @@ def _write_images(
 
     pipeline, count = opened.pipeline, len(labels)
     how = f"{sampling}, seed {seed}, {precision}"
-    description = f"var {opened.name}: {how}, weights {batches.fingerprint(pipeline)}"
+    description = f"var {opened.name}: {how}, weights {_fingerprint(pipeline)}"
     images = image_sets.image_set(
         output, labels, pipeline.class_names, description, pipeline.vqvae.config.image_size,
         pipeline.var.config.schedule.length,
@@ -164,6 +166,14 @@ def _write_images(
         prepared = memory.fixed_bytes(*configs, PRECISIONS[precision].itemsize, device)
         spent = f", {seconds / new:.3f} s per image, with a prepared copy of the weights of {prepared / 2**20:.0f} MiB"
     say(f"{output}: {count} image{'s' * (count > 1)}, {how}, backend {backend}; {seconds:.2f} s{spent}")
+
+
+def _fingerprint(pipeline: Any) -> str:
+    """Eight digits that differ between models: a retrained one does not continue the images of its predecessor."""
+    from ..model.weights import weights_hash
+
+    # Training changes the last layer of either network, and hashing all of a large model takes seconds.
+    return weights_hash(pipeline.var.head, pipeline.vqvae.decoder.conv_out)[:8]
 
 
 def _default_labels(labels: str | None, opened: Any) -> str:
@@ -227,11 +237,11 @@ def reconstruct(
     """
     check_backend(backend)
     check_device(device)
-    from ..generation import batches
+    from ..model.opening import open_model
     from . import reconstruct
 
-    batches.check_precision(precision)
-    opened = batches.open_model(model, path, backend, device)
+    check_precision(precision)
+    opened = open_model(model, path, backend, device)
     pictures = [reconstruct.read_image(file, opened.pipeline.vqvae.config.image_size) for file in images]
     prepare_output(output, ".png", folder=True)
     reconstruct.run(pictures, opened.pipeline.vqvae, precision, output)

@@ -12,10 +12,10 @@ from rich.table import Table
 from torch import nn
 
 from ..generation import memory
-from ..generation.batches import cache_bytes, file_metadata, open_model, sampling_for
-from ..model import checkpoints
-from ..model.checkpoints import Pipeline
+from ..generation.batches import cache_bytes, sampling_for
+from ..model.checkpoints import file_metadata
 from ..model.config import PRESETS, ScaleSchedule
+from ..model.opening import EMBEDDED, WEIGHTS, Pipeline, open_model
 from ..model.transformer import VAR
 from ..model.vqvae import VQVAE
 from .console import console, say
@@ -34,7 +34,7 @@ def run(model: str, path: str | None) -> None:
     else:
         opened = open_model(model, path)
         pipeline, sampling = opened.pipeline, sampling_for(opened)
-        folder = checkpoints.WEIGHTS if path is None and model == checkpoints.EMBEDDED else Path(path or model)
+        folder = WEIGHTS if path is None and model == EMBEDDED else Path(path or model)
         say(f"{model}: {folder}")
     console.print(_configuration(pipeline))
     console.print(_schedule(pipeline.var.config.schedule))

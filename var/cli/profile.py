@@ -16,16 +16,17 @@ from rich.table import Table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from var_kernels.inference.winograd_conv import SCHEMES
+from var_kernels.native.build import write_atomically
 
 from ..generation import memory
-from ..generation.batches import Sampling, check_precision, default_batch_size, image_seeds, open_model, sampling_for
+from ..generation.batches import Sampling, default_batch_size, image_seeds, sampling_for
 from ..generation.generator import Generator
 from ..generation.inference import PRECISIONS
-from ..model.checkpoints import EMBEDDED, Pipeline, write_atomically
 from ..model.config import PRESETS
+from ..model.opening import EMBEDDED, Pipeline, open_model
 from ..model.transformer import VAR
 from ..model.vqvae import VQVAE
-from .console import console, progress, say
+from .console import check_precision, console, progress, say
 
 # Operators of each stage of the transformer; the decoder is told apart by when it runs.
 _STAGES = {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data.datasets import DataError, load_resized, to_unit_range
 from ..data.pictures import comparison, to_pictures, write_png
-from ..evaluation.quality import psnr
+from ..evaluation.metrics import psnr
 from ..model.vqvae import VQVAE
 from .console import note, say
 

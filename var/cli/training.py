@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import INTERRUPTED, check_backend, check_device, help_text, integers, prepare_output, say
+from .console import INTERRUPTED, check_backend, check_device, check_precision, help_text, integers, prepare_output, say
 from .images import Backend, BatchSize, Cfg, Data, Device, Model, ModelPath, Precision, Seed, TopK, TopP
 
 _RUN, _OPTIMIZER, _MODEL, _DATA = "Run", "Optimization", "Model", "Data"
@@ -199,7 +199,6 @@ def evaluate(
     """
     check_backend(backend)
     prepare_output(output, ".json")
-    from ..generation.batches import check_precision
     from . import evaluate
 
     check_precision(precision)

@@ -40,8 +40,8 @@ _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.D
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 FASHION_MNIST_HELP = (
-    "Fashion-MNIST not found: `apt-get install dataset-fashion-mnist`, or without root `apt-get download "
-    "dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb DIR` and pass --data DIR"
+    "data: Fashion-MNIST not found: `apt-get install dataset-fashion-mnist`, or without root `apt-get download "
+    "dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb DIR` and name DIR here"
 )
 
 

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from ..model.checkpoints import write_atomically
+from var_kernels.native.build import write_atomically
+
 from .datasets import to_uint8
 
 _CELL = 96  # pixels: smaller images are enlarged by a whole factor to about this side
@@ -51,7 +52,7 @@ def sheet(
     top = _MARGIN + (_FONT_SIZE + 2 * _GAP if column_labels else 0)
     size = (left + columns * step - _GAP + _MARGIN, top + len(rows) * (height + _GAP) - _GAP + _MARGIN)
     if max(size) > _LARGEST_SIDE:
-        raise ValueError(f"--output: {sum(map(len, rows))} images make a sheet of {size[0]}×{size[1]} pixels: "
+        raise ValueError(f"output: {sum(map(len, rows))} images make a sheet of {size[0]}×{size[1]} pixels: "
                          "name a folder or a .npz file instead")
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)

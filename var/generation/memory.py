@@ -131,8 +131,8 @@ def check_batch(
     fits = batch
     while fits and fixed + batch_bytes(var, vqvae, fits, precision_bytes) > room:
         fits -= 1 if fits <= 64 else fits // 16
-    advice = f"a batch of at most {fits}" if fits else "a smaller model, or --precision bf16"
+    advice = f"a batch of at most {fits}" if fits else "a smaller model, or precision bf16"
     raise ValueError(
-        f"--batch-size: expected {advice}: {batch} images at a time need {needed / 2**30:.1f} GiB beside the model, "
+        f"batch_size: expected {advice}: {batch} images at a time need {needed / 2**30:.1f} GiB beside the model, "
         f"and {room / 2**30:.1f} GiB are free"
     )

@@ -1,64 +1,22 @@
-"""Loading and saving weights: our safetensors files, released .pth files, Hub repositories. No code is unpickled."""
+"""Reading and writing weights: our safetensors files and released .pth files. No code is unpickled."""
 
 import json
 import os
 import pickle
-import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import PRESETS, VARConfig, VQVAEConfig
+from var_kernels.native.build import write_atomically
+
+from .config import VARConfig, VQVAEConfig
 from .transformer import VAR, scale_of_token
 from .vqvae import VQVAE
 
-WEIGHTS = Path(__file__).parents[1] / "weights"
-EMBEDDED = "fashion"  # the model that ships with the package
-RELEASED_VAE = "vae_ch160v4096z32.pth"
 _CONFIGS = {"VAR": VARConfig, "VQVAE": VQVAEConfig}
-
-
-class Pipeline(NamedTuple):
-    """A tokenizer and its transformer."""
-
-    vqvae: VQVAE
-    var: VAR
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes; their numbers where the model carries none."""
-        return self.var.config.class_names or tuple(str(label) for label in range(self.var.config.num_classes))
-
-
-def load(name: str = EMBEDDED, *, path: str | os.PathLike | None = None, backend: str = "auto",
-         device: str | torch.device = "cpu") -> Pipeline:
-    """The embedded model (`"fashion"`), or a released one (`"d16"` … `"d36"`) from `path`, ready to generate.
-
-    `path`: a folder with `var_<name>.pth` (or .safetensors) and the tokenizer's `vae_ch160v4096z32.pth` (or
-    .safetensors), or a Hub id such as `"FoundationVision/var"`, whose files are downloaded once by huggingface_hub.
-    Models saved by `var.save` are a folder with `var.safetensors` and `vqvae.safetensors`; `name` is then ignored.
-
-    Raises ValueError for an unknown name, a file with missing, unexpected or misshaped entries (they are named), or a
-    pickle that carries code; FileNotFoundError for a missing file.
-    """
-    if path is None:
-        if name != EMBEDDED:
-            raise ValueError(f"path: expected a folder or a Hub id with the files of {name!r}, got None")
-        path = WEIGHTS
-    folder = Path(path)
-    if (folder / "var.safetensors").is_file():
-        vqvae, var = load_model(folder / "vqvae.safetensors", backend), load_model(folder / "var.safetensors", backend)
-    elif name not in PRESETS:
-        raise ValueError(f"name: expected one of {', '.join((EMBEDDED, *PRESETS))}, got {name!r}")
-    else:
-        vqvae_config, var_config = PRESETS[name]
-        vqvae = load_weights(VQVAE(vqvae_config, backend), _locate(path, RELEASED_VAE))
-        var = load_weights(_without_init(VAR, var_config, backend), _locate(path, f"var_{name}.pth"))
-    return Pipeline(vqvae.to(device).eval(), var.to(device).eval())
 
 
 def save(path: str | os.PathLike, model: VAR | VQVAE, metadata: dict[str, str] | None = None,
@@ -73,27 +31,6 @@ def save(path: str | os.PathLike, model: VAR | VQVAE, metadata: dict[str, str] |
     write_atomically(path, lambda temporary: save_file(state, temporary, metadata=header))
 
 
-def write_atomically(path: str | os.PathLike, write) -> None:
-    """Call `write(temporary_path)`, then rename onto `path`: readers see the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def load_model(path: str | os.PathLike, backend: str = "auto") -> VAR | VQVAE:
     """The model of one file written by `save`; its configuration is in the file."""
     state, header = read_state(path)
@@ -101,7 +38,7 @@ def load_model(path: str | os.PathLike, backend: str = "auto") -> VAR | VQVAE:
     if kind not in _CONFIGS:
         raise ValueError(f"{path}: expected a file written by var.save (metadata 'model'), got metadata {header}")
     config = _CONFIGS[kind].from_dict(json.loads(header["config"]))
-    model = _without_init(VAR if kind == "VAR" else VQVAE, config, backend)
+    model = without_init(VAR if kind == "VAR" else VQVAE, config, backend)
     _load_strictly(model, state, path)
     return model
 
@@ -135,6 +72,17 @@ def read_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, st
     return state, {}
 
 
+def file_metadata(path: Path) -> dict[str, str]:
+    """Metadata in the header of a .safetensors file; none if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
+
+
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
     """Every parameter exactly once, in its shape; the error lists all names that do not fit."""
     try:
@@ -152,28 +100,13 @@ def _is_meta(model: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in model.parameters())
 
 
-def _without_init(kind: type, config, backend: str) -> nn.Module:
+def without_init(kind: type, config, backend: str) -> nn.Module:
     """A model whose parameters are about to be loaded: built on the meta device, so no time goes into random values."""
     with torch.device("meta"):
         model = kind(config, backend)
     if isinstance(model, VAR):
         model.levels = scale_of_token(config.schedule)
     return model
-
-
-def _locate(path: str | os.PathLike, filename: str) -> Path:
-    """The file in a folder (as .pth or .safetensors), else from the Hub repository of that id."""
-    folder = Path(path)
-    if folder.is_dir():
-        for candidate in (folder / filename, (folder / filename).with_suffix(".safetensors")):
-            if candidate.is_file():
-                return candidate
-        raise FileNotFoundError(f"{folder}: expected {filename} (or .safetensors) in this folder")
-    if str(path).count("/") != 1 or folder.is_absolute():
-        raise FileNotFoundError(f"path: expected an existing folder or a Hub id 'owner/name', got {str(path)!r}")
-    from huggingface_hub import hf_hub_download  # only a download needs it, and importing it costs a second
-
-    return Path(hf_hub_download(repo_id=str(path), filename=filename))
 
 
 def official_state_dict(model: VAR | VQVAE) -> dict[str, Tensor]:

@@ -171,12 +171,6 @@ class VAR(nn.Module):
         with torch.autocast(y_BLC.device.type, enabled=False):  # the head is fp32 in every released model
             return F.linear(y_BLC.float(), self.head.weight.float(), self.head.bias.float())
 
-    def generate(self, vqvae, labels: Tensor, **options):
-        """Images and tokens for the labels; see `var.generate` for the options."""
-        from ..generation.generator import generate
-
-        return generate(self, vqvae, labels, **options)
-
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None, *, adaln: float = 0.5, gamma: float = 1e-5,
                      head: float = 0.02) -> None:

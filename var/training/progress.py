@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from ..model.checkpoints import write_atomically
+from var_kernels.native.build import write_atomically
 
 
 def format_duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.datasets import batch_indices, describe, open_dataset, split_indices, step_generator
-from ..evaluation.quality import psnr, used_codes
+from ..evaluation.metrics import psnr, used_codes
 from ..model import checkpoints
 from ..model.config import VQVAEConfig
 from ..model.vqvae import VQVAE

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import checkpoints
+from var_kernels.native.build import write_atomically
+
 from .progress import JsonLinesLog, StepMeter, TrainingDisplay
 
 CHECKPOINT_NAME = "checkpoint.pt"
@@ -159,7 +160,7 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
             os.fsync(file.fileno())
 
     try:
-        checkpoints.write_atomically(path, write)
+        write_atomically(path, write)
     except (OSError, RuntimeError) as error:
         # torch's archive writer reports a failed write as RuntimeError.
         left = "the previous checkpoint is intact" if path.exists() else "there is no earlier checkpoint"

@@ -15,13 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from var_kernels.native.build import write_atomically
 
 from ..data.datasets import ImageData, batch_indices, describe, open_dataset, split_indices, step_generator
 from ..model import checkpoints
 from ..model.config import VARConfig
 from ..model.transformer import VAR
 from ..model.vqvae import VQVAE
+from ..model.weights import weights_hash
 from .progress import TrainingDisplay
 from .tokenizer import WEIGHTS_NAME as TOKENIZER_NAME
 from .trainer import Trainer, TrainingError, TrainingOptions, TrainingResult, plain
@@ -55,7 +58,7 @@ def train_transformer(options: TransformerTraining) -> TrainingResult:
     """Trains a transformer; writes ``checkpoint.pt``, ``log.jsonl``, ``var.safetensors`` and the token cache
     ``tokens-<hash>.npy`` to `options.output`.
 
-    Raises `var.data.DataError` for unusable data and `var.training.TrainingError` when training cannot start or go on.
+    Raises `DataError` for unusable data and `TrainingError` when training cannot start or go on.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -158,15 +161,6 @@ def _check_match(config: VARConfig, vqvae: VQVAE) -> None:
             raise TrainingError(f"{name}: expected {expected} (the tokenizer's), got {got}")
 
 
-def weights_hash(module: nn.Module) -> str:
-    """First 16 hex digits of the SHA-256 of all parameters and buffers: names, shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def cached_tokens(vqvae: VQVAE, data: ImageData, options: TransformerTraining) -> np.ndarray:
     """Tokens (views, N, L) of the whole data set, uint16 or int32; read from the run directory when already there.
 
@@ -204,12 +198,11 @@ def cached_tokens(vqvae: VQVAE, data: ImageData, options: TransformerTraining) -
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as file:  # a name would get .npy behind it
             np.save(file, array)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise TrainingError(f"could not write {path}: {error.strerror or error}") from error
 
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        raise TrainingError(f"could not write {path}: {error.strerror or error}") from error

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..native.build import cache_root
+from ..native.build import cache_root, write_atomically
 
 
 def path_of(what: str, device: str) -> Path:
@@ -28,13 +26,5 @@ def read_text(what: str, device: str) -> str | None:
 def replace(what: str, device: str, content: Any) -> Path:
     """Replaces the file, whole or not at all, and returns its path."""
     path = path_of(what, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(content, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(content, indent=1)))
     return path

@@ -26,8 +26,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -248,16 +249,33 @@ def cuda_compiler(mode: str, torch: TorchInstall) -> Nvcc | None:
     return nvcc
 
 
-def install_library(library: Path, destination: Path) -> None:
-    """Copies `library` to `destination` atomically: other processes see the old file or the new one, whole."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_name(f".{destination.name}.{os.getpid()}")
+def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
+    """Calls `write(temporary path)`, then renames that file onto `path`, whose folder is made where it is missing.
+
+    Readers see the old file or the whole new one. Where writing fails, the old one stays and nothing else is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
     try:
-        shutil.copyfile(library, temporary)
-        temporary.chmod(0o755)
-        os.replace(temporary, destination)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def install_library(library: Path, destination: Path) -> None:
+    """Copies `library` to `destination` atomically: another process may be about to load the old one."""
+    write_atomically(destination, lambda temporary: shutil.copyfile(library, temporary))
 
 
 def build(

@@ -147,7 +147,7 @@ def _text(config: Config) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Tunes and writes the file; 2 where it cannot."""
-    from tools.report.problems import PROBLEMS
+    from .problems import PROBLEMS
 
     ops = sorted({problem.op for problem in PROBLEMS})
     parser = argparse.ArgumentParser(prog="python -m var_kernels.triton.tune", description=__doc__.splitlines()[0])

@@ -1,4 +1,4 @@
-"""The named problems of the report: which launches are compiled, and the least that each has to move and compute.
+"""The named problems that are compiled, tuned and reported, and the least that each has to move and compute.
 
 Shapes are those of the models (`var_kernels.testing.SHAPES`). Operations count what is visible, and each product of a
 backward once, although kernels compute some of them twice.
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from var_kernels.multi_scale_quantize import phi_index
-from var_kernels.testing import SCHEDULES, SHAPES, scale_lens
-from var_kernels.triton.targets import TARGETS
+from ..multi_scale_quantize import phi_index
+from ..testing import SCHEDULES, SHAPES, scale_lens
+from .targets import TARGETS
 
 BATCH = 8
 # sm_89 takes the configurations of sm_86 and gets the same code but for the order of some instructions, gfx90a those of
