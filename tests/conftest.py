@@ -1,4 +1,4 @@
-"""Fixtures that the tests of all ops share."""
+"""Options and fixtures that all tests share."""
 
 import os
 import subprocess
@@ -9,13 +9,53 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import tiers
 from var_kernels.backends import unavailable_reason
-from var_kernels.testing import isa_levels
+
+_LEFT_OUT = pytest.StashKey[int]()
 
 # Of the randomised tests; `--hypothesis-profile=long` for ten minutes of test_cpu_differential.py.
 settings.register_profile("brief", max_examples=15, derandomize=True)
 settings.register_profile("long", max_examples=2000)
 settings.load_profile("brief")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="every tier of the tests, not only what every edit needs")
+
+
+def pytest_configure(config):
+    for tier, what in tiers.TIERS.items():
+        config.addinivalue_line("markers", f"{tier}: {what}")
+    # The workers of pytest-xdist share the processors. A process that counts its threads anew must find the same.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        torch.set_num_threads(threads)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    tiers.mark(items)
+    if config.option.all or config.option.markexpr:
+        return
+    named = {(config.invocation_params.dir / argument.split("::")[0]).resolve() for argument in config.args}
+    left_out = [item for item in items if tiers.is_left_out(item, named)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        config.stash[_LEFT_OUT] = len(left_out)
+        kept = set(items) - set(left_out)
+        items[:] = [item for item in items if item in kept]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if count := config.stash.get(_LEFT_OUT, 0):
+        names = ", ".join(tier for tier in tiers.TIERS if tier != "gpu")
+        terminalreporter.write_line(
+            f"{count} tests of the tiers {names} were left out: `pytest --all` runs them too, `pytest -m emulated` one "
+            "tier, and a file that is named runs whole"
+        )
 
 
 @pytest.fixture
@@ -24,25 +64,6 @@ def cpu():
     reason = unavailable_reason("cpu", "cpu", "block_causal_attention")
     if reason is not None:
         pytest.skip(reason)
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def run_at_lower_level(cpu, request):
-    """`run(file, expression)`: the tests of a file that pytest's -k selects pass at a lower ISA level, none skipped.
-
-    In a process of their own; skips where this process is at that level, or below it.
-    """
-    level = request.param
-    if level not in isa_levels()[:-1]:
-        pytest.skip(f"{level} is not below the level of this process")
-
-    def run(file, expression):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), "-k", expression]
-        root, environment = Path(__file__).resolve().parents[1], {**os.environ, "VAR_KERNELS_ISA": level}
-        answer = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-        assert answer.returncode == 0 and "skipped" not in answer.stdout, answer.stdout[-3000:] + answer.stderr[-2000:]
-
-    return run
 
 
 @pytest.fixture

@@ -293,7 +293,7 @@ def test_a_gpu_runs_the_newest_code_of_its_generation():
     }  # fmt: skip
 
 
-@pytest.mark.slow  # compiles a file that the tests of its op compile as well
+@pytest.mark.evidence  # compiles a file that the tests of its op compile as well
 def test_a_real_cuda_kernel():
     pytest.importorskip("triton")
     if reason := cuda_source.unavailable_reason():

@@ -97,7 +97,7 @@ def library(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow  # compiles every instruction set once more
+@pytest.mark.evidence  # compiles every instruction set once more
 @pytest.mark.parametrize("level", isa_levels())
 def test_cpu_kernels_are_silent(library, monkeypatch, level):
     monkeypatch.setenv("VAR_KERNELS_ISA", level)

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.evidence
 
 
 class Mutant(NamedTuple):

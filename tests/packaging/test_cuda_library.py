@@ -23,7 +23,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @needs_compiler
 @pytest.mark.skipif(build.find_nvcc() is None, reason="nvcc is not installed")
 def test_cuda_kernels_are_built_and_registered_without_a_gpu(tmp_path):
@@ -62,7 +62,7 @@ def test_the_check_finds_what_ties_a_library_to_one_torch(tmp_path):
     assert fault.startswith("NEEDED: expected torch's libraries, got [")
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 def test_a_library_without_cuda_kernels_is_refused(cpu):
     from var_kernels.native import load
 

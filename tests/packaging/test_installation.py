@@ -15,7 +15,7 @@ import pytest
 from tests.helpers.checkout import LOAD, ROOT, Checkout, environment, needs_compiler
 from var_kernels.native import build
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.evidence
 
 
 class Environment:

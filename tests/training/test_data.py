@@ -59,6 +59,7 @@ GOOD = idx_bytes(np.zeros((2, 3), np.uint8))
         (gzip.compress(GOOD)[:-9], "truncated or corrupt gzip"),
         (b"\x1f\x8b" + bytes(30), "truncated or corrupt gzip"),
     ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)} bytes",  # a gzip header holds the time
 )
 def test_malformed_idx_is_named(tmp_path, content, message):
     path = tmp_path / "bad-idx"

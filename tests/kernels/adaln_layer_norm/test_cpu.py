@@ -163,9 +163,6 @@ def test_gradcheck_of_reference(op):
         torch.autograd.gradcheck(lambda *args: outputs(op, args, "reference"), tensors)
 
 
-def test_every_lower_isa_level(run_at_lower_level):
-    run_at_lower_level(__file__, "accurate_in_brief")
-
 
 # ---- layouts, emptiness, special values ----------------------------------------------------------------------------
 

@@ -45,9 +45,6 @@ def test_same_values_in_brief(cpu, dtype):
         assert_same_values(mixed_inputs(shape, dtype, seed=index, forms=rotated_forms(index)), "cpu")
 
 
-def test_every_lower_isa_level(run_at_lower_level):
-    run_at_lower_level(__file__, "in_brief")
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference(dtype):

@@ -268,7 +268,7 @@ REGISTERS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
@@ -318,7 +318,7 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_faults_are_found(name, selected):
     layer = MUTANTS[name].layer

@@ -189,9 +189,6 @@ def test_reference_gradients():
     )
 
 
-def test_every_lower_isa_level(run_at_lower_level):
-    run_at_lower_level(__file__, "head_dims or query_ranges or large_logits")
-
 
 # ---- special values ------------------------------------------------------------------------------------------------
 

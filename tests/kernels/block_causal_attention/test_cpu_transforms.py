@@ -27,7 +27,7 @@ def test_opcheck(cpu, packed):
     [
         ("cpu", "aot_eager", False),
         ("cpu", "aot_eager", True),
-        pytest.param("cpu", "inductor", False, marks=pytest.mark.slow),
+        pytest.param("cpu", "inductor", False, marks=pytest.mark.evidence),
         ("reference", "aot_eager", False),
     ],
     indirect=["backend"],

@@ -299,7 +299,7 @@ REGISTERS = {
 STACK = {"plain_attention_backward_keys_kernel<float, 256>": 16}
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
@@ -354,7 +354,7 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault, selected):
     layer = FAULTS[fault].layer

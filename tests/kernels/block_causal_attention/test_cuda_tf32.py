@@ -190,7 +190,7 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(fault, selected):
     layer = FAULTS[fault].layer

@@ -150,9 +150,6 @@ def test_falls_back_by_capability(monkeypatch):
         assert packing_unavailable_reason(dtype, device)
 
 
-def test_every_lower_isa_level(run_at_lower_level):
-    run_at_lower_level(__file__, "against_float64 or layouts or says_what or odd_number")
-
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):

@@ -1,6 +1,5 @@
 """multi_scale_quantize and next_scale_input: bad input, torch's tools, every ISA level."""
 
-from pathlib import Path
 
 import pytest
 import torch
@@ -176,9 +175,3 @@ def test_vmap_and_functional_gradients(backend):
     arguments = leaves([images[0], *others])
     for part, expected in zip(gradient(images[0]), torch.autograd.grad(loss(*arguments), arguments), strict=True):
         torch.testing.assert_close(part, expected)
-
-
-def test_every_lower_isa_level(run_at_lower_level):
-    numerics = Path(__file__).with_name("test_cpu.py")
-    selection = "forward_and_backward and l2 or test_next_scale_input or layouts and cpu or every_element"
-    run_at_lower_level(numerics, selection)

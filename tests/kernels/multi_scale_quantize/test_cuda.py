@@ -234,7 +234,7 @@ REGISTERS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 @pytest.mark.parametrize("source", [FORWARD, BACKWARD], ids=lambda source: source.stem)
 def test_machine_code(source, arch, selected):
@@ -298,7 +298,7 @@ def outcome(emulated_kernels, source):
         return list(backward(*tensors, tokens, derrors, *maps, 0.5))
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("name", [*FORWARD_MUTANTS, *BACKWARD_MUTANTS])
 def test_planted_faults_are_found(name, selected):
     mutants = FORWARD_MUTANTS if name in FORWARD_MUTANTS else BACKWARD_MUTANTS

@@ -362,7 +362,3 @@ torch.set_num_threads(1)
 run = lambda rows: nearest_code(torch.ones(rows, 2), torch.ones(4096, 2), backend={backend!r})
 run(600)"""
     assert peak_growth(preparation, "run(20000)") < 60 << 20
-
-
-def test_every_lower_isa_level(run_at_lower_level):
-    run_at_lower_level(__file__, "exact_on_small_integers and cpu or first_of_equal or nan_and_inf")

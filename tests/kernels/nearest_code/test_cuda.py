@@ -205,7 +205,7 @@ def test_ptx_is_accurate(metric, dtype):
 REGISTERS = {"nearest_code_kernel": 168, "normalise_codes_kernel": 40, "best_candidate_kernel": 40}
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
@@ -247,7 +247,7 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_faults_are_found(name, selected):
     mutant = MUTANTS[name]

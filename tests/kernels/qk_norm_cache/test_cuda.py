@@ -158,7 +158,7 @@ def test_ptx_is_accurate(dtype):
 REGISTERS = {"qk_norm_cache_kernel": 64, "plain_qk_norm_cache_kernel": 56}
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
@@ -198,7 +198,7 @@ UNCHECKED = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("name", UNCHECKED)
 def test_every_check_of_the_layout_is_needed(name, selected):
     faulty = load_mutant(SOURCE, UNCHECKED[name], [UNCHECKED[each] for each in selected("name")])
@@ -207,7 +207,7 @@ def test_every_check_of_the_layout_is_needed(name, selected):
     assert "misaligned" in {report.kind for report in caught.value.reports}
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_faults_are_found(name, selected):
     mutant = MUTANTS[name]

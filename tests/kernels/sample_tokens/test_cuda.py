@@ -121,7 +121,7 @@ def test_ptx_is_accurate(dtype):
 REGISTERS = {"sample_tokens_kernel": 128}
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
@@ -145,7 +145,7 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_faults_are_found(name, selected):
     mutant = MUTANTS[name]

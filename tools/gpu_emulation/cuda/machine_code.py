@@ -1,6 +1,6 @@
 """What nvcc makes of the CUDA kernels, for the tests of machine code: every kernel of a file, launched or not.
 
-    @pytest.mark.slow
+    @pytest.mark.evidence
     @pytest.mark.parametrize("arch", machine_code.ARCHS)
     def test_machine_code(arch, selected):
         for kernel in machine_code.kernels(SOURCE, arch, selected("arch")):

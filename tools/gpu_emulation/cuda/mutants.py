@@ -1,6 +1,6 @@
 """Planted faults: modules of a .cu file with one line of it, or of what it includes, made wrong.
 
-    @pytest.mark.slow
+    @pytest.mark.evidence
     @pytest.mark.parametrize("name", MUTANTS)
     def test_planted_faults_are_found(name, selected):
         emulation = load_mutant(SOURCE, MUTANTS[name], [MUTANTS[each] for each in selected("name")])

@@ -1,0 +1,42 @@
+"""The CPU tests of all ops and models once more: at every lower instruction set, and without the native library.
+
+Each in a process of its own, since the level of the kernels is fixed when the library is loaded.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.tiers import ROOT, TIERS
+from var_kernels.testing import isa_levels
+
+PLACES = [
+    *sorted(path for path in (ROOT / "tests/kernels").iterdir() if (path / "__init__.py").is_file()),
+    ROOT / "tests/model", ROOT / "tests/generation",
+]  # fmt: skip
+
+
+def outcome(**changes: str) -> dict[str, int]:
+    """How many tests passed, failed, were skipped in a process with these environment variables."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-m", f"not ({' or '.join(TIERS)})", *map(str, PLACES)]
+    # This process may be a worker of pytest-xdist; the new one is none.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    answer = subprocess.run(command, env={**environment, **changes}, cwd=ROOT, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout[-6000:] + answer.stderr[-2000:]
+    return {what: int(count) for count, what in re.findall(r"(\d+) (\w+)", answer.stdout.splitlines()[-1])}
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_ops_at_a_lower_instruction_set(level):
+    if level not in isa_levels()[:-1]:
+        pytest.skip(f"{level} is not below the level of this process")
+    counts = outcome(VAR_KERNELS_ISA=level)
+    assert counts["passed"] > 20 * counts.get("skipped", 0)  # a level without kernels would be skipped nearly whole
+
+
+def test_ops_without_the_native_library():
+    assert outcome(VAR_KERNELS_BUILD="none")["passed"]
