@@ -32,8 +32,8 @@ def stated_order() -> TorchDispatchMode:
     - **Other sums** (``sum``, ``mean``, ``mse_loss``, ``softmax``, ``logsumexp``, norms, ``group_norm``): 16 terms one
       after another, then 16 of those sums, and so on, in float32. PyTorch's own cascade is like it, but threads cut it
       where their number wants. A variance is the mean of squares of what is left without the mean.
-    - **Attention** (``scaled_dot_product_attention``, CPU): these products and sums in float32, but probabilities, and
-      gradients of scores in the backward, are rounded to the dtype before they are multiplied, as in every kernel.
+    - **Attention** (``scaled_dot_product_attention`` on a CPU): these products and sums in float32, but probabilities,
+      and in the backward gradients of scores, are rounded to the dtype before they are multiplied, as in every kernel.
 
     All sums are made of elementwise operations that IEEE 754 rounds in one way. Functions such as exp and tanh, and
     interpolation, remain PyTorch's, which are off by a few roundings on every host.
@@ -135,7 +135,8 @@ def _sum(x: torch.Tensor, dim: Sequence[int] | int | None = None, keepdim: bool 
     dims = sorted(d % x.dim() for d in dims) if x.dim() else []
     kept = [size for d, size in enumerate(x.shape) if d not in dims]
     shape = [1 if d in dims else size for d, size in enumerate(x.shape)] if keepdim else kept
-    terms = x.float().permute(*dims, *(d for d in range(x.dim()) if d not in dims)).reshape(-1, *kept)
+    terms = x.float().permute(*dims, *(d for d in range(x.dim()) if d not in dims))
+    terms = terms.flatten(0, len(dims) - 1) if dims else terms.unsqueeze(0)
     if terms.shape[0] == 0:
         return x.new_zeros(shape, dtype=torch.float32)
     while terms.shape[0] > 1:
@@ -312,8 +313,9 @@ def _attention_backward(dout, q, k, v, out, lse, dropout_p, is_causal, *, attn_m
 _WITHOUT_ORDER = {
     getattr(aten, name)
     for name in (
-        "_addmm_activation", "_cdist_forward", "_convolution", "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention", "addbmm", "addmv", "linear",
-        "linear_backward", "mkldnn_convolution", "mkldnn_linear", "vdot",
+        "_addmm_activation", "_cdist_forward", "_convolution", "_euclidean_dist",
+        "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention", "addbmm", "addmv", "linear", "linear_backward", "mkldnn_convolution",
+        "mkldnn_linear", "vdot",
     )
 }  # fmt: skip
