@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ._stated_order import stated_order as stated_order
+
 # Side of each square token map, from coarse to fine.
 SCHEDULES: dict[str, tuple[int, ...]] = {
     "embedded": (1, 2, 3, 4, 6, 8),  # 130 tokens, the model in var/weights
@@ -78,9 +80,9 @@ def assert_accurate(
 ) -> None:
     r"""Raise AssertionError unless `actual` is as accurate as plain PyTorch in the same dtype, up to a factor of two.
 
-    `actual` is the kernel's result; `same_dtype` the result of plain PyTorch in the dtype under test; `exact` that of
-    the float64 reference on the same (already rounded) inputs. All three have one shape; `actual` and `same_dtype`
-    have one dtype.
+    `actual` is the kernel's result; `same_dtype` the result of plain PyTorch in the dtype under test, computed inside
+    :func:`stated_order`, so that the bound is the same on every host; `exact` that of the float64 reference on the same
+    (already rounded) inputs. All three have one shape; `actual` and `same_dtype` have one dtype.
 
     With :math:`E = \max|\text{same\_dtype} - \text{exact}|`, :math:`M = \max|\text{exact}|` and ``eps`` the spacing of
     the dtype at 1, every element must satisfy

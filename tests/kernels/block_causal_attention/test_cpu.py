@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from var_kernels import block_causal_attention
-from var_kernels.testing import assert_accurate, attention_inputs, poison, randn, scale_lens
+from var_kernels.testing import assert_accurate, attention_inputs, poison, randn, scale_lens, stated_order
 
 RAW = torch.ops.var_kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,7 +61,8 @@ def check(inputs, lens, *, backend="cpu", rows_cancel=False, **options) -> None:
     dout = randn(*q.shape, seed=99, dtype=q.dtype)
     poison(*inputs)
     actual = with_grads(lambda *x: block_causal_attention(*x, lens, backend=backend, **options), inputs, dout)
-    same = with_grads(lambda *x: plain(*x, lens, **options), inputs, dout)
+    with stated_order():
+        same = with_grads(lambda *x: plain(*x, lens, **options), inputs, dout)
     exact = with_grads(
         lambda *x: block_causal_attention(*x, lens, backend="reference", **options), inputs, dout, torch.float64
     )
@@ -141,14 +142,18 @@ def test_all_scales_of_length_one_is_causal_attention(backend):
     q, k, v = attention_inputs(1, 2, 100, 32, seed=6)
     out = block_causal_attention(q, k, v, [1] * 100, backend=backend)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
-    assert_accurate(out, F.scaled_dot_product_attention(q, k, v, is_causal=True), exact)
+    with stated_order():
+        same = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert_accurate(out, same, exact)
 
 
 def test_one_scale_is_full_attention(backend):
     q, k, v = attention_inputs(1, 2, 100, 32, seed=7)
     exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
     out = block_causal_attention(q, k, v, [100], backend=backend)
-    assert_accurate(out, F.scaled_dot_product_attention(q, k, v), exact)
+    with stated_order():
+        same = F.scaled_dot_product_attention(q, k, v)
+    assert_accurate(out, same, exact)
 
 
 @pytest.mark.parametrize("queries", [155, 3])
@@ -163,10 +168,10 @@ def test_log_sum_exp_and_its_gradient(cpu, queries):
         return [lse.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True)]
 
     for use_out in (True, False):  # without out its gradient reaches the backward as None
-        results = [run("cpu", torch.float32, use_out), run("reference", torch.float32, use_out)]
-        for name, a, s, e in zip(
-            ("lse", "dq", "dk", "dv"), *results, run("reference", torch.float64, use_out), strict=True
-        ):
+        results = [run("cpu", torch.float32, use_out)]
+        with stated_order():
+            results += [run("reference", dtype, use_out) for dtype in (torch.float32, torch.float64)]
+        for name, a, s, e in zip(("lse", "dq", "dk", "dv"), *results, strict=True):
             # Row 0 sees one key: its gradient through out cancels, that through lse is left with the rounding.
             assert_accurate(a.flatten(), s.flatten(), e.flatten(), name=name)
 
@@ -176,7 +181,8 @@ def test_log_sum_exp_is_fp32_for_half_precision(cpu, dtype):
     q, k, v = attention_inputs(2, 2, 155, 40, seed=8, dtype=dtype)
     lse = block_causal_attention(q, k, v, SHORT, return_lse=True, backend="cpu")[1]
     widened = [x.float() for x in (q, k, v)]
-    same = block_causal_attention(*widened, SHORT, return_lse=True, backend="reference")[1]
+    with stated_order():
+        same = block_causal_attention(*widened, SHORT, return_lse=True, backend="reference")[1]
     exact = block_causal_attention(*(x.double() for x in widened), SHORT, return_lse=True, backend="reference")[1]
     assert_accurate(lse, same, exact)
 
@@ -200,10 +206,12 @@ def test_non_finite_values_propagate(cpu, where, value, queries):
     """As in PyTorch, but only along visible pairs: a bad key does not reach the rows that do not see it."""
     q, k, v = attention_inputs(1, 2, 155, 24, seed=11, query_length=queries)
     {"q": q, "k": k, "v": v}[where][0, 0, -30 if where != "q" else -2] = value
-    results = [
-        block_causal_attention(*(x.to(dtype) for x in (q, k, v)), SHORT, backend=name)
-        for name, dtype in (("cpu", torch.float32), ("reference", torch.float32), ("reference", torch.float64))
-    ]
+    results = [block_causal_attention(q, k, v, SHORT, backend="cpu")]
+    with stated_order():
+        results += [
+            block_causal_attention(*(x.to(dtype) for x in (q, k, v)), SHORT, backend="reference")
+            for dtype in (torch.float32, torch.float64)
+        ]
     assert not results[2].isfinite().all()
     assert_accurate(*results)
 
@@ -214,10 +222,12 @@ def test_rows_that_see_only_minus_infinity(cpu, bad_keys):
     q, k, v = attention_inputs(1, 1, 155, 16, seed=12)
     q[..., 0] = q[..., 0].abs() + 0.1
     k[:, :, :bad_keys, 0] = -float("inf")
-    results = [
-        block_causal_attention(*(x.to(dtype) for x in (q, k, v)), SHORT, backend=name, return_lse=True)
-        for name, dtype in (("cpu", torch.float32), ("reference", torch.float32), ("reference", torch.float64))
-    ]
+    results = [block_causal_attention(q, k, v, SHORT, backend="cpu", return_lse=True)]
+    with stated_order():
+        results += [
+            block_causal_attention(*(x.to(dtype) for x in (q, k, v)), SHORT, backend="reference", return_lse=True)
+            for dtype in (torch.float32, torch.float64)
+        ]
     for part in zip(*results, strict=True):
         assert_accurate(*part)
     assert results[0][0][0, 0, :5].isnan().all() and results[0][0].isnan().any(-1).sum() == bad_keys

@@ -14,7 +14,7 @@ from tools.gpu_emulation.cuda.mutants import Mutant, load_mutant
 from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from var_kernels import block_causal_attention
 from var_kernels.native import build as native_build
-from var_kernels.testing import assert_accurate, attention_inputs, randn, scale_lens
+from var_kernels.testing import assert_accurate, attention_inputs, randn, scale_lens, stated_order
 
 pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
@@ -52,10 +52,13 @@ def emulation(variant="fast", **options):
 
 def references(inputs, lens, **options):
     """(out, lse) of the reference in the inputs' dtype and in float64."""
-    same, exact = (
-        block_causal_attention(*(x.to(dtype) for x in inputs), lens, backend="reference", return_lse=True, **options)
-        for dtype in (inputs[0].dtype, torch.float64)
-    )
+    with stated_order():
+        same, exact = (
+            block_causal_attention(
+                *(x.to(dtype) for x in inputs), lens, backend="reference", return_lse=True, **options
+            )
+            for dtype in (inputs[0].dtype, torch.float64)
+        )
     return same, exact
 
 
@@ -171,8 +174,9 @@ def test_gradient_of_lse(dtype):
 
     with emulation("race"):
         actual = run("cuda", dtype)
-    for name, *results in zip(("dq", "dk"), actual, run("reference", dtype), run("reference", torch.float64),
-                              strict=False):  # fmt: skip
+    with stated_order():
+        same, exact = run("reference", dtype), run("reference", torch.float64)
+    for name, *results in zip(("dq", "dk"), actual, same, exact, strict=False):
         assert_accurate(*results, name=name)
     assert not actual[2].any()
 
@@ -370,10 +374,11 @@ def test_planted_faults_are_found(fault, selected):
 
     if layer in ("values", "conflicts"):
         actual, counters = run()
-        same, exact = (
-            with_grads(functools.partial(attention, backend="reference"), inputs, dout, dtype)
-            for dtype in (torch.bfloat16, torch.float64)
-        )
+        with stated_order():
+            same, exact = (
+                with_grads(functools.partial(attention, backend="reference"), inputs, dout, dtype)
+                for dtype in (torch.bfloat16, torch.float64)
+            )
         assert (counters["bank_conflicts"] > 0) == (layer == "conflicts")
         with pytest.raises(AssertionError) if layer == "values" else contextlib.nullcontext():
             for results in zip(actual, same, exact, strict=True):

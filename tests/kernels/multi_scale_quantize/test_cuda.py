@@ -13,7 +13,7 @@ from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from tools.report import nvcc
 from var_kernels import multi_scale_quantize, next_scale_input
 from var_kernels.native import build as native_build
-from var_kernels.testing import assert_accurate, randn
+from var_kernels.testing import assert_accurate, randn, stated_order
 
 pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
@@ -48,7 +48,8 @@ def check(shape, variant="fast", *, seed=0, executor=None, metric="l2"):
     tensors, maps = inputs(shape), shape[-1]
     with emulation(variant, seed=seed, late_copies=seed % 2 == 0, executor=executor) as record:
         found, found_gradients = forward_and_backward(tensors, maps, "cuda", metric=metric)
-    plain, plain_gradients = forward_and_backward(tensors, maps, "reference", metric=metric)
+    with stated_order():
+        plain, plain_gradients = forward_and_backward(tensors, maps, "reference", metric=metric)
     exact, exact_gradients = forward_and_backward(tensors, maps, "reference", torch.float64, metric=metric)
     assert torch.equal(found.tokens, exact.tokens)
     assert_accurate(found.f_hat, plain.f_hat, exact.f_hat, name="f_hat")
@@ -83,8 +84,9 @@ def test_one_launch_if_the_residual_fits_a_block(shape, launches):
     tensors = inputs(shape)
     with emulation() as record:
         found = multi_scale_quantize(*tensors, shape[-1], backend="cuda")
-    plain, exact = (multi_scale_quantize(*(x.to(dtype) for x in tensors), shape[-1], backend="reference")
-                    for dtype in (torch.float32, torch.float64))  # fmt: skip
+    with stated_order():
+        plain, exact = (multi_scale_quantize(*(x.to(dtype) for x in tensors), shape[-1], backend="reference")
+                        for dtype in (torch.float32, torch.float64))  # fmt: skip
     assert record.counters["launches"] == launches
     assert torch.equal(found.tokens, exact.tokens)
     assert_accurate(found.f_hat, plain.f_hat, exact.f_hat, name="f_hat")
@@ -111,10 +113,11 @@ def test_next_scale_input(variant):
             codes = randn(shape[0], height * width, 2 * shape[1], seed=20 + k)[..., : shape[1]]
             with emulation(variant, seed=k):
                 found = next_scale_input(f_hat, codes, *phi, shape[-1], k, phi_ratio=0.4, backend="cuda")
-            plain, exact = (
-                next_scale_input(*(x.to(dtype) for x in (f_hat, codes, *phi)), shape[-1], k, phi_ratio=0.4,
-                                 backend="reference") for dtype in (torch.float32, torch.float64)
-            )  # fmt: skip
+            with stated_order():
+                plain, exact = (
+                    next_scale_input(*(x.to(dtype) for x in (f_hat, codes, *phi)), shape[-1], k, phi_ratio=0.4,
+                                     backend="reference") for dtype in (torch.float32, torch.float64)
+                )  # fmt: skip
             for part, *values in zip(("f_hat", "next map"), found, plain, exact, strict=True):
                 if values[0] is not None:
                     assert_accurate(*values, name=f"{part} after scale {k}")

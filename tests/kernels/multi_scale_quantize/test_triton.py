@@ -14,7 +14,7 @@ from tests.kernels.multi_scale_quantize.contract import NAMES, SHAPES, gradients
 from tools.gpu_emulation.triton import executing, interpret, run_ptx
 from var import VQVAE, VQVAEConfig
 from var_kernels import multi_scale_quantize, next_scale_input
-from var_kernels.testing import assert_accurate, poison, randn
+from var_kernels.testing import assert_accurate, poison, randn, stated_order
 from var_kernels.triton import multi_scale_quantize as forward_kernels
 from var_kernels.triton import multi_scale_quantize_backward as backward_kernels
 from var_kernels.triton import nearest_code as search_kernels
@@ -65,8 +65,9 @@ def assert_right(result, derivatives, tensors, shape, **options):
     expected = []
     for dtype in (None, torch.float64):
         arguments = leaves(tensors, dtype)
-        reference = multi_scale_quantize(*arguments, shape[-1], **options, backend="reference")
-        expected.append((reference, gradients(reference, arguments)))
+        with stated_order():
+            reference = multi_scale_quantize(*arguments, shape[-1], **options, backend="reference")
+            expected.append((reference, gradients(reference, arguments)))
     (plain, plain_gradients), (exact, exact_gradients) = expected
     assert torch.equal(result.tokens, exact.tokens)
     assert_accurate(result.f_hat, plain.f_hat, exact.f_hat, name="f_hat")
@@ -134,7 +135,8 @@ def test_next_scale_input(name, configs):
         tensors = (f_hat, randn(shape[0], height * width, shape[1], seed=20 + k), *phi)
         with executing(interpret), override(configs):
             ours = next_scale_input(*tensors, shape[-1], k, phi_ratio=0.4, backend="triton")
-        plain = next_scale_input(*tensors, shape[-1], k, phi_ratio=0.4, backend="reference")
+        with stated_order():
+            plain = next_scale_input(*tensors, shape[-1], k, phi_ratio=0.4, backend="reference")
         exact = next_scale_input(*(tensor.double() for tensor in tensors), shape[-1], k, phi_ratio=0.4)
         for part, *values in zip(("f_hat", "next map"), ours, plain, exact, strict=True):
             if values[0] is not None:
@@ -158,7 +160,8 @@ def test_compiled_next_scale_input():
     codes = randn(2, 6, 5, seed=20)
     with executing(run_ptx), override(SMALL):
         ours = next_scale_input(f_hat, codes, *phi, TINY[-1], 1, backend="triton")
-    plain = next_scale_input(f_hat, codes, *phi, TINY[-1], 1, backend="reference")
+    with stated_order():
+        plain = next_scale_input(f_hat, codes, *phi, TINY[-1], 1, backend="reference")
     exact = next_scale_input(f_hat.double(), codes.double(), *(tensor.double() for tensor in phi), TINY[-1], 1)
     for values in zip(ours, plain, exact, strict=True):
         assert_accurate(*values)

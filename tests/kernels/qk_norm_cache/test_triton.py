@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from tests.kernels.qk_norm_cache.test_cpu import expected, problem
 from tools.gpu_emulation.triton import executing, interpret, run_ptx
 from var_kernels import qk_norm_cache
-from var_kernels.testing import assert_accurate
+from var_kernels.testing import assert_accurate, stated_order
 from var_kernels.triton import qk_norm_cache as kernels
 from var_kernels.triton.launch import executor
 from var_kernels.triton.offline import compilations, compile_for
@@ -24,7 +24,8 @@ def assert_right(function, shape, dtype, layout="BHLD"):
     with executing(function):
         q = qk_norm_cache(qkv, k_cache, v_cache, start, q_factor=q_factor, backend="triton")
     exact = expected(qkv.double(), q_factor.double())
-    plain = [tensor.to(dtype) for tensor in expected(qkv.float(), q_factor)]
+    with stated_order():
+        plain = [tensor.to(dtype) for tensor in expected(qkv.float(), q_factor)]
     rows = slice(start, start + length)
     assert_accurate(q, plain[0], exact[0], name="q")
     assert_accurate(k_cache[:, :, rows], plain[1], exact[1], name="k")
