@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from tools.report import __main__ as command
 from tools.report import bounds, budgets, cuda_source, occupancy, tables
 from tools.report.rows import Failure, Row
-from tools.report.sources import SOURCES, rows
+from tools.report.sources import SOURCES, collect, rows
 from tools.report.triton_source import record
 from var_kernels.triton.problems import PROBLEMS
 from var_kernels.triton.targets import TARGETS
@@ -208,6 +209,56 @@ def test_rewriting_a_page(tmp_path):
     assert page.read_text() == "no markers"
 
 
+def test_a_file_for_each_table(tmp_path):
+    row = _row(op="sample_tokens", problem="last scale of 8 images fp32")
+    texts = tables.pages(PROBLEMS, ["sm_80"], [row])
+    assert {name for name in texts if name.startswith("sample_tokens")} == {
+        "sample_tokens-bounds.md", "sample_tokens-resources.md", "sample_tokens-accesses.md",
+    }  # fmt: skip
+    assert all(text.count("\n| --- |") == 1 and text.startswith(tables.WRITTEN) for text in texts.values())
+    assert "| sm_80 | A100 SXM 80 GB |" in texts["cards.md"]
+    assert "| triton | forward | 100r 40K 25% HMMA |" in texts["sample_tokens-resources.md"]
+
+
+def test_tables_of_a_kernel_that_is_gone_are_removed(tmp_path):
+    folder = tmp_path / "generated"
+    tables.write(folder, {"a.md": f"{tables.WRITTEN}\nold", "b.md": f"{tables.WRITTEN}\n"})
+    (folder / "by_hand.md").write_text("kept")
+    tables.write(folder, {"a.md": "new"})
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"a.md": "new", "by_hand.md": "kept"}
+
+
+OPS = tuple(dict.fromkeys(problem.op for problem in PROBLEMS))
+GENERATED = Path(__file__).resolve().parents[1] / "docs" / "generated"
+
+
+def _committed_tables(op):
+    return {path.name: path.read_text(encoding="utf-8") for path in GENERATED.glob(f"{op}-*.md")}
+
+
+def test_committed_tables_of_cards_and_bounds_are_those_of_the_report():
+    texts = tables.pages(PROBLEMS, list(TARGETS), [])
+    assert set(texts) == {"cards.md", *(f"{op}-bounds.md" for op in OPS)}
+    for name, text in texts.items():
+        assert (GENERATED / name).read_text(encoding="utf-8") == text, f"{name}: --write-tables docs/generated"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_committed_tables_of_kernels_are_those_of_the_report(op):
+    for source in SOURCES.values():
+        if reason := source.unavailable_reason():
+            pytest.skip(reason)
+        recorded = budgets.load()[1][source.COMPILER]
+        if source.release() != recorded:
+            pytest.skip(f"the tables are those of {source.COMPILER} {recorded}, this is {source.release()}")
+    problems = [problem for problem in PROBLEMS if problem.op == op]
+    results = collect(problems, list(TARGETS), list(SOURCES), 2, lambda done, total: None)
+    expected = tables.pages(problems, list(TARGETS), results)
+    del expected["cards.md"]
+    assert _committed_tables(op) == expected, "--write-tables docs/generated writes them"
+
+
 def test_problems_have_names_of_their_own():
     assert len({problem.key for problem in PROBLEMS}) == len(PROBLEMS)
 
@@ -223,6 +274,7 @@ def test_problems_have_names_of_their_own():
         (["--backend", "cuda", "--target", "gfx942"], "--target: expected one of those that .*, sm_100, sm_120, "),
         (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
         (["--markdown", "x.md", "--target", "sm_80"], "--markdown: expected no --target"),
+        (["--write-tables", "x", "--backend", "triton"], "--write-tables: expected no --target"),
     ],
 )
 def test_bad_options(arguments, message, capsys):
@@ -319,7 +371,7 @@ def test_what_is_not_looked_at_is_said(monkeypatch, capsys, tmp_path):
     assert command.main([*options, "--json", str(file)]) == 0
     assert sentence in capsys.readouterr().out
     assert json.loads(file.read_text())["not looked at"] == {"cuda": "nvcc is not installed"}
-    for arguments in ([*options, "--backend", "cuda"], ["--markdown", "page.md"]):
+    for arguments in ([*options, "--backend", "cuda"], ["--markdown", "page.md"], ["--write-tables", "folder"]):
         assert command.main(arguments) == 2
         assert sentence in capsys.readouterr().err
 

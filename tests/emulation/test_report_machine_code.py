@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from tools.report import amdgcn, flow, occupancy, sass
+from tools.report import amdgcn, flow, occupancy, rows, sass
 
 # ---- NVIDIA machine code
 
@@ -128,6 +128,71 @@ def test_code_behind_a_call_that_never_returns_is_reached():
     second = [*[flow.Instruction("HMMA")] * 20, flow.Instruction("BRA", (22, 43)), flow.Instruction("EXIT", ())]
     loop = flow.main_loop([*first, *second], lambda opcodes: opcodes.count("HMMA"))
     assert Counter(loop) == {"HMMA": 20, "BRA": 1}
+
+
+def _loop(parts: list, first: int) -> list[flow.Instruction]:
+    """A loop at position `first` of a kernel. Parts are opcodes, each with its number, and lists, the loops inside."""
+    code: list[flow.Instruction] = []
+    for part in parts:
+        code += _loop(part, first + len(code)) if isinstance(part, list) else [flow.Instruction(part[0])] * part[1]
+    return [*code, flow.Instruction("BRA", (first, first + len(code) + 1))]
+
+
+def _kernel(*loops: list) -> list[flow.Instruction]:
+    """One loop after another."""
+    return [*_loop([*loops], 0)[:-1], flow.Instruction("EXIT", ())]
+
+
+def _products(opcodes) -> int:
+    return opcodes.count("HMMA")
+
+
+def test_a_small_inner_loop_does_not_hide_the_outer_one_that_carries_the_products():
+    small = [("IADD3", 19)]
+    loop = flow.main_loop(_kernel([("HMMA", 32), small, ("FADD", 30)]), _products)
+    assert Counter(loop) == {"HMMA": 32, "IADD3": 19, "FADD": 30, "BRA": 2}
+
+
+def test_a_small_inner_loop_does_not_hide_a_large_outer_one_without_products():
+    small = [("IADD3", 19)]
+    loop = flow.main_loop(_kernel([("FFMA", 881), small]), _products)
+    assert Counter(loop) == {"FFMA": 881, "IADD3": 19, "BRA": 2}
+
+
+def test_a_heavy_inner_loop_comes_before_the_light_loop_around_it():
+    heavy = [("HMMA", 16), ("FADD", 10)]
+    loop = flow.main_loop(_kernel([("IADD3", 40), heavy, ("STG", 200)]), _products)
+    assert Counter(loop) == {"HMMA": 16, "FADD": 10, "BRA": 1}
+    # The outer one may hold more instructions, since the inner one repeats its own.
+    loop = flow.main_loop(_kernel([("IADD3", 100), [("FFMA", 80)]]), _products)
+    assert Counter(loop) == {"FFMA": 80, "BRA": 1}
+    # Products in front of it do not change that.
+    loop = flow.main_loop(_kernel([("HMMA", 32), heavy]), _products)
+    assert Counter(loop) == {"HMMA": 16, "FADD": 10, "BRA": 1}
+
+
+@pytest.mark.parametrize("heavier", [0, 1])
+def test_of_two_siblings_the_heavier_loop_is_the_main_one(heavier):
+    light, heavy = [("HMMA", 8), ("FADD", 90)], [("HMMA", 9), ("FADD", 9)]
+    siblings = (heavy, light) if heavier == 0 else (light, heavy)
+    expected = {"HMMA": 9, "FADD": 9, "BRA": 1}
+    assert Counter(flow.main_loop(_kernel(*siblings), _products)) == expected
+    assert Counter(flow.main_loop(_kernel([("IADD3", 50), *siblings]), _products)) == expected
+    without = ([("FADD", 30)], [("FMUL", 29)])
+    assert Counter(flow.main_loop(_kernel(*without[:: 1 - 2 * heavier]), _products)) == {"FADD": 30, "BRA": 1}
+
+
+def test_work_of_inner_loops_is_not_counted_as_that_of_the_loop_around_them():
+    inner = [[("HMMA", 8), ("FADD", 9 + i)] for i in range(10)]
+    loop = flow.main_loop(_kernel([("IADD3", 50), *inner]), _products)
+    assert Counter(loop) == {"HMMA": 8, "FADD": 18, "BRA": 1}
+
+
+def test_products_of_unknown_size_weigh_more_than_none():
+    """UTCHMMA does not say its FLOP, so that a longer loop without products was the main one on sm_100."""
+    code = _kernel([("UTCHMMA", 2), ("IADD3", 20)], [("IADD3", 60)])
+    function = sass.Function(registers=64, stack=0, shared_memory=0, instructions=tuple(code))
+    assert rows.loop_of("sm_100", sass, function).counts["tensor UTCHMMA"] == 2
 
 
 def test_failing_tool_says_why(tmp_path):

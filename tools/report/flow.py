@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 _TRIVIAL = 16  # a loop of fewer instructions waits for something, it does not make its surroundings an outer loop
+# How often a loop is assumed to run for each pass of the loop around it: code does not say it. Wu and Larus found that
+# a loop's branch goes back with probability 0.88 in programs at large, which is about eight passes.
+_PASSES = 8
 
 
 class Instruction(NamedTuple):
@@ -18,14 +21,26 @@ class Instruction(NamedTuple):
 def main_loop(
     instructions: Sequence[Instruction], weight: Callable[[list[str]], float]
 ) -> list[str] | None:
-    """The opcodes of the innermost loop with the largest weight, in a tie the one of most instructions.
+    """The opcodes of the loop in which the kernel is expected to spend its time; None if there is no loop.
 
-    All paths through the body count, so conditional parts are included. None if there is no loop.
+    Each loop is weighed by what lies in it and in no loop inside it, times eight for each loop around it: by `weight`
+    first, and where that does not tell them apart by the number of instructions. So the few instructions that an inner
+    loop repeats do not hide the outer loop that carries the work, and an inner loop that carries it comes before the
+    outer one. All paths through the chosen body count, so conditional parts are included, and loops inside it count
+    with one pass.
     """
     bodies = [body for body in _loops(instructions) if len(body) >= _TRIVIAL]
-    innermost = [body for body in bodies if not any(other < body for other in bodies)]
-    opcodes = [[instructions[i].opcode for i in sorted(body)] for body in innermost]
-    return max(opcodes, key=lambda body: (weight(body), len(body)), default=None)
+
+    def opcodes(positions: Iterable[int]) -> list[str]:
+        return [instructions[i].opcode for i in sorted(positions)]
+
+    def time(body: frozenset[int]) -> tuple[float, int]:
+        own = opcodes(body.difference(*(other for other in bodies if other < body)))
+        passes = _PASSES ** sum(body < other for other in bodies)
+        return passes * weight(own), passes * len(own)
+
+    chosen = max(bodies, key=time, default=None)
+    return None if chosen is None else opcodes(chosen)
 
 
 def _loops(instructions: Sequence[Instruction]) -> list[frozenset[int]]:

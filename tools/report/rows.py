@@ -133,7 +133,7 @@ def read(binary: Binary) -> Row:
         has_16bit_products=binary.has_16bit_products,
         occupancy=_occupancy(binary, function, shared),
         counts=dict(counts),
-        loop=_loop(binary.target, module, function),
+        loop=loop_of(binary.target, module, function),
         **vector,
     )  # fmt: skip
 
@@ -147,13 +147,17 @@ def _occupancy(binary: Binary, function, shared: int) -> occupancy.Occupancy:
     return occupancy.amd(binary.target, vgprs=function.vgprs, sgprs=function.sgprs, **common)
 
 
-def _loop(target: str, module, function) -> Loop | None:
-    def weight(opcodes):
-        work = [module.tensor_work(opcode) for opcode in opcodes]
-        return sum(flop for entry in work if entry is not None for flop in entry[1:])
+def loop_of(target: str, module, function) -> Loop | None:
+    """The main loop of a function that `module` (`sass` or `amdgcn`) read; None if it has no loop."""
+
+    def products(opcodes: list[str]) -> list[str]:
+        return [opcode for opcode in opcodes if any(name.startswith("tensor") for name in module.counts([opcode]))]
+
+    def weight(opcodes: list[str]) -> int:
+        # A product whose text does not say its FLOP counts as one: a kernel has no other kind beside such.
+        return sum(1 if (work := module.tensor_work(opcode)) is None else work[1] for opcode in products(opcodes))
 
     body = flow.main_loop(function.instructions, weight)
     if body is None:
         return None
-    products = [opcode for opcode in body if any(name.startswith("tensor") for name in module.counts([opcode]))]
-    return loop_bound(target, module.counts(body), map(module.tensor_work, products))
+    return loop_bound(target, module.counts(body), map(module.tensor_work, products(body)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from .cards import CARDS
 from .rows import Failure, Row
 
 BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
+WRITTEN = "<!-- Written by `python -m tools.report --write-tables`. -->"
 NOTE = "Static bounds and compiler output, not measurements: nothing here was run on a GPU."
 
 
@@ -156,15 +157,40 @@ def to_markdown(table: Table) -> str:
     return f"{table.title}:\n\n{body}\n"
 
 
-def markdown(problems: Sequence[Problem], targets: Sequence[str], results: Iterable[Row | Failure]) -> str:
+def of_op(
+    op: str, problems: Sequence[Problem], targets: Sequence[str], results: Iterable[Row | Failure]
+) -> dict[str, Table]:
+    """The tables of an operator by name; those without a row are left out."""
+    mine = [row for row in results if isinstance(row, Row) and row.op == op]
+    kinds = {"bounds": bounds([problem for problem in problems if problem.op == op], targets)}
+    kinds |= {make.__name__: make(mine, targets) for make in (resources, accesses, loops)}
+    return {name: table for name, table in kinds.items() if table.rows}
+
+
+def markdown(problems: Sequence[Problem], targets: Sequence[str], results: Sequence[Row | Failure]) -> str:
     """The generated part of the page."""
-    rows = [row for row in results if isinstance(row, Row)]
     parts = [f"*{NOTE}*\n", to_markdown(cards(targets))]
     for op in dict.fromkeys(problem.op for problem in problems):
-        mine = [row for row in rows if row.op == op]
-        parts += [f"### {op}\n", to_markdown(bounds([p for p in problems if p.op == op], targets))]
-        parts += [to_markdown(make(mine, targets)) for make in (resources, accesses, loops)]
+        parts += [f"### {op}\n", *map(to_markdown, of_op(op, problems, targets, results).values())]
     return "\n".join(parts)
+
+
+def pages(problems: Sequence[Problem], targets: Sequence[str], results: Sequence[Row | Failure]) -> dict[str, str]:
+    """A Markdown file for each table by its name, `cards.md` and `<op>-<table>.md`."""
+    found = {"cards": cards(targets)}
+    for op in dict.fromkeys(problem.op for problem in problems):
+        found |= {f"{op}-{name}": table for name, table in of_op(op, problems, targets, results).items()}
+    return {f"{name}.md": f"{WRITTEN}\n\n*{NOTE}*\n\n{to_markdown(table)}" for name, table in found.items()}
+
+
+def write(folder: Path, texts: Mapping[str, str]) -> None:
+    """Writes these files, and removes from the folder those that an earlier report wrote beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.md"):
+        if path.name not in texts and path.read_text(encoding="utf-8").startswith(WRITTEN):
+            path.unlink()
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def rewrite(path: Path, generated: str) -> None:

@@ -18,7 +18,7 @@ from . import huge_pages
 
 # x is (M, K), dense; the packed weights and the bias are those of `_pack`.
 define("_packed_linear(Tensor x, Tensor packed, Tensor bias, int out_features, bool gelu) -> Tensor", __name__)
-_STRIP, _GROUP, _COLUMNS = 48, 512, 16  # of packed_linear.h
+_STRIP, _GROUP, _COLUMNS = 48, 512, 16  # of packed_linear.h, compared by a test
 # Where our kernel is the fastest.
 _LEVELS = {torch.float32: ("avx2", "avx512", "avx512_bf16", "amx"), torch.bfloat16: ("avx512_bf16",)}
 

@@ -5,6 +5,10 @@ keys) and walks over whole blocks of the other. Where the cuts are decides how m
 visited: a tile that ends where a scale ends visits nothing that its last row does not see, and small scales share a
 tile, since a tile of few rows costs as much as a full one. `query_tiles` and `key_tiles` find the cheapest cuts.
 
+`csrc/cuda/attention_tiles.h` has the same two functions for the CUDA backend, and a test compares them. The kernels
+of the CPU want tiles whose rows all see the same keys, so their door (`csrc/cpu/block_causal_attention.cpp`) cuts by a
+rule of its own.
+
 `device_table` keeps the tables on the GPU, so that a schedule is a run-time argument: another schedule is another
 small tensor, not another kernel.
 """

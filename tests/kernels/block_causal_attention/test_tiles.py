@@ -1,5 +1,6 @@
 """The tile tables of block-causal attention as pure functions: every visible element once, no cheaper cuts."""
 
+import ctypes
 from functools import cache
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers import host_code
 from var_kernels.testing import SCHEDULES, scale_lens
 from var_kernels.triton import tiles
 from var_kernels.triton.tiles import device_table, key_tiles, query_tiles, visible_ends
@@ -71,6 +73,55 @@ def test_key_tiles(problem):
     assert [tile.limit for tile in tiles] == sorted(tile.limit for tile in tiles)
     cost = sum(blocks(queries - tile.limit, rows) + 1 for tile in tiles)
     assert cost == cheapest(sum(lens), keys, lambda begin, end: blocks(queries - seen_from[begin], rows) + 1)
+
+
+@pytest.fixture(scope="module")
+def cuda_tiles(tmp_path_factory):
+    """The C++ functions of the CUDA backend as Python functions like `query_tiles` and `key_tiles`."""
+    library = host_code.library(
+        """
+#include "cuda/attention_tiles.h"
+extern "C" int64_t tiles(bool of_keys, const int64_t* lens, int64_t count, int64_t q_offset, int64_t queries,
+                         int64_t own, int64_t other, int32_t* out) {
+  namespace cuda = var_kernels::attention_tiles;
+  const auto tiles = (of_keys ? cuda::of_keys : cuda::of_queries)({lens, lens + count}, q_offset, queries, own, other);
+  for (const auto& tile : tiles)
+    for (const int32_t number : {tile.first, tile.count, tile.common, tile.limit}) *out++ = number;
+  return int64_t(tiles.size());
+}
+""",
+        tmp_path_factory.mktemp("tiles"),
+    )
+    library.tiles.restype = ctypes.c_int64
+    library.tiles.argtypes = [ctypes.c_bool, ctypes.c_void_p, *[ctypes.c_int64] * 5, ctypes.c_void_p]
+
+    def tiling(of_keys):
+        def tiles(lens, q_offset, queries, own, other):
+            out = torch.empty(sum(lens), 4, dtype=torch.int32)
+            lens = torch.tensor(lens)
+            count = library.tiles(of_keys, lens.data_ptr(), len(lens), q_offset, queries, own, other, out.data_ptr())
+            return [tuple(tile) for tile in out[:count].tolist()]
+
+        return tiles
+
+    return tiling(False), tiling(True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems())
+def test_tiles_of_cuda_are_those_of_triton(cuda_tiles, problem):
+    for ours, theirs in zip((query_tiles, key_tiles), cuda_tiles, strict=True):
+        assert ours(*problem) == theirs(*problem)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_tiles_of_cuda_are_those_of_triton_for_named_schedules(cuda_tiles, name):
+    lens = scale_lens(name)
+    for q_offset in (0, sum(lens) - lens[-1]):
+        for own, other in ((64, 64), (32, 32), (64, 32), (64, 16)):
+            problem = lens, q_offset, sum(lens) - q_offset, own, other
+            for ours, theirs in zip((query_tiles, key_tiles), cuda_tiles, strict=True):
+                assert ours(*problem) == theirs(*problem)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
