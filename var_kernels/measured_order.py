@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 
 from . import _build, _device_file
-from .backends import GPU_BACKENDS
 
 MARGIN = 0.05  # a backend takes the first place from the shipped one if it is faster by more than this
 
@@ -43,9 +42,9 @@ def path_of(device: str) -> Path:
     return _device_file.path_of("backends", device)
 
 
-def read(device: str) -> dict[str, Speeds]:
-    """The results by op; empty if nothing was measured with the present kernels, torch and Triton. ValueError for a
-    file that is not ours."""
+def read(device: str, backends: Collection[str]) -> dict[str, Speeds]:
+    """The results by op, a speed for each of `backends`; empty if nothing was measured with the present kernels, torch
+    and Triton. ValueError for a file that is not ours."""
     text = _device_file.read_text("backends", device)
     if text is None:
         return {}
@@ -54,7 +53,7 @@ def read(device: str) -> dict[str, Speeds]:
         found = {op: Speeds(dict(e["speeds"]), int(e["cases"])) for op, e in content["ops"].items()}
         measured_with = {name: content[name] for name in present()}
         for op, entry in found.items():
-            if set(entry.speeds) != set(GPU_BACKENDS) or not all(0 < x < math.inf for x in entry.speeds.values()):
+            if set(entry.speeds) != set(backends) or not all(0 < x < math.inf for x in entry.speeds.values()):
                 raise ValueError(f"{op}: speeds {entry.speeds}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
