@@ -13,7 +13,7 @@ from test_model import tiny_var, tiny_vqvae
 import var
 from var import Generator, VARConfig, VQVAEConfig, generate, memory
 from var.inference import InferenceDecoder, InferenceTransformer, Spaces
-from var.sampler import fill_exponential
+from var.noise import fill_exponential
 from var_kernels import _native
 from var_kernels.packed_linear import PackedLinear
 

@@ -3,7 +3,8 @@
 from .checkpoints import Pipeline, load, save
 from .config import PRESETS, ScaleSchedule, VARConfig, VQVAEConfig
 from .editing import edit
-from .sampler import Generated, Generator, generate
+from .request import Generated
+from .sampler import Generator, generate
 from .transformer import VAR
 from .vqvae import VQVAE
 

@@ -23,7 +23,8 @@ from .data import FASHION_MNIST_CLASSES, DataError, ImageData, open_dataset
 from .generation import OpenModel, Sampling, count_scales, generate_batches, image_seeds, open_model, sampling_for
 from .pictures import comparison, grid_by_label, scale_strip, write_png
 from .quality import psnr
-from .sampler import Generated, Generator
+from .request import Generated
+from .sampler import Generator
 
 _CLASSES = 10
 _STRIP_CLASSES = 5
@@ -108,7 +109,7 @@ def _print_generation(
 ) -> None:
     labels, seeds = torch.tensor(classes), image_seeds(seed, range(len(classes)))
     options = {"seeds": seeds, **dataclasses.asdict(sampling)}
-    plain_generator = Generator(reference.var, reference.vqvae, batch_size=len(classes), pack=False)
+    plain_generator = Generator(reference.var, reference.vqvae, batch_size=len(classes))
     our_generator = Generator(ours.var, ours.vqvae, batch_size=len(classes))
 
     def timed(generator: Generator) -> tuple[float, Generated]:
