@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from var_kernels.inference import packed_linear
-from var_kernels.inference.packed_linear import PackedLinear, kernel_unavailable_reason, packing_unavailable_reason
+from var_kernels import PackedLinear, backends
+from var_kernels.inference import packing
 from var_kernels.testing import randn
 
 from .harness import OURS, Call, Case, Judge, Unavailable, judge_floats
@@ -50,14 +50,16 @@ def _calls(inputs: Inputs, layer) -> Call:
 
 def _ours(inputs: Inputs) -> Call:
     dtype, device = inputs.x.dtype, inputs.x.device
-    if (reason := packing_unavailable_reason(dtype, device) or kernel_unavailable_reason(dtype)) is not None:
+    reason = backends.unavailable_reason("cpu", device.type, "packed_linear", dtype)
+    if (reason := reason or packing.kernel_unavailable_reason(dtype)) is not None:
         raise Unavailable(reason)
     return _calls(inputs, PackedLinear)
 
 
 def _onednn(inputs: Inputs) -> Call:
-    with mock.patch.object(packed_linear, "kernel_unavailable_reason", lambda dtype: "oneDNN is asked for"):
-        if (reason := packing_unavailable_reason(inputs.x.dtype, inputs.x.device)) is not None:
+    dtype, device = inputs.x.dtype, inputs.x.device
+    with mock.patch.object(packing, "kernel_unavailable_reason", lambda dtype: "oneDNN is asked for"):
+        if (reason := backends.unavailable_reason("cpu", device.type, "packed_linear", dtype)) is not None:
             raise Unavailable(reason)
         return _calls(inputs, PackedLinear)
 

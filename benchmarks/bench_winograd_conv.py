@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from var_kernels.inference.winograd_conv import PackedConv3x3, winograd_unavailable_reason
+from var_kernels import PackedConv3x3, backends
 from var_kernels.testing import randn
 
 from .harness import OURS, Call, Case, Judge, Unavailable, judge_floats
@@ -32,7 +32,7 @@ def make_inputs(batch, channels, out_channels, side, doubling, dtype) -> Inputs:
 
 def _ours(inputs: Inputs) -> Call:
     x, weight, bias, doubling = inputs
-    if (reason := winograd_unavailable_reason(x.dtype, x.device)) is not None:
+    if (reason := backends.unavailable_reason("cpu", x.device.type, "winograd_conv", x.dtype)) is not None:
         raise Unavailable(reason)
     conv = PackedConv3x3(weight, bias, dtype=x.dtype, doubling=doubling)
     return lambda: conv(x)
@@ -50,9 +50,18 @@ def _direct(inputs: Inputs, dtype: torch.dtype | None = None) -> Call:
 
 
 def _summed_taps(inputs: Inputs) -> Call:
-    """Doubling as a transposed convolution with 4 products for 9: what serves without the kernel."""
-    conv = PackedConv3x3(*inputs[1:3], dtype=inputs.x.dtype, doubling=True, pack=False)
-    return lambda: conv(inputs.x)
+    """Doubling and a 3×3 convolution as a transposed 4×4 one of stride 2, with 4 products for 9.
+
+    Output pixel 2i + a sees input rows i − 1, i (a = 0) or i, i + 1 (a = 1) only: taps that fall on the same row are
+    added up beforehand, in each direction: (w2, w1 + w2, w0 + w1, w0).
+    """
+    x, weight, bias, _ = inputs
+    taps = weight.double()
+    for dim in (2, 3):
+        w0, w1, w2 = taps.unbind(dim)
+        taps = torch.stack((w2, w1 + w2, w0 + w1, w0), dim)
+    taps = taps.transpose(0, 1).to(x.dtype, memory_format=torch.channels_last)
+    return lambda: F.conv_transpose2d(x, taps, bias.to(x.dtype), stride=2, padding=1)
 
 
 def _judge(inputs: Inputs) -> Judge:

@@ -26,7 +26,7 @@ def rank(cases: Iterable[Case], rows: Mapping[str, Sequence[Row]]) -> tuple[dict
         titles.setdefault(case.op, []).append(case.title)
     ranked, unranked = {}, {}
     for op, of_op in titles.items():
-        if not op or not any(title in rows for title in of_op):
+        if op not in backends.GPU_OPS or not any(title in rows for title in of_op):
             continue
         found = [row for title in of_op for row in rows.get(title, ()) if row.seconds]
         ratios = {name: [row.ratio for row in found if row.provider == by_backend(name)]
@@ -44,7 +44,7 @@ def record(ranked: Mapping[str, Speeds]) -> str:
     """Adds the speeds to the file of this GPU, and says so, or why not."""
     device = torch.cuda.get_device_name()
     try:
-        known = speeds.read(device)
+        known = speeds.read(device, backends.GPU_BACKENDS)
     except ValueError:  # damaged: rewritten
         known = {}
     try:

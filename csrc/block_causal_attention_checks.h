@@ -11,28 +11,26 @@
 
 namespace var_kernels {
 
-inline std::vector<int64_t> sizes_of(const torch::stable::Tensor& x) {
-  std::vector<int64_t> sizes(x.dim());
-  for (int64_t d = 0; d < x.dim(); ++d) sizes[d] = x.size(d);
-  return sizes;
-}
-
-inline std::string shape_text(const std::vector<int64_t>& sizes) {
-  std::string text = "shape (";
-  for (size_t d = 0; d < sizes.size(); ++d) text += (d == 0 ? "" : ", ") + std::to_string(sizes[d]);
-  return text + ")";
-}
-
 // (B, `heads`, `length`, D) with the batch, D and dtype of q, and dense rows.
 inline void check_attention_tensor(const char* name, const torch::stable::Tensor& x, const torch::stable::Tensor& q,
                                    int64_t heads, int64_t length) {
   VAR_CHECK(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == heads && x.size(2) == length &&
                 x.size(3) == q.size(3),
-            name, shape_text({q.size(0), heads, length, q.size(3)}), shape_text(sizes_of(x)));
+            name, shape_text({q.size(0), heads, length, q.size(3)}), shape_text(x));
   VAR_CHECK(x.scalar_type() == q.scalar_type(), name, torch::headeronly::toString(q.scalar_type()),
             torch::headeronly::toString(x.scalar_type()));
   VAR_CHECK(x.size(3) == 1 || x.stride(3) == 1 || x.numel() == 0, name, "a dense last dimension", "stride ",
             x.stride(3));
+}
+
+// The log-sum-exp or its gradient, (B, H, Lq), in float32; dense, by a copy where it is not.
+inline torch::stable::Tensor checked_statistics(const char* name, const torch::stable::Tensor& x,
+                                                const torch::stable::Tensor& q) {
+  using torch::headeronly::ScalarType;
+  VAR_CHECK(x.dim() == 3 && x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == q.size(2), name,
+            shape_text({q.size(0), q.size(1), q.size(2)}), shape_text(x));
+  VAR_CHECK(x.scalar_type() == ScalarType::Float, name, "Float", torch::headeronly::toString(x.scalar_type()));
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
 inline void check_attention(const torch::stable::Tensor& q, const torch::stable::Tensor& k,

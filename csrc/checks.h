@@ -4,6 +4,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstdint>
+#include <string>
+#include <vector>
+
 #define VAR_CHECK(condition, argument, expected, ...) \
   STD_TORCH_CHECK(condition, "var_kernels: ", argument, ": expected ", expected, ", got ", __VA_ARGS__)
 
@@ -18,6 +22,19 @@ inline int dtype_index(const char* argument, const torch::stable::Tensor& tensor
     default: break;
   }
   VAR_CHECK(false, argument, "float32, bfloat16 or float16", torch::headeronly::toString(tensor.scalar_type()));
+}
+
+// What a check of a shape says.
+inline std::string shape_text(const std::vector<int64_t>& sizes) {
+  std::string text = "shape (";
+  for (size_t d = 0; d < sizes.size(); ++d) text += (d == 0 ? "" : ", ") + std::to_string(sizes[d]);
+  return text + ")";
+}
+
+inline std::string shape_text(const torch::stable::Tensor& x) {
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t d = 0; d < x.dim(); ++d) sizes[d] = x.size(d);
+  return shape_text(sizes);
 }
 
 }  // namespace var_kernels

@@ -24,8 +24,9 @@ inline void check_phi(const Tensor& weight, const Tensor& bias, int64_t channels
   check_float(weight, "phi_weight", 5);
   check_float(bias, "phi_bias", 2);
   VAR_CHECK(weight.size(1) == channels && weight.size(2) == channels && weight.size(3) == 3 && weight.size(4) == 3,
-            "phi_weight", "shape (n, C, C, 3, 3)", "another shape");
-  VAR_CHECK(bias.size(0) == weight.size(0) && bias.size(1) == channels, "phi_bias", "shape (n, C)", "another shape");
+            "phi_weight", shape_text({weight.size(0), channels, channels, 3, 3}), shape_text(weight));
+  VAR_CHECK(bias.size(0) == weight.size(0) && bias.size(1) == channels, "phi_bias",
+            shape_text({weight.size(0), channels}), shape_text(bias));
 }
 
 inline void check_phi_index(const Sizes& phi_index, size_t scales, int64_t convolutions) {
@@ -51,12 +52,13 @@ inline void check_step(const Tensor& codes, int64_t batch, int64_t channels, int
   VAR_CHECK(height > 0 && width > 0, "height, width", "positive sizes", height, " and ", width);
   VAR_CHECK(next_height >= 0 && next_width >= 0, "next_height, next_width", "sizes", next_height, " and ", next_width);
   VAR_CHECK(codes.size(0) == batch && codes.size(1) == height * width && codes.size(2) == channels, "codes",
-            "shape (B, height * width, C)", "another shape");
+            shape_text({batch, height * width, channels}), shape_text(codes));
 }
 
 inline void check_codebook(const Tensor& codebook, int64_t channels) {
   check_float(codebook, "codebook", 2);
-  VAR_CHECK(codebook.size(0) > 0 && codebook.size(1) == channels, "codebook", "shape (V, C)", "another shape");
+  VAR_CHECK(codebook.size(0) > 0, "codebook", "at least one code", codebook.size(0));
+  VAR_CHECK(codebook.size(1) == channels, "codebook", shape_text({codebook.size(0), channels}), shape_text(codebook));
 }
 
 inline Tensor dense(const Tensor& tensor) {

@@ -2,8 +2,9 @@
 
 from .generation import memory
 from .generation.editing import edit
-from .generation.generator import Generated, Generator, generate
+from .generation.generator import Generator, generate
 from .generation.memory import keep_freed_memory
+from .generation.request import Generated
 from .model import checkpoints
 from .model.checkpoints import official_state_dict, save
 from .model.config import PRESETS, ScaleSchedule, VARConfig, VQVAEConfig

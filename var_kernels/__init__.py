@@ -5,6 +5,10 @@ Importing this package is inert: no kernel is loaded, built or run until the fir
 
 from .adaln_layer_norm import adaln_layer_norm, gated_residual_adaln
 from .block_causal_attention import block_causal_attention
+from .inference import packed_linear, winograd_conv
+from .inference.group_norm_silu import group_norm_silu
+from .inference.packed_linear import PackedLinear
+from .inference.winograd_conv import PackedConv3x3
 from .multi_scale_quantize import multi_scale_quantize, next_scale_input
 from .nearest_code import nearest_code
 from .qk_norm_cache import qk_norm_cache
@@ -12,12 +16,17 @@ from .sample_tokens import sample_tokens
 
 __version__ = "0.1.0"
 __all__ = [
+    "PackedConv3x3",
+    "PackedLinear",
     "adaln_layer_norm",
     "block_causal_attention",
     "gated_residual_adaln",
+    "group_norm_silu",
     "multi_scale_quantize",
     "nearest_code",
     "next_scale_input",
+    "packed_linear",
     "qk_norm_cache",
     "sample_tokens",
+    "winograd_conv",
 ]

@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__, _self_check, backends
-from .inference.packed_linear import packer
 from .measured import speeds
 from .native import build, load
 
@@ -57,7 +56,7 @@ def _print_installation(console: Console, status: load.NativeStatus) -> None:
     else:
         rows["native library"] = f"not available: {status.reason}"
     packing = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    rows["packed linear"] = "; ".join(f"{name}: {packer(dtype)}" for name, dtype in packing.items())
+    rows["packed linear"] = "; ".join(f"{name}: {packing.packer(dtype)}" for name, dtype in packing.items())
     toolkit = build.find_nvcc()
     rows["CUDA toolkit"] = f"{'.'.join(map(str, toolkit.release))} in {toolkit.toolkit}" if toolkit else "none found"
     for name, value in rows.items():
@@ -82,7 +81,8 @@ def _print_backends(console: Console) -> None:
         table.add_row(op, *serving)
     console.print(table)
     for (name, device, reason), ops in refused.items():
-        which = "any op" if len(ops) == len(backends.OPS) else ", ".join(ops)
+        whole = {tuple(backends.SERVES[name]): "any of its ops", tuple(backends.OPS): "any op"}
+        which = whole.get(tuple(ops), ", ".join(ops))
         console.print(Text(f"{name} does not serve {which} on {device}: {reason}"), soft_wrap=True)
 
 
@@ -90,7 +90,7 @@ def _print_gpu_order(console: Console) -> None:
     """Which GPU backend "auto" tries first, and why: on this GPU, or on any where there is none."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     choices: dict[tuple[str, backends.Choice], list[str]] = {}
-    for op in backends.OPS:
+    for op in backends.GPU_OPS:
         shipped = backends.GPU_ORDER[op]
         for choice in (backends.gpu_choice(op),) if device else shipped:
             where = f" on compute capability {', '.join(map(str, choice.majors))}" if choice.majors else ""

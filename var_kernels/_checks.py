@@ -19,8 +19,13 @@ def check_tensor(argument: str, tensor: object, *, rank: int | None = None) -> N
         raise TypeError(f"{argument}: expected a torch.Tensor, got {type(tensor).__name__}")
     if rank is not None and tensor.dim() != rank:
         raise ValueError(f"{argument}: expected {rank} dimensions, got shape {tuple(tensor.shape)}")
-    if tensor.dtype not in FLOATS:
-        raise TypeError(f"{argument}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    check_dtype(argument, tensor.dtype)
+
+
+def check_dtype(argument: str, dtype: torch.dtype) -> None:
+    """TypeError unless it is a supported floating-point dtype."""
+    if dtype not in FLOATS:
+        raise TypeError(f"{argument}: expected float32, bfloat16, float16 or float64, got {dtype}")
 
 
 def check_same(reference: str, first: torch.Tensor, **others: torch.Tensor) -> None:

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from . import (
+    PackedConv3x3,
+    PackedLinear,
     adaln_layer_norm,
     backends,
     block_causal_attention,
     gated_residual_adaln,
+    group_norm_silu,
     multi_scale_quantize,
     nearest_code,
     next_scale_input,
@@ -49,9 +52,10 @@ def run() -> Iterator[CheckResult]:
     """Checks every op with each of its backends, and with the reference where there is no other, on each device."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for op in backends.OPS:
-            serving = [name for name in backends.BACKENDS if backends.unavailable_reason(name, device, op) is None]
-            for backend in [name for name in serving if name != "reference"] or serving:
-                for dtype in DTYPES:
+            for dtype in DTYPES:
+                serving = [name for name in backends.BACKENDS
+                           if backends.unavailable_reason(name, device, op, dtype) is None]  # fmt: skip
+                for backend in [name for name in serving if name != "reference"] or serving:
                     yield _check(op, backend, device, dtype)
 
 
@@ -186,6 +190,38 @@ def _sample() -> tuple[Callable, Tensors]:
     return call, inputs
 
 
+def _linear() -> tuple[Callable, Tensors]:
+    def call(x, weight, bias, backend):
+        plain, activated = (PackedLinear(weight, bias, gelu=gelu, backend=backend) for gelu in (False, True))
+        return {"y": plain(x.detach()), "activated": activated(x.detach())}
+
+    return call, {"x": randn(9, 51, seed=0), "weight": randn(83, 51, seed=1, std=0.2), "bias": randn(83, seed=2)}
+
+
+def _conv() -> tuple[Callable, Tensors]:
+    def call(x, weight, bias, residual, backend):
+        plain, doubling = (PackedConv3x3(weight, bias, doubling=doubled, backend=backend) for doubled in (False, True))
+        return {"y": plain(x.detach(), residual.detach()), "doubled": doubling(x.detach())}
+
+    inputs = {
+        "x": randn(2, 37, 9, 14, seed=0),
+        "weight": randn(83, 37, 3, 3, seed=1, std=0.05),
+        "bias": randn(83, seed=2),
+        "residual": randn(2, 83, 9, 14, seed=3),
+    }
+    return call, inputs
+
+
+def _norm() -> tuple[Callable, Tensors]:
+    def call(x, weight, bias, backend):
+        weight, bias = (tensor.detach().to(torch.promote_types(x.dtype, torch.float32)) for tensor in (weight, bias))
+        options = {"groups": 4, "backend": backend}
+        return {"y": group_norm_silu(x.detach(), weight, bias, silu=False, **options),
+                "activated": group_norm_silu(x.detach(), weight, bias, **options)}  # fmt: skip
+
+    return call, {"x": randn(2, 36, 9, 14, seed=0), "weight": randn(36, seed=1), "bias": randn(36, seed=2)}
+
+
 CASES: dict[str, Callable[[], tuple[Callable, Tensors]]] = {
     "block_causal_attention": _attention,
     "adaln_layer_norm": _adaln,
@@ -194,4 +230,7 @@ CASES: dict[str, Callable[[], tuple[Callable, Tensors]]] = {
     "multi_scale_quantize": _quantize,
     "qk_norm_cache": _qk_norm_cache,
     "sample_tokens": _sample,
+    "packed_linear": _linear,
+    "winograd_conv": _conv,
+    "group_norm_silu": _norm,
 }

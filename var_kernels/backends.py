@@ -7,24 +7,25 @@ backend.
 
 import ctypes
 import functools
-import importlib
 import importlib.util
 import os
 import shutil
 import sys
 import sysconfig
-import types
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from .native import library
+from .inference import packing
+from .measured import speeds
+from .native import library, load
 
-OPS = (
+GPU_OPS = (
     "block_causal_attention", "adaln_layer_norm", "gated_residual_adaln", "nearest_code", "multi_scale_quantize",
     "qk_norm_cache", "sample_tokens",
 )  # fmt: skip
+OPS = (*GPU_OPS, "packed_linear", "winograd_conv", "group_norm_silu")
 _PAGES = {"gated_residual_adaln": "adaln_layer_norm"}  # of ops without a page of their own
 
 # In the order that "auto" tries them, but for the first one on a GPU.
@@ -33,11 +34,15 @@ GPU_BACKENDS = ("cuda", "triton")
 # None: any device. PyTorch calls AMD's GPUs "cuda" as well.
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",), "reference": None}
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DTYPES = {
-    "cpu": _KERNEL_DTYPES,
-    "cuda": _KERNEL_DTYPES,
-    "triton": _KERNEL_DTYPES,
-    "reference": (*_KERNEL_DTYPES, torch.float64),
+# What each backend serves: the dtypes of each op that it has.
+SERVES = {
+    "cpu": {
+        **dict.fromkeys(OPS, _KERNEL_DTYPES),
+        **dict.fromkeys(("packed_linear", "winograd_conv"), (torch.float32, torch.bfloat16)),
+    },
+    "cuda": dict.fromkeys(GPU_OPS, _KERNEL_DTYPES),
+    "triton": dict.fromkeys(GPU_OPS, _KERNEL_DTYPES),
+    "reference": dict.fromkeys(OPS, (*_KERNEL_DTYPES, torch.float64)),
 }
 
 
@@ -77,15 +82,13 @@ def page_of(op: str) -> str:
     return _PAGES.get(op, op)
 
 
-@functools.cache
-def _native() -> types.ModuleType:
-    # At the first op call: importing var_kernels loads nothing.
-    return importlib.import_module(".native.load", __package__)
-
-
 def _native_reason() -> str | None:
-    status = _native().native_library()
+    status = load.native_library()
     return None if status.available else f"the native library is not available: {status.reason}"
+
+
+def _packing_reason(dtype: torch.dtype) -> str | None:
+    return packing.unavailable_reason(dtype)  # a plain function, as torch.compile wants it
 
 
 def _cuda_reason(op: str) -> str | None:
@@ -102,7 +105,7 @@ def _found_cuda_reason(op: str) -> str | None:
         return "its kernels need a GPU of compute capability 8.0 or newer"
     if (reason := _native_reason()) is not None:
         return reason
-    toolkit = _native().native_library().build_info["cuda"]
+    toolkit = load.native_library().build_info["cuda"]
     if toolkit is None:
         return (
             "the native library was built without CUDA kernels: install the CUDA toolkit (nvcc), then "
@@ -144,15 +147,6 @@ def _found_triton_reason() -> str | None:
     return None
 
 
-@functools.cache
-def _triton_stems() -> frozenset[str]:
-    return frozenset(path.stem for path in (Path(__file__).parent / "triton").glob("*.py"))
-
-
-def _has_triton_kernel(op: str) -> bool:
-    return page_of(op) in _triton_stems()  # a plain function, as torch.compile wants it
-
-
 def _launches_elsewhere() -> bool:
     """Whether Triton launches are handed to a function instead of a GPU, see `triton/launch.py`."""
     launch = sys.modules.get(f"{__package__}.triton.launch")  # nobody can have said so without importing it
@@ -169,10 +163,8 @@ def gpu_choice(op: str) -> Choice:
     """The choice for `op` on the current GPU: what was measured on its kind, else the shipped one."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return Choice("triton", "the only one without an NVIDIA GPU")
-    from .measured import speeds
-
     shipped = shipped_choice(op, torch.cuda.get_device_capability()[0])
-    measured = speeds.read(torch.cuda.get_device_name()).get(op)
+    measured = speeds.read(torch.cuda.get_device_name(), GPU_BACKENDS).get(op)
     if measured is None:
         return shipped
     return Choice(measured.first(shipped.first), f"measured on this kind of GPU: {measured}")
@@ -185,28 +177,44 @@ def _first_on_gpu(op: str) -> str:
 # What torch.compiler.assume_constant_result does; calling it would import all of torch._dynamo, which takes seconds
 # and edits the environment.
 for _function in (
-    _native_reason, _cuda_reason, _triton_reason, _has_triton_kernel, _launches_elsewhere, _first_on_gpu
+    _native_reason, _packing_reason, _cuda_reason, _triton_reason, _launches_elsewhere, _first_on_gpu
 ):  # fmt: skip
     _function._dynamo_marked_constant = True
 
 
-def unavailable_reason(backend: str, device_type: str, op: str) -> str | None:
-    """Why `backend` cannot serve `op` on `device_type`; None if it can."""
+def _lacking(backend: str, op: str, dtype: torch.dtype) -> str | None:
+    """What `SERVES` says against `backend`."""
+    if op not in SERVES[backend]:
+        return "it has no kernel for this op"
+    return None if dtype in SERVES[backend][op] else f"does not take {dtype}"
+
+
+def unavailable_reason(
+    backend: str, device_type: str, op: str, dtype: torch.dtype = torch.float32
+) -> str | None:
+    """Why `backend` cannot serve `op` on `device_type` in `dtype`; None if it can."""
     devices = _DEVICES[backend]
     if devices is not None and device_type not in devices:
         return f"runs on {', '.join(devices)} tensors only"
+    if (lacking := _lacking(backend, op, dtype)) is not None:
+        return lacking
     if backend == "cpu":
-        return _native_reason()
+        return _packing_reason(dtype) if op == "packed_linear" else _native_reason()
     if backend == "cuda":
         return _cuda_reason(op)
     if backend == "triton":
-        return _triton_reason() or (None if _has_triton_kernel(op) else "it has no kernel for this op")
+        return _triton_reason()
     return None
+
+
+def for_op(op: str, backend: str) -> str:
+    """What to ask for when a model was asked to run on `backend`: that, or the reference where it has no such op."""
+    return "reference" if op not in SERVES.get(backend, OPS) else backend
 
 
 def auto_order(op: str, device_type: str) -> tuple[str, ...]:
     """The backends in the order that "auto" tries them for `op` on this device."""
-    if device_type != "cuda":
+    if device_type != "cuda" or op not in GPU_OPS:
         return BACKENDS
     first = _first_on_gpu(op)
     return (first, *[name for name in BACKENDS if name != first])
@@ -219,19 +227,16 @@ def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
     """
     if backend == "auto":
         for name in auto_order(op, device_type):
-            if dtype in _DTYPES[name] and unavailable_reason(name, device_type, op) is None:
+            if unavailable_reason(name, device_type, op, dtype) is None:
                 return name
         raise ValueError(f"{op}: no backend serves {dtype} on {device_type}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-    reason = unavailable_reason(backend, device_type, op)
+    reason = unavailable_reason(backend, device_type, op, dtype)
     if reason is not None and backend == "triton" and _launches_elsewhere():
-        reason = None
-    if reason is None and dtype not in _DTYPES[backend]:
-        reason = f"does not take {dtype}"
+        reason = _lacking(backend, op, dtype)
     if reason is not None:
-        serving = [name for name in BACKENDS
-                   if dtype in _DTYPES[name] and unavailable_reason(name, device_type, op) is None]
+        serving = [name for name in BACKENDS if unavailable_reason(name, device_type, op, dtype) is None]
         raise ValueError(
             f"backend: {backend!r} cannot serve {op} on {device_type} with {dtype}: {reason}; "
             f"expected one of auto, {', '.join(serving)}"

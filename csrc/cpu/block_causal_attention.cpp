@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "../block_causal_attention_checks.h"
 #include "dispatch.h"
 
 namespace var_kernels {
@@ -33,14 +33,6 @@ Tensor empty_as(const Tensor& x) {
   if (x.numel() > 0 && x.stride(0) == batch && x.stride(1) == head && x.stride(2) == row && x.stride(3) == 1)
     return empty_cpu({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
   return torch::stable::empty_like(x);
-}
-
-void check_like(const Tensor& x, const char* name, const Tensor& q, int64_t heads, int64_t length) {
-  VAR_CHECK(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == heads && x.size(2) == length &&
-                x.size(3) == q.size(3),
-            name, "a shape that fits q", "another");
-  VAR_CHECK(x.scalar_type() == q.scalar_type(), name, "the dtype of q", "another");
-  VAR_CHECK(x.size(3) == 1 || x.stride(3) == 1 || x.numel() == 0, name, "a dense last dimension", "another stride");
 }
 
 // Query rows aligned to scale starts, so that the rows of a tile see the same keys and no element is masked. Scales
@@ -95,22 +87,9 @@ struct Plan {
   AttentionProblem problem;
 };
 
-Plan make_plan(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& lens, double softmax_scale,
-               int64_t q_offset, int64_t tile_rows, int64_t tile_unit) {
-  VAR_CHECK(q.dim() == 4 && k.dim() == 4, "q, k", "4 dimensions", q.dim());
+Plan make_plan(const Tensor& q, const Tensor& k, const Lens& lens, double softmax_scale, int64_t q_offset,
+               int64_t tile_rows, int64_t tile_unit) {
   const int64_t heads = q.size(1), queries = q.size(2), dim = q.size(3), kv_heads = k.size(1), keys = k.size(2);
-  VAR_CHECK(dim >= 1 && dim <= 256, "q", "a head dimension from 1 to 256", dim);
-  VAR_CHECK(kv_heads > 0 && heads % kv_heads == 0, "k", "a number of heads that divides that of q", kv_heads);
-  check_like(q, "q", q, heads, queries);
-  check_like(k, "k", q, kv_heads, keys);
-  check_like(v, "v", q, kv_heads, keys);
-  int64_t sum = 0;
-  for (const int64_t length : lens) {
-    VAR_CHECK(length > 0, "scale_lens", "lengths > 0", length);
-    sum += length;
-  }
-  VAR_CHECK(sum == keys, "scale_lens", "lengths that sum to the number of keys", sum);
-  VAR_CHECK(q_offset >= 0 && q_offset + queries <= keys, "q_offset", "0 to Lk - Lq", q_offset);
   Plan plan{visible_keys(lens, q_offset, queries), query_tiles(lens, q_offset, queries, tile_rows, tile_unit), {}};
   plan.problem = {q.size(0), heads, kv_heads, queries, keys, dim, float(softmax_scale), plan.visible.data(),
                   plan.tiles.data(), int64_t(plan.tiles.size())};
@@ -144,9 +123,10 @@ std::vector<AttentionForwardTask> forward_tasks(const AttentionProblem& p) {
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& scale_lens,
                                    double softmax_scale, int64_t q_offset, bool /*allow_tf32*/) {
+  check_attention(q, k, v, scale_lens, q_offset);
   const AttentionForward& kernels = attention_forward();
   const int type = dtype_index("q", q);
-  const Plan plan = make_plan(q, k, v, scale_lens, softmax_scale, q_offset, kernels.tile_rows[type], kTileUnit);
+  const Plan plan = make_plan(q, k, scale_lens, softmax_scale, q_offset, kernels.tile_rows[type], kTileUnit);
   const AttentionProblem& p = plan.problem;
   Tensor out = empty_as(q), lse = empty_cpu({p.batch, p.heads, p.queries}, ScalarType::Float);
   const AttentionForwardArgs args{p, rows_of(q), rows_of(k), rows_of(v), rows_of(out),
@@ -168,20 +148,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
                                             const Tensor& out, const Tensor& lse, const std::optional<Tensor>& dlse,
                                             const Lens& scale_lens, double softmax_scale, int64_t q_offset,
                                             bool /*allow_tf32*/) {
+  check_attention(q, k, v, scale_lens, q_offset);
+  check_attention_tensor("dout", dout, q, q.size(1), q.size(2));
+  check_attention_tensor("out", out, q, q.size(1), q.size(2));
+  const Tensor dense_lse = checked_statistics("lse", lse, q);
+  const Tensor dense_dlse = dlse ? checked_statistics("dlse", *dlse, q) : dense_lse;
   const AttentionBackward& kernels = attention_backward();
   const int type = dtype_index("q", q);
   const Plan plan =
-      make_plan(q, k, v, scale_lens, softmax_scale, q_offset, kernels.tile_rows[type], kernels.tile_unit[type]);
+      make_plan(q, k, scale_lens, softmax_scale, q_offset, kernels.tile_rows[type], kernels.tile_unit[type]);
   const AttentionProblem& p = plan.problem;
-  check_like(dout, "dout", q, p.heads, p.queries);
-  check_like(out, "out", q, p.heads, p.queries);
-  const auto statistics = [&](const Tensor& x, const char* name) {
-    VAR_CHECK(x.dim() == 3 && x.numel() == p.batch * p.heads * p.queries, name, "shape (B, H, Lq)", x.numel());
-    VAR_CHECK(x.scalar_type() == ScalarType::Float, name, "float32", "another dtype");
-    return x.is_contiguous() ? x : torch::stable::contiguous(x);
-  };
-  const Tensor dense_lse = statistics(lse, "lse");
-  const Tensor dense_dlse = dlse ? statistics(*dlse, "dlse") : dense_lse;
   Tensor dq = empty_as(q), dk = empty_as(k), dv = empty_as(v);
   const AttentionBackwardArgs args{
       p, rows_of(dout), rows_of(q), rows_of(k), rows_of(v), rows_of(out), rows_of(dq), rows_of(dk), rows_of(dv),

@@ -120,8 +120,8 @@ std::vector<float> gradient_factors(const Tensor& derrors) {
 void check_tokens(const Tensor& tokens, int64_t batch, int64_t length, int64_t codes) {
   VAR_CHECK(tokens.scalar_type() == ScalarType::Long, "tokens", "int64",
             torch::headeronly::toString(tokens.scalar_type()));
-  VAR_CHECK(tokens.dim() == 2 && tokens.size(0) == batch && tokens.size(1) == length, "tokens", "shape (B, L)",
-            "another shape");
+  VAR_CHECK(tokens.dim() == 2 && tokens.size(0) == batch && tokens.size(1) == length, "tokens",
+            shape_text({batch, length}), shape_text(tokens));
   const int64_t* data = tokens.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < batch * length; ++i)
     VAR_CHECK(data[i] >= 0 && data[i] < codes, "tokens", "indices of the codebook", data[i]);
@@ -140,7 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_backward_door(const Tensor& 
   const int64_t convolutions = phi_weight_in.size(0), codes = codebook_in.size(0);
   check_phi_index(phi_index, scales, convolutions);
   check_float(derrors, "derrors", 2);
-  VAR_CHECK(derrors.size(0) == batch && derrors.size(1) == scales, "derrors", "shape (B, K)", "another shape");
+  VAR_CHECK(derrors.size(0) == batch && derrors.size(1) == scales, "derrors", shape_text({batch, scales}),
+            shape_text(derrors));
   const Tensor tokens = dense(tokens_in), codebook = dense(codebook_in);
   const Tensor phi_weight = dense(phi_weight_in), bias = dense(phi_bias);
   check_tokens(tokens, batch, schedule.tokens, codes);

@@ -230,13 +230,6 @@ void launch_backward(const OnDevice& device, AttentionBackward arguments, const 
   });
 }
 
-Tensor statistics(const char* name, const Tensor& x, const Tensor& q) {
-  VAR_CHECK(x.dim() == 3 && x.size(0) == q.size(0) && x.size(1) == q.size(1) && x.size(2) == q.size(2), name,
-            shape_text({q.size(0), q.size(1), q.size(2)}), shape_text(sizes_of(x)));
-  VAR_CHECK(x.scalar_type() == ScalarType::Float, name, "Float", torch::headeronly::toString(x.scalar_type()));
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
-}
-
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& out, const Tensor& lse_in,
                                             const std::optional<Tensor>& dlse_in, const Lens& scale_lens,
@@ -246,7 +239,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
   check_attention_tensor("out", out, q, q.size(1), q.size(2));
   check_lengths(k);
   const OnDevice device(q);
-  const Tensor lse = statistics("lse", lse_in, q), dlse = dlse_in ? statistics("dlse", *dlse_in, q) : lse;
+  const Tensor lse = checked_statistics("lse", lse_in, q);
+  const Tensor dlse = dlse_in ? checked_statistics("dlse", *dlse_in, q) : lse;
   Tensor dq = empty_as(device, q), dk = empty_as(device, k), dv = empty_as(device, v);
   if (lse.numel() == 0) {  // no query: nothing depends on the keys
     if (dk.numel() > 0) torch::stable::zero_(dk), torch::stable::zero_(dv);

@@ -17,8 +17,8 @@ constexpr int64_t kMostSlices = 16;
 void check_tokens(const Tensor& tokens, int64_t images, int64_t length) {
   VAR_CHECK(tokens.scalar_type() == ScalarType::Long, "tokens", "int64",
             torch::headeronly::toString(tokens.scalar_type()));
-  VAR_CHECK(tokens.dim() == 2 && tokens.size(0) == images && tokens.size(1) == length, "tokens", "shape (B, L)",
-            "another shape");
+  VAR_CHECK(tokens.dim() == 2 && tokens.size(0) == images && tokens.size(1) == length, "tokens",
+            shape_text({images, length}), shape_text(tokens));
 }
 
 void run(const OnDevice& device, const QuantizeBackward& a) {
@@ -55,7 +55,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& f, const Tenso
   const Schedule schedule = make_schedule(shape, heights, widths, phi_index, convolutions);
   const int64_t scales = int64_t(schedule.scales.size()), channels = shape.channels;
   check_float(derrors, "derrors", 2);
-  VAR_CHECK(derrors.size(0) == images && derrors.size(1) == scales, "derrors", "shape (B, K)", "another shape");
+  VAR_CHECK(derrors.size(0) == images && derrors.size(1) == scales, "derrors", shape_text({images, scales}),
+            shape_text(derrors));
   check_tokens(tokens_in, images, schedule.length);
   const OnDevice device(f);
   const Tensor codebook = dense(codebook_in), phi_weight = dense(phi_weight_in), phi_bias = dense(phi_bias_in);

@@ -101,7 +101,7 @@ def test_a_run_on_a_gpu_changes_the_order_of_later_processes(cache, tmp_path):
         "  adaln_layer_norm: not ranked, because not timed: cuda in 1 of 1 cases",
         f'recorded in {path}: later processes on this kind of GPU follow it in "auto" until it is deleted',
     ]
-    recorded = speeds.read(NAME)
+    recorded = speeds.read(NAME, backends.GPU_BACKENDS)
     assert set(recorded) == {"nearest_code", "gated_residual_adaln"}
     assert recorded["nearest_code"].speeds == pytest.approx({"cuda": 32 ** (1 / 3), "triton": 128 ** (1 / 3)})
 
@@ -142,7 +142,8 @@ def test_what_is_not_recorded(cache, monkeypatch, options, reason):
     if reason is not None:
         assert recorded == f"not recorded: {reason}" and not cache.exists()
     else:
-        assert recorded.startswith("recorded in ") and speeds.read(NAME)["nearest_code"].cases == 1
+        assert recorded.startswith("recorded in ")
+        assert speeds.read(NAME, backends.GPU_BACKENDS)["nearest_code"].cases == 1
 
 
 def test_half_an_op_is_not_ranked(cache, monkeypatch):
@@ -156,6 +157,13 @@ def test_half_an_op_is_not_ranked(cache, monkeypatch):
     assert not cache.exists()
 
 
+def test_an_op_without_gpu_kernels_is_not_ranked(cache, monkeypatch):
+    benchmarks = session(monkeypatch)
+    benchmarks.cases = [case("packed_linear")]
+    benchmarks.duel_of_session.rows["packed_linear, A"] = [table.Row(harness.OURS, (1.0,), 2.0)]
+    assert ranking.rank(benchmarks.cases, benchmarks.duel_of_session.rows) == ({}, {})
+
+
 def test_what_was_measured_before_is_kept(cache, monkeypatch):
     session(monkeypatch)
     old = {"nearest_code": Speeds({"cuda": 1.0, "triton": 2.0}, 3),
@@ -163,9 +171,9 @@ def test_what_was_measured_before_is_kept(cache, monkeypatch):
     new = {"adaln_layer_norm": Speeds({"cuda": 3.0, "triton": 2.0}, 4)}
     speeds.write(NAME, old)
     assert ranking.record(new).startswith("recorded in ")
-    assert speeds.read(NAME) == old | new
+    assert speeds.read(NAME, backends.GPU_BACKENDS) == old | new
     speeds.path_of(NAME).write_text("damaged")
-    assert ranking.record(new).startswith("recorded in ") and speeds.read(NAME) == new
+    assert ranking.record(new).startswith("recorded in ") and speeds.read(NAME, backends.GPU_BACKENDS) == new
 
 
 def test_an_unwritable_cache_is_a_line(tmp_path, monkeypatch):

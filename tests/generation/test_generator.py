@@ -13,8 +13,8 @@ import var
 from tests.model.test_model import tiny_var, tiny_vqvae
 from var import Generator, VARConfig, VQVAEConfig, generate
 from var.generation import memory
-from var.generation.generator import fill_exponential
 from var.generation.inference import InferenceDecoder, InferenceTransformer, Spaces
+from var.generation.noise import fill_exponential
 from var_kernels.inference.packed_linear import PackedLinear
 from var_kernels.native import load
 from var_kernels.testing import stated_order

@@ -12,7 +12,7 @@ import var_kernels
 from var_kernels import backends
 from var_kernels.measured import speeds
 from var_kernels.measured.speeds import Speeds
-from var_kernels.native import library
+from var_kernels.native import build, library
 from var_kernels.native import load as native_load
 
 NAME = "Stand-in GPU 9000 (X)"
@@ -65,20 +65,41 @@ def refusal(op: str, device: str = "cuda") -> str:
     return str(error.value)
 
 
-# The others have no Triton kernel yet: there the reference serves where the CUDA kernels do not.
-TRITON = Path(backends.__file__).parent / "triton"
-TRITON_OPS = [op for op in backends.OPS if (TRITON / f"{backends.page_of(op)}.py").is_file()]
+def test_the_table_of_ops_is_what_the_kernels_are():
+    """A backend serves the ops whose files it has, no more and no fewer."""
+    package = Path(backends.__file__).parent
+    files = {"reference": (package / "reference", ".py"), "triton": (package / "triton", ".py"),
+             "cpu": (build.CSRC / "cpu", ".cpp"), "cuda": (build.CSRC / "cuda", ".cu")}  # fmt: skip
+    assert set(backends.SERVES) == set(backends.BACKENDS) == set(files)
+    for name, (folder, suffix) in files.items():
+        there = {op for op in backends.OPS if (folder / f"{backends.page_of(op)}{suffix}").is_file()}
+        assert set(backends.SERVES[name]) == there, name
+    for backend in backends.GPU_BACKENDS:
+        assert tuple(backends.SERVES[backend]) == backends.GPU_OPS
+
+
+@pytest.mark.parametrize("op", sorted(set(backends.OPS) - set(backends.GPU_OPS)))
+def test_an_op_without_gpu_kernels_is_served_by_the_reference_on_a_gpu(gpu, op):
+    assert auto(op, torch.float32) == auto(op) == "reference"
+    for name in backends.GPU_BACKENDS:
+        with pytest.raises(ValueError, match=f"'{name}' cannot serve {op} .*: it has no kernel for this op; expected "
+                                             "one of auto, reference$"):  # fmt: skip
+            backends.resolve(op, name, "cuda", torch.float32)
+        assert backends.for_op(op, name) == "reference" and backends.for_op("nearest_code", name) == name
+    for name in ("auto", "cpu", "reference", "unknown"):
+        assert backends.for_op(op, name) == name
 
 
 def test_an_op_without_a_triton_kernel_is_refused_or_served_by_the_reference(gpu, monkeypatch):
-    monkeypatch.setattr(backends, "_has_triton_kernel", lambda op: op != "nearest_code")
+    others = {op: dtypes for op, dtypes in backends.SERVES["triton"].items() if op != "nearest_code"}
+    monkeypatch.setitem(backends.SERVES, "triton", others)
     gpu.native_reason = "no compiler"
     assert auto("nearest_code") == "reference" and auto("adaln_layer_norm") == "triton"
     with pytest.raises(ValueError, match="'triton' cannot serve nearest_code .*: it has no kernel for this op"):
         backends.resolve("nearest_code", "triton", "cuda", torch.float32)
 
 
-@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("op", backends.GPU_OPS)
 def test_the_shipped_order(gpu, op):
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (13, 0)):
         gpu.capability = capability
@@ -104,7 +125,7 @@ def test_the_shipped_order(gpu, op):
 def test_why_cuda_does_not_serve(gpu, changes, reason):
     for name, value in changes.items():
         setattr(gpu, name, value)
-    for op in TRITON_OPS:
+    for op in backends.GPU_OPS:
         message = refusal(op)
         assert reason in message and message.endswith("expected one of auto, triton, reference")
         assert auto(op) == "triton"
@@ -120,13 +141,11 @@ def test_an_op_is_served_if_all_its_raw_ops_are_there(gpu):
 
 def test_every_op_has_a_page_and_an_order():
     pages = {backends.page_of(op) for op in backends.OPS}
-    # Kernels for the CPU only, which no backend names.
-    assert set(library._names) - pages <= {"group_norm_silu", "packed_linear", "winograd_conv"}
-    assert pages <= set(library._names)
+    assert pages == set(library._names)
     assert [name for stem in library._names for name in library.names(stem)] == [
         schema.partition("(")[0] for schema in library._schemas
     ]
-    assert set(backends.GPU_ORDER) == set(backends.OPS)
+    assert set(backends.GPU_ORDER) == set(backends.GPU_OPS)
     for choices in backends.GPU_ORDER.values():
         assert not choices[-1].majors and {choice.first for choice in choices} <= set(backends.GPU_BACKENDS)
 
@@ -134,7 +153,7 @@ def test_every_op_has_a_page_and_an_order():
 def test_amd_gpus_are_not_served(gpu, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "for NVIDIA GPUs, and this torch is a build for AMD's" in refusal("nearest_code")
-    assert {auto(op) for op in TRITON_OPS} == {"triton"}
+    assert {auto(op) for op in backends.GPU_OPS} == {"triton"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -150,7 +169,7 @@ def test_the_order_is_a_constant_of_compiled_code(monkeypatch):
     with monkeypatch.context() as patches:  # the compiler itself would use the GPU
         StandIn(patches)
         expected = [backends.resolve(op, "auto", "cuda", torch.float32) for op in backends.OPS]
-    assert expected == ["cuda"] * len(backends.OPS)
+    assert expected == ["cuda" if op in backends.GPU_OPS else "reference" for op in backends.OPS]
 
     def function(x):
         return x + 1, [backends.resolve(op, "auto", "cuda", torch.float32) for op in backends.OPS]
@@ -164,7 +183,7 @@ def test_auto_runs_the_cuda_kernels(monkeypatch):
     forget()
     with monkeypatch.context() as patches:  # fake tensors would ask the stand-in for more than it has
         StandIn(patches)
-        assert {backends.resolve(op, "auto", "cuda", torch.float32) for op in backends.OPS} == {"cuda"}
+        assert {backends.resolve(op, "auto", "cuda", torch.float32) for op in backends.GPU_OPS} == {"cuda"}
     called = []
 
     class Recorded(TorchDispatchMode):
@@ -191,7 +210,7 @@ def test_auto_runs_the_cuda_kernels(monkeypatch):
             var_kernels.sample_tokens(x, seeds=torch.zeros(2, dtype=torch.int64, device="cuda")),
         ]
     assert {result.device.type for result in results} == {"cuda"}
-    raw = {f"var_kernels::{name}" for op in backends.OPS for name in library.names(backends.page_of(op))}
+    raw = {f"var_kernels::{name}" for op in backends.GPU_OPS for name in library.names(backends.page_of(op))}
     assert {name for name in called if name.startswith("var_kernels")} == {
         name for name in raw if not name.endswith("_backward")  # autograd wants a real device
     }

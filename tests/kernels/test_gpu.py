@@ -42,7 +42,7 @@ def gpu(request):
     """The name of each GPU backend."""
     if not torch.cuda.is_available():
         pytest.skip("there is no GPU")
-    for op in backends.OPS:
+    for op in backends.GPU_OPS:
         reason = backends.unavailable_reason(request.param, DEVICE, op)
         if reason is not None:
             pytest.skip(f"{op}: {reason}")
@@ -353,7 +353,7 @@ def test_second_device(gpu):
 
 
 def test_auto_is_a_kernel(gpu):
-    for op in backends.OPS:
+    for op in backends.GPU_OPS:
         for dtype in DTYPES:
             assert backends.resolve(op, "auto", "cuda", dtype) in backends.GPU_BACKENDS
 

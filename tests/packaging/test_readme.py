@@ -1,6 +1,9 @@
 """What the README says is true: its Python examples run, its files exist, its commands have the form that CI runs."""
 
+import importlib
+import importlib.util
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,29 @@ def test_linked_files_exist(page):
     targets += re.findall(r'src="([^"]+)"', text)
     missing = [target for target in targets if not ((ROOT / page).parent / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+def test_names_of_the_packages_are_reachable(page):
+    """`var_kernels.multi_scale_quantize.phi_index` was documented, where that is a function and no module."""
+    names = re.findall(r"`((?:var|var_kernels)(?:\.\w+)+)[`(]", (ROOT / page).read_text(encoding="utf-8"))
+    assert not [name for name in dict.fromkeys(names) if not reachable(name)]
+
+
+def reachable(name):
+    """Whether each part is an attribute of what the parts before it name, or a submodule to import."""
+    root, *parts = name.split(".")
+    found = importlib.import_module(root)
+    for part in parts:
+        if not hasattr(found, part) and isinstance(found, types.ModuleType):
+            submodule = f"{found.__name__}.{part}"
+            if importlib.util.find_spec(submodule) is None:
+                return False
+            importlib.import_module(submodule)
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return True
 
 
 def test_the_first_two_commands_are_single_lines():

@@ -20,8 +20,15 @@ from var_kernels.testing import SHAPES, attention_inputs, modulation, randn
 from ..data.datasets import FASHION_MNIST_CLASSES, DataError, ImageData, open_dataset
 from ..data.pictures import comparison, grid_by_label, scale_strip, write_png
 from ..evaluation.metrics import psnr
-from ..generation.batches import Sampling, count_scales, generate_batches, image_seeds, sampling_for
-from ..generation.generator import Generated, Generator
+from ..generation.batches import (
+    Sampling,
+    count_scales,
+    generate_batches,
+    image_seeds,
+    sampling_for,
+)
+from ..generation.generator import Generator
+from ..generation.request import Generated
 from ..model.opening import OpenModel, Pipeline, open_model
 from .console import console, note, progress, say
 
@@ -108,7 +115,7 @@ def _print_generation(
 ) -> None:
     labels, seeds = torch.tensor(classes), image_seeds(seed, range(len(classes)))
     options = {"seeds": seeds, **dataclasses.asdict(sampling)}
-    plain_generator = Generator(reference.var, reference.vqvae, batch_size=len(classes), pack=False)
+    plain_generator = Generator(reference.var, reference.vqvae, batch_size=len(classes))
     our_generator = Generator(ours.var, ours.vqvae, batch_size=len(classes))
 
     def timed(generator: Generator) -> tuple[float, Generated]:

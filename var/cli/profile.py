@@ -38,7 +38,7 @@ _STAGES = {
     "next input": ("_next_scale_input", "embedding"),
 }
 _CONVOLUTIONS, _NORMS = "convolutions", "GroupNorm, SiLU"
-_DECODER_STAGES = {_CONVOLUTIONS: ("conv2d", "conv_transpose2d", "_winograd_conv"), _NORMS: ("group_norm", "silu")}
+_DECODER_STAGES = {_CONVOLUTIONS: ("conv2d", "_winograd_conv"), _NORMS: ("group_norm", "silu")}
 _REST = "rest"  # smaller operators, and Python between all of them
 _DECODER = "decoder"
 _ROUNDS = 3
@@ -99,7 +99,7 @@ def _operations(operator: str, args: tuple) -> float:
     if "_block_causal_attention" in operator:
         q, k = args[0], args[1]
         return 4.0 * q.numel() * k.shape[2]
-    if "conv2d" in operator or "conv_transpose2d" in operator:
+    if "conv2d" in operator:
         # All taps meet every pixel of the input: no convolution of the decoder has strides that skip some.
         x, weight = args[:2]
         return 2.0 * weight.numel() * x.numel() / x.shape[1]
@@ -124,7 +124,9 @@ def measure(pipeline: Pipeline, sampling: Sampling, batch: int, precision: str, 
     is its rest.
     """
     device = pipeline.var.pos_1LC.device
-    memory.check_batch(pipeline.var.config, pipeline.vqvae.config, batch, PRECISIONS[precision].itemsize, device)
+    memory.check_batch(
+        pipeline.var.config, pipeline.vqvae.config, batch, PRECISIONS[precision].itemsize, device, pipeline.var.backend
+    )
     generator = Generator(pipeline.var, pipeline.vqvae, batch_size=batch, precision=precision, graphs=False)
     schedule, classes = pipeline.var.config.schedule, pipeline.var.config.num_classes
     labels, seeds = torch.arange(batch, device=device) % classes, image_seeds(0, range(batch))

@@ -56,7 +56,7 @@ def sampling_for(model: OpenModel, **chosen: Any) -> Sampling:
 
 def cache_bytes(config: VARConfig, itemsize: int = 4) -> int:
     """Bytes of the KV cache for one image: keys and values of all layers, with and without the class (guidance)."""
-    return 2 * 2 * config.schedule.length * config.width * config.depth * itemsize
+    return memory.cache_bytes(config, 2, itemsize)
 
 
 def default_batch_size(config: VARConfig) -> int:
@@ -93,7 +93,8 @@ def generate_batches(
     device = pipeline.var.pos_1LC.device
     size = min(batch_size or default_batch_size(pipeline.var.config), len(numbers))
     itemsize = PRECISIONS[precision].itemsize
-    memory.check_batch(pipeline.var.config, pipeline.vqvae.config, size, itemsize, device)
+    backend = pipeline.var.backend if pack else "reference"
+    memory.check_batch(pipeline.var.config, pipeline.vqvae.config, size, itemsize, device, backend)
     generator = Generator(pipeline.var, pipeline.vqvae, batch_size=size, precision=precision, pack=pack)
     results = generator.stream(
         torch.tensor([labels[number] for number in numbers], device=device), seeds=image_seeds(seed, numbers),

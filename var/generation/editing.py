@@ -7,7 +7,8 @@ from torch import Tensor
 from ..model.config import ScaleSchedule
 from ..model.transformer import VAR
 from ..model.vqvae import VQVAE
-from .generator import Generated, Kept, generate
+from .generator import generate
+from .request import Generated, Kept
 
 _ALWAYS_KEPT = 3  # maps of at most so many tokens carry the global layout and are never edited
 
@@ -36,14 +37,15 @@ def kept_masks(schedule: ScaleSchedule, mask: Tensor) -> tuple[Tensor, ...]:
     return tuple(masks)
 
 
-def edit(var: VAR, vqvae: VQVAE, images: Tensor, mask: Tensor, labels: Tensor | None = None, **options) -> Generated:
+def edit(var: VAR, vqvae: VQVAE, images: Tensor, mask: Tensor, labels: Tensor | None = None, *,
+         backend: str | None = None, **options) -> Generated:  # fmt: skip
     """Regenerate the tokens where `mask` (side, side) is 0, keeping the images' own elsewhere.
 
     images (B, 3, H, W) in [−1, 1]; labels (B,) for a class edit, None for in- and out-painting (the unconditional
-    class). The options are those of `var.generate`. Returned tokens are those sampled, before the kept ones
-    replace them.
+    class). `backend` and the options are those of `var.generate`. Returned tokens are those sampled, before the
+    kept ones replace them.
     """
     masks = tuple(part.to(images.device) for part in kept_masks(var.config.schedule, mask))
     if labels is None:
         labels = torch.full((len(images),), var.config.num_classes, device=images.device)
-    return generate(var, vqvae, labels, keep=Kept(vqvae.encode(images), masks), **options)
+    return generate(var, vqvae, labels, keep=Kept(vqvae.encode(images, backend), masks), backend=backend, **options)

@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from var_kernels import sample_tokens
+from var_kernels import backends, sample_tokens
 from var_kernels.reference.sample_tokens import restrict
 
 from ..model.transformer import VAR
 from ..model.vqvae import VQVAE
 from . import graphs as graph_capture
 from .inference import PRECISIONS, InferenceDecoder, InferenceTransformer
-
-
-class Generated(NamedTuple):
-    """Result of a generation."""
-
-    tokens: Tensor  # (B, L) int64, as sampled
-    images: Tensor  # (B, 3, H, W) in [−1, 1]
-
-
-class Kept(NamedTuple):
-    """Given tokens that editing keeps: `tokens` (B, L) and, per scale, a mask (l_k,) that is True where they stay."""
-
-    tokens: Tensor
-    masks: tuple[Tensor, ...]
-
-
-OnScale = Callable[[int, Callable[[], Tensor]], None]
+from .noise import Noise
+from .request import Generated, Kept, OnScale, Options, check_options, checked_seeds
 
 
 def soft_codes(logits_BLV: Tensor, codebook_VC: Tensor, ratio: float, exponential_BLV: Tensor) -> Tensor:
@@ -43,79 +26,29 @@ def soft_codes(logits_BLV: Tensor, codebook_VC: Tensor, ratio: float, exponentia
     return weights @ codebook_VC
 
 
-@functools.cache
-def _exponential_composes() -> bool:
-    """Whether `exponential_` on a CPU is −log1p(−u) of the doubles of `uniform_`, as in PyTorch's plain kernel."""
-    expected = torch.empty(4099).exponential_(generator=torch.Generator().manual_seed(1))
-    drawn = torch.empty(4099, dtype=torch.float64).uniform_(generator=torch.Generator().manual_seed(1))
-    return torch.equal(drawn.neg_().log1p_().neg_().float(), expected)
-
-
-def fill_exponential(out: Tensor, generator: torch.Generator) -> None:
-    """`out.exponential_(generator=generator)` of a dense tensor, number for number; on a CPU in a quarter of the time.
-
-    PyTorch draws and takes the logarithm one number after the other; only drawing has to be so.
-    """
-    if out.device.type != "cpu" or out.dtype != torch.float32 or not _exponential_composes():
-        out.exponential_(generator=generator)
-        return
-    buffer = torch.empty(min(out.numel(), 1 << 17), dtype=torch.float64)  # 1 MiB: stays in the cache
-    for part in out.view(-1).split(1 << 17):
-        drawn = buffer[: len(part)].uniform_(generator=generator)
-        part.copy_(drawn.neg_().log1p_().neg_())
-
-
-class _Noise:
-    """Exp(1) variates, (B, l, V) for one scale after the other, from one generator or one for each image."""
-
-    def __init__(self, batch: int, vocab: int, device: torch.device, seed: int | None, seeds: Tensor | None) -> None:
-        self._shape, self._device = (batch, vocab), device
-        if seeds is not None:
-            self._generators = [torch.Generator(device).manual_seed(int(value)) for value in seeds]
-            return
-        generator = torch.Generator(device)
-        generator.seed() if seed is None else generator.manual_seed(seed)
-        self._generators = [generator]
-
-    def draw(self, length: int) -> Tensor:
-        batch, vocab = self._shape
-        noise = torch.empty(batch, length, vocab, device=self._device)
-        for part, generator in zip(noise.chunk(len(self._generators)), self._generators, strict=True):
-            fill_exponential(part, generator)
-        return noise
-
-
-class Options(NamedTuple):
-    """What a whole generation is done with; part of a captured graph."""
-
-    cfg: float
-    top_k: int
-    top_p: float
-
-    @property
-    def guided(self) -> bool:
-        return self.cfg > 0
-
-
 class Generator:
     """Images of a model, as fast as the machine allows: built once for a precision and a batch size, called often.
 
     Building copies the weights as they are now, on a CPU packed for the kernels, else the decoder's with its channels
-    last; `nbytes` says how much that is, with the KV cache. Later changes of the model do not show. With `pack=False`
-    nothing is copied in fp32: projections are `F.linear`, and the model's own decoder runs. Precision "bf16" holds
+    last; `nbytes` says how much that is, with the KV cache. Later changes of the model do not show. With `pack=False`,
+    and with backend "reference", nothing is copied in fp32: projections are `F.linear`, and the model's own decoder
+    runs. Precision "bf16" holds
     weights, activations of the projections, attention and the decoder in bfloat16; the residual stream, the norms, the
     head and sampling stay fp32.
 
     `graphs`: whether each scale is captured as a CUDA graph, once for each batch size and set of options; None: on
     GPUs. Never verified on a GPU. Where a capture fails, a warning says why and the scales are launched as usual.
 
-    Raises ValueError for an unknown precision, a batch size below 1 and a VQ-VAE of another schedule, vocabulary or
-    width than the transformer's.
+    `backend` serves everything that is computed, but what has no kernel in it (`backends.SERVES`): that is PyTorch's
+    own. None: the backends of `var` and of `vqvae`, each for its part.
+
+    Raises ValueError for an unknown precision, a backend that is unknown or not available, a batch size below 1 and a
+    VQ-VAE of another schedule, vocabulary or width than the transformer's.
     """
 
     def __init__(
         self, var: VAR, vqvae: VQVAE, *, batch_size: int = 1, precision: str = "fp32", pack: bool = True,
-        graphs: bool | None = None,
+        graphs: bool | None = None, backend: str | None = None,
     ) -> None:
         for name in ("patch_nums", "vocab_size", "z_channels"):
             ours, theirs = getattr(var.config, name), getattr(vqvae.config, name)
@@ -127,14 +60,18 @@ class Generator:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         self.config, self.batch_size, self.precision = var.config, batch_size, precision
         self.device = var.pos_1LC.device
-        self._backend = var.backend
+        self._backend, self._decoding = (model.backend if backend is None else backend for model in (var, vqvae))
+        for name in (self._backend, self._decoding):
+            _check_backend(name, self.device)
         self._condition = var.condition
         self._quantize = vqvae.quantize
         with torch.inference_mode():
-            self._transformer = InferenceTransformer(var, 2 * batch_size, PRECISIONS[precision], pack=pack)
-            in_place = precision == "fp32" and not pack
+            self._transformer = InferenceTransformer(
+                var, 2 * batch_size, PRECISIONS[precision], backend=self._backend, pack=pack
+            )
+            in_place = precision == "fp32" and (not pack or self._decoding == "reference")
             self._decoder = None if in_place else InferenceDecoder(
-                vqvae, PRECISIONS[precision], batch_size=batch_size, pack=pack
+                vqvae, PRECISIONS[precision], batch_size=batch_size, backend=self._decoding, pack=pack
             )
         self.decode = self._decoder or vqvae.decode_features  # features (B, z_channels, h, w) -> images
         self.begin, self.empty_features = self._transformer.begin, vqvae.quantize.empty_features
@@ -172,12 +109,12 @@ class Generator:
         on_scale: OnScale | None = None,
     ) -> Generated:
         """One image for each of up to `batch_size` labels; the options are those of `generate`."""
-        _check_options(cfg, top_k, top_p)
+        check_options(cfg, top_k, top_p)
         options, batch = Options(cfg, top_k, top_p), len(labels)
         labels = labels.to(self.device)
         if batch > self.batch_size:
             raise ValueError(f"labels: expected at most batch_size = {self.batch_size}, got {batch}")
-        seeds = _checked_seeds(seeds, seed, batch)
+        seeds = checked_seeds(seeds, seed, batch)
         self._condition(labels)  # refuses bad labels
         if options.guided:
             labels = torch.cat((labels, torch.full_like(labels, self.config.num_classes)))
@@ -186,14 +123,14 @@ class Generator:
                 return Generated(labels.new_zeros(0, self.config.schedule.length), self.decode(self.empty_features(0)))
             # Seeds serve the kernel's own generator; `more_smooth` needs the numbers themselves.
             from_noise = seeds is None or more_smooth
-            noise = _Noise(batch, self.config.vocab_size, self.device, seed, seeds) if from_noise else None
+            noise = Noise(batch, self.config.vocab_size, self.device, seed, seeds) if from_noise else None
             seeds = None if from_noise else seeds.to(self.device)
             if keep is None and not more_smooth and (captured := self._captured_for(batch, options, seeds is not None)):
                 return captured(labels, noise, seeds, on_scale)
             return self._run(labels, batch, options, noise, seeds, more_smooth, keep, on_scale)
 
     def _run(
-        self, labels: Tensor, batch: int, options: Options, noise: _Noise | None, seeds: Tensor | None,
+        self, labels: Tensor, batch: int, options: Options, noise: Noise | None, seeds: Tensor | None,
         more_smooth: bool, keep: Kept | None, on_scale: OnScale | None,
     ) -> Generated:
         x_BLC, f_hat, sampled = self.begin(labels), self.empty_features(batch), []
@@ -232,7 +169,7 @@ class Generator:
             codes = soft_codes(restrict(logits, options.top_k, options.top_p), codebook.weight, ratio, gumbel)
         if given is not None:
             codes = torch.where(given[1].view(1, -1, 1), codebook(given[0]), codes)
-        f_hat, following = self._quantize.accumulate(f_hat, codes, k)
+        f_hat, following = self._quantize.accumulate(f_hat, codes, k, self._decoding)
         last = following is None
         return tokens, f_hat, None if last else self._transformer.embed(following, k + 1, options.guided)
 
@@ -254,32 +191,17 @@ class Generator:
         return self._captured[key]
 
 
-def _check_options(cfg: float, top_k: int, top_p: float) -> None:
-    if not cfg >= 0 or cfg == float("inf"):
-        raise ValueError(f"cfg: expected a finite number ≥ 0, got {cfg}")
-    if top_k < 0:
-        raise ValueError(f"top_k: expected an integer ≥ 0 (0: off), got {top_k}")
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p: expected a number in [0, 1] (0: off), got {top_p}")
-
-
-def _checked_seeds(seeds: Sequence[int] | Tensor | None, seed: int | None, batch: int) -> Tensor | None:
-    if seeds is None:
-        return None
-    if seed is not None:
-        raise ValueError("seed: expected one of seed and seeds, got both")
-    if not isinstance(seeds, Tensor):
-        seeds = torch.tensor(list(seeds), dtype=torch.int64)
-    if seeds.dtype != torch.int64 or tuple(seeds.shape) != (batch,):
-        raise ValueError(f"seeds: expected {batch} 64-bit integers, one for each label, got shape "
-                         f"{tuple(seeds.shape)} {seeds.dtype}")
-    return seeds
+def _check_backend(backend: str, device: torch.device) -> None:
+    """ValueError now, and not at the first scale, where a backend asked for by name is not available."""
+    for op in backends.OPS:
+        backends.resolve(op, backends.for_op(op, backend), device.type, torch.float32)
 
 
 def generate(
     var: VAR, vqvae: VQVAE, labels: Tensor, *, cfg: float = 1.5, top_k: int = 0, top_p: float = 0.0,
     seed: int | None = None, seeds: Sequence[int] | Tensor | None = None, more_smooth: bool = False,
     keep: Kept | None = None, on_scale: OnScale | None = None, precision: str | None = None, pack: bool = True,
+    backend: str | None = None,
 ) -> Generated:
     """Sample one image per label, coarse to fine. This builds a `Generator`; for more than one call keep one.
 
@@ -290,16 +212,19 @@ def generate(
     likelihood); `keep` holds tokens that editing keeps. `on_scale(k, partial)` is called after each scale; `partial()`
     decodes the images (B, 3, H, W) so far.
 
-    `precision` is "fp32" or "bf16"; None: bf16 under bf16 autocast, else fp32. `pack` as in `Generator`.
+    `precision` is "fp32" or "bf16"; None: bf16 under bf16 autocast, else fp32. `pack` and `backend` as in
+    `Generator`.
 
-    Raises ValueError for labels outside [0, num_classes], top_p outside [0, 1], negative cfg or top_k, and a VQ-VAE
-    of another schedule, vocabulary or width.
+    Raises ValueError for labels outside [0, num_classes], top_p outside [0, 1], negative cfg or top_k, a backend that
+    is not available, and a VQ-VAE of another schedule, vocabulary or width.
     """
     device = var.pos_1LC.device.type
     if precision is None:
         low = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
         precision = "bf16" if low else "fp32"
-    generator = Generator(var, vqvae, batch_size=max(1, len(labels)), precision=precision, pack=pack)
+    generator = Generator(
+        var, vqvae, batch_size=max(1, len(labels)), precision=precision, pack=pack, backend=backend
+    )
     return generator(
         labels, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, seeds=seeds, more_smooth=more_smooth, keep=keep,
         on_scale=on_scale,

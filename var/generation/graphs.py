@@ -8,17 +8,40 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .generator import Generated, Generator, OnScale, Options, _Noise
+from ..model.config import VARConfig
+from .noise import Noise
+from .request import Generated, OnScale, Options
 
 T = TypeVar("T")
 Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
 _WARM_UP = 2  # calls before a capture, in which kernels are compiled and libraries take their workspaces
+
+
+class Engine(Protocol):
+    """What is captured: the parts of a generation, each from tensors to tensors."""
+
+    config: VARConfig
+    device: torch.device
+
+    def begin(self, labels: Tensor) -> Tensor:
+        """The input of the first scale."""
+
+    def empty_features(self, batch: int) -> Tensor:
+        """The features before the first scale."""
+
+    def scale(
+        self, k: int, x_BLC: Tensor, f_hat: Tensor, options: Options, *, noise: Tensor | None = None,
+        seeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        """Tokens of scale k, the features with it, the input of the next scale."""
+
+    def decode(self, features: Tensor) -> Tensor:
+        """Images."""
 
 
 def capture_cuda(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
@@ -41,7 +64,7 @@ class CapturedGeneration:
     Labels, seeds and noise are copied into tensors of its own; what an option says is part of the graphs.
     """
 
-    def __init__(self, engine: Generator, batch: int, options: Options, seeded: bool, capture: Capture) -> None:
+    def __init__(self, engine: Engine, batch: int, options: Options, seeded: bool, capture: Capture) -> None:
         config, device = engine.config, engine.device
         self._lengths = config.schedule.lengths
         self._labels = torch.zeros(batch * (2 if options.guided else 1), dtype=torch.int64, device=device)
@@ -67,10 +90,8 @@ class CapturedGeneration:
         self._images = captured(functools.partial(engine.decode, f_hat))
 
     def __call__(
-        self, labels: Tensor, noise: _Noise | None, seeds: Tensor | None, on_scale: OnScale | None
+        self, labels: Tensor, noise: Noise | None, seeds: Tensor | None, on_scale: OnScale | None
     ) -> Generated:
-        from .generator import Generated
-
         self._labels.copy_(labels)
         if seeds is not None:
             self._seeds.copy_(seeds)

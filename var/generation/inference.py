@@ -12,11 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_kernels import adaln_layer_norm, block_causal_attention, gated_residual_adaln, qk_norm_cache
+from var_kernels import (
+    PackedConv3x3,
+    PackedLinear,
+    adaln_layer_norm,
+    backends,
+    block_causal_attention,
+    gated_residual_adaln,
+    group_norm_silu,
+    qk_norm_cache,
+)
 from var_kernels.inference import huge_pages
-from var_kernels.inference.group_norm_silu import group_norm_silu
-from var_kernels.inference.packed_linear import PackedLinear
-from var_kernels.inference.winograd_conv import PackedConv3x3, winograd_unavailable_reason
 
 from ..model.transformer import VAR
 from ..model.vqvae import VQVAE, Norm, ResnetBlock, Upsample
@@ -41,20 +47,25 @@ class InferenceTransformer:
     """The transformer of `var` for up to `rows` sequences at a time, scale by scale.
 
     `dtype` is that of the projections, of attention and of the KV cache; the residual stream, the norms, the embeddings
-    and the head are fp32. Weights are copied as they are now.
+    and the head are fp32. Weights are copied as they are now. `backend` serves every op (None: that of `var`), but with
+    `pack=False` projections are the reference's.
     """
 
-    def __init__(self, var: VAR, rows: int, dtype: torch.dtype = torch.float32, *, pack: bool = True) -> None:
-        self.config, self.backend, self.dtype, self.rows = var.config, var.backend, dtype, rows
+    def __init__(
+        self, var: VAR, rows: int, dtype: torch.dtype = torch.float32, *, backend: str | None = None, pack: bool = True
+    ) -> None:
+        self.config, self.dtype, self.rows = var.config, dtype, rows
+        self.backend = var.backend if backend is None else backend
         config, device = var.config, var.pos_1LC.device
+        linear_backend = backends.for_op("packed_linear", self.backend) if pack else "reference"
 
         def linear(module: nn.Linear, bias: Tensor | None = None, kind: torch.dtype = dtype, gelu: bool = False):
             bias = module.bias if bias is None else bias
-            return PackedLinear(module.weight, bias, dtype=kind, gelu=gelu, pack=pack)
+            return PackedLinear(module.weight, bias, dtype=kind, gelu=gelu, backend=linear_backend)
 
         def layer(block: nn.Module) -> _Layer:
             attn, ffn = block.attn, block.ffn
-            cache = (rows, config.heads, config.schedule.length, config.head_dim)
+            cache = memory.cache_shape(config, rows)
             return _Layer(
                 qkv=linear(attn.mat_qkv, torch.cat((attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias))),
                 proj=linear(attn.proj), fc1=linear(ffn.fc1, gelu=True), fc2=linear(ffn.fc2),
@@ -83,7 +94,7 @@ class InferenceTransformer:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the KV cache."""
-        return sum(layer.k.nbytes + layer.v.nbytes for layer in self._layers)
+        return memory.cache_bytes(self.config, self.rows, self.dtype.itemsize)
 
     @property
     def packed_bytes(self) -> int:
@@ -186,7 +197,7 @@ class Conv3x3(nn.Module):
         self.prepared, self._spaces = prepared, spaces
 
     def forward(self, x: Tensor, residual: Tensor | None = None, kept: tuple[Tensor, ...] = ()) -> Tensor:
-        if not self.prepared.packed:
+        if self.prepared.backend == "reference":
             return self.prepared(x, residual)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
@@ -197,17 +208,18 @@ class Conv3x3(nn.Module):
 class FusedNorm(nn.Module):
     """GroupNorm with SiLU behind it in one pass, its parameters in fp32 whatever the decoder's dtype."""
 
-    def __init__(self, norm: Norm, spaces: Spaces) -> None:
+    def __init__(self, norm: Norm, spaces: Spaces, backend: str) -> None:
         super().__init__()
         self._affine = norm.weight.detach().float(), norm.bias.detach().float()  # no parameters: they stay fp32
-        self._groups, self._eps, self._spaces = norm.num_groups, norm.eps, spaces
+        self._options = {"groups": norm.num_groups, "eps": norm.eps, "backend": backend}
+        self._spaces = spaces
 
     def forward(self, x: Tensor) -> Tensor:
-        return group_norm_silu(x, *self._affine, self._groups, eps=self._eps, silu=False)
+        return group_norm_silu(x, *self._affine, silu=False, **self._options)
 
     def activated(self, x: Tensor, inplace: bool = False) -> Tensor:
         out = x if inplace else self._spaces.beside(x.shape, x)
-        return group_norm_silu(x, *self._affine, self._groups, eps=self._eps, out=out)
+        return group_norm_silu(x, *self._affine, out=out, **self._options)
 
 
 class InPlaceResnetBlock(nn.Module):
@@ -236,16 +248,22 @@ class InferenceDecoder:
     """The decoder of `vqvae` in `dtype`, channels last; a copy of its weights as they are now.
 
     Any number of images; for up to `batch_size` at a time memory is allocated once, here. Calls from several threads, a
-    display of partial images say, wait for one another.
+    display of partial images say, wait for one another. `backend` serves every op (None: that of `vqvae`), but with
+    `pack=False` convolutions are the reference's.
     """
 
     def __init__(
-        self, vqvae: VQVAE, dtype: torch.dtype = torch.float32, *, batch_size: int = 1, pack: bool = True
-    ) -> None:
+        self, vqvae: VQVAE, dtype: torch.dtype = torch.float32, *, batch_size: int = 1, backend: str | None = None,
+        pack: bool = True,
+    ) -> None:  # fmt: skip
+        backend = vqvae.backend if backend is None else backend
+        conv_backend = backends.for_op("winograd_conv", backend) if pack else "reference"
+        norm_backend = backends.for_op("group_norm_silu", backend)
         self.dtype = dtype
         self.group = memory.decoded_at_a_time(vqvae.config, dtype.itemsize)
         self.image_shape = (3, vqvae.config.image_size, vqvae.config.image_size)
-        in_our_kernels = pack and winograd_unavailable_reason(dtype, vqvae.decoder.conv_in.weight.device) is None
+        device = vqvae.decoder.conv_in.weight.device
+        in_our_kernels = backends.resolve("winograd_conv", conv_backend, device.type, dtype) == "cpu"
         elements = memory.widest_activation(vqvae.config) * min(batch_size, self.group) if in_our_kernels else 0
         self._spaces = Spaces(elements, dtype)
         self._lock = threading.Lock()
@@ -253,7 +271,7 @@ class InferenceDecoder:
         def prepared(conv: nn.Conv2d, doubling: bool = False) -> nn.Module:
             if conv.kernel_size != (3, 3):
                 return conv
-            packed = PackedConv3x3(conv.weight, conv.bias, dtype=dtype, doubling=doubling, pack=pack)
+            packed = PackedConv3x3(conv.weight, conv.bias, dtype=dtype, doubling=doubling, backend=conv_backend)
             return Conv3x3(packed, self._spaces)
 
         decoder = copy.deepcopy(nn.Sequential(vqvae.post_quant_conv, vqvae.decoder)).requires_grad_(False)
@@ -261,7 +279,7 @@ class InferenceDecoder:
             decoder,
             {
                 Upsample: lambda upsample: prepared(upsample.conv, doubling=True), nn.Conv2d: prepared,
-                ResnetBlock: InPlaceResnetBlock, Norm: lambda norm: FusedNorm(norm, self._spaces),
+                ResnetBlock: InPlaceResnetBlock, Norm: lambda norm: FusedNorm(norm, self._spaces, norm_backend),
             },
         )  # fmt: skip
         self._decoder = decoder.to(dtype=dtype, memory_format=torch.channels_last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,11 +72,26 @@ def decoded_at_a_time(vqvae: VQVAEConfig, itemsize: int) -> int:
     return max(1, _DECODE_BYTES // (widest_activation(vqvae) * itemsize))
 
 
-def fixed_bytes(var: VARConfig, vqvae: VQVAEConfig, precision_bytes: int, device: str | torch.device = "cpu") -> int:
-    """Bytes of the weights of a `Generator` beside the model's, whatever its batch size."""
+def cache_shape(var: VARConfig, rows: int) -> tuple[int, int, int, int]:
+    """Shape (rows, H, L, D) of the keys, and of the values, of one layer in the KV cache."""
+    return rows, var.heads, var.schedule.length, var.head_dim
+
+
+def cache_bytes(var: VARConfig, rows: int, itemsize: int) -> int:
+    """Bytes of the KV cache of so many sequences: keys and values of all layers."""
+    return 2 * var.depth * math.prod(cache_shape(var, rows)) * itemsize
+
+
+def fixed_bytes(
+    var: VARConfig, vqvae: VQVAEConfig, precision_bytes: int, device: str | torch.device = "cpu", backend: str = "auto"
+) -> int:
+    """Bytes of the weights of a `Generator` of this backend beside the model's, whatever its batch size."""
+    if backend == "reference" and precision_bytes == 4:
+        return 0  # it uses the model's own
+
     import torch
 
-    from var_kernels.inference.packed_linear import packing_unavailable_reason
+    from var_kernels import backends
     from var_kernels.inference.winograd_conv import prepared_bytes
 
     from ..model.vqvae import Decoder, Upsample
@@ -84,21 +100,23 @@ def fixed_bytes(var: VARConfig, vqvae: VQVAEConfig, precision_bytes: int, device
     modulation = 6 * width * width * (1 if var.shared_aln else var.depth)
     per_block = (4 + 2 * var.mlp_ratio) * width * width
     # What is not packed is the model's own where that has the same dtype, a converted copy where not.
-    fp32_copied = packing_unavailable_reason(torch.float32, device) is None
+    linear, conv = (backends.for_op(op, backend) for op in ("packed_linear", "winograd_conv"))
+    fp32_copied = backends.resolve("packed_linear", linear, torch.device(device).type, torch.float32) == "cpu"
     packed = 4 * width * var.vocab_size if fp32_copied else 0  # the head
     if precision_bytes != 4 or fp32_copied:
         packed += precision_bytes * (var.depth * per_block + modulation + 2 * width * width)
     with torch.device("meta"):
-        decoder = Decoder(vqvae)
+        post_quant_conv = torch.nn.Conv2d(vqvae.z_channels, vqvae.z_channels, 3)
+        decoder = torch.nn.Sequential(post_quant_conv, Decoder(vqvae))
     doubling = {module.conv for module in decoder.modules() if isinstance(module, Upsample)}
     dtype = torch.float32 if precision_bytes == 4 else torch.bfloat16
-    for conv in decoder.modules():
-        if not isinstance(conv, torch.nn.Conv2d):
+    for module in decoder.modules():
+        if not isinstance(module, torch.nn.Conv2d):
             continue
-        if conv.kernel_size == (3, 3):
-            packed += prepared_bytes(conv.out_channels, conv.in_channels, dtype, conv in doubling, device)
+        if module.kernel_size == (3, 3):
+            packed += prepared_bytes(module.out_channels, module.in_channels, dtype, module in doubling, device, conv)
         else:
-            packed += conv.weight.numel() * precision_bytes
+            packed += module.weight.numel() * precision_bytes
     return int(packed)
 
 
@@ -108,7 +126,7 @@ def batch_bytes(var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes:
     Those of the largest scale are an upper bound: they do not all live at once.
     """
     rows, width, longest = 2 * batch, var.width, max(var.schedule.lengths)
-    cache = 2 * rows * var.schedule.length * width * var.depth * precision_bytes
+    cache = cache_bytes(var, rows, precision_bytes)
     block = rows * longest * width * (4 * 4 + precision_bytes * (3 + 1 + var.mlp_ratio))
     sampling = (rows + batch) * longest * var.vocab_size * 4  # logits, noise
     image = 3 * vqvae.image_size**2 * 4
@@ -118,13 +136,14 @@ def batch_bytes(var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes:
 
 
 def check_batch(
-    var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes: int, device: str | torch.device
+    var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes: int, device: str | torch.device,
+    backend: str = "auto",
 ) -> None:
     """ValueError, naming the largest batch that fits, where this one does not."""
     room = available_bytes(device)
     if room is None:
         return
-    fixed = fixed_bytes(var, vqvae, precision_bytes, device)
+    fixed = fixed_bytes(var, vqvae, precision_bytes, device, backend)
     needed = fixed + batch_bytes(var, vqvae, batch, precision_bytes)
     if needed <= room:
         return

@@ -193,22 +193,24 @@ class Quantizer(nn.Module):
         convs = self.quant_resi.qresi_ls
         return torch.stack([conv.weight for conv in convs]), torch.stack([conv.bias for conv in convs])
 
-    def forward(self, f_BCHW: Tensor):
-        """Multi-scale residual quantization: tokens, straight-through features, loss."""
+    def forward(self, f_BCHW: Tensor, backend: str | None = None):
+        """Multi-scale residual quantization: tokens, straight-through features, loss; `backend` None: its own."""
         config = self.config
         weight, bias = self._phi()
         return multi_scale_quantize(
             f_BCHW, self.embedding.weight, weight, bias, config.patch_nums, phi_ratio=config.phi_ratio,
-            metric="cosine" if config.using_znorm else "l2", beta=config.beta, backend=self.backend,
+            metric="cosine" if config.using_znorm else "l2", beta=config.beta, backend=backend or self.backend,
         )
 
     @torch.no_grad()
-    def accumulate(self, f_hat_BCHW: Tensor, codes_BLC: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
+    def accumulate(
+        self, f_hat_BCHW: Tensor, codes_BLC: Tensor, k: int, backend: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Add the codes of scale k to f_hat; also return f_hat pooled to the next map, (B, l_{k+1}, C)."""
         weight, bias = self._phi()
         return next_scale_input(
             f_hat_BCHW, codes_BLC, weight, bias, self.config.patch_nums, k,
-            phi_ratio=self.config.phi_ratio, backend=self.backend,
+            phi_ratio=self.config.phi_ratio, backend=backend or self.backend,
         )
 
     def empty_features(self, batch: int) -> Tensor:
@@ -234,6 +236,11 @@ class VQVAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 3, padding=1)
         self.register_load_state_dict_pre_hook(_drop_usage_buffer)
 
+    @property
+    def backend(self) -> str:
+        """The backend of the quantizer, which is where the ops are."""
+        return self.quantize.backend
+
     def forward(self, images: Tensor) -> VQVAEOutput:
         """Training forward: reconstruction (not clamped), quantizer loss, tokens."""
         quantized = self.quantize(self.features(images))
@@ -247,9 +254,9 @@ class VQVAE(nn.Module):
         return self.quant_conv(self.encoder(images))
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Tokens (B, L) of the images."""
-        return self.quantize(self.features(images)).tokens
+    def encode(self, images: Tensor, backend: str | None = None) -> Tensor:
+        """Tokens (B, L) of the images, by `backend`, or that of the model."""
+        return self.quantize(self.features(images), backend).tokens
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

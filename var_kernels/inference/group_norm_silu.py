@@ -1,22 +1,21 @@
 """GroupNorm and SiLU of channels-last images in one op: between the convolutions of a decoder.
 
 A CPU kernel only: PyTorch's own GroupNorm of channels-last images takes E[x²] − E[x]² in fp32 there, and is wrong in
-the sixth digit. On a GPU PyTorch's two kernels serve.
+the sixth digit. On a GPU the reference serves, which is PyTorch's two kernels.
 """
 
 import torch
-import torch.nn.functional as F
 
 from .._checks import check, check_image_out, check_tensor, refuse_gradients
-from ..native import load
+from ..backends import resolve
 from ..native.library import define, register_fake
+from ..reference import group_norm_silu as _reference
 
 # x and y are (B, pixels, C), dense; y is written, and may be x.
 define(
     "_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, bool silu, Tensor(a!) y) -> ()",
     __name__,
 )
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @register_fake("_group_norm_silu")
@@ -26,7 +25,7 @@ def _(x, weight, bias, groups, eps, silu, y):
 
 def group_norm_silu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, *, eps: float = 1e-6, silu: bool = True,
-    out: torch.Tensor | None = None,
+    out: torch.Tensor | None = None, backend: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
     """Normalise groups of channels over all pixels, then y·sigmoid(y).
 
@@ -34,10 +33,12 @@ def group_norm_silu(
     of each sample, rstd = 1 / sqrt(variance + eps); returns y·sigmoid(y), or y with `silu=False`.
 
     Args:
-        x: (B, C, H, W), float32, bfloat16 or float16; dense with its channels last, else one copy is made.
+        x: (B, C, H, W), float32, bfloat16 or float16 (float64 is served by the reference); dense with its channels
+            last, else one copy is made.
         weight, bias: (C,) float32.
         groups: a divisor of C.
         out: a tensor like the result to write to; may be x itself.
+        backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
         (B, C, H, W) in the dtype of x, dense with its channels last; rounded once. The order of summation depends on
@@ -47,7 +48,7 @@ def group_norm_silu(
 
     Raises:
         TypeError: for an argument that is not a tensor, or of an unsupported dtype.
-        ValueError: for a wrong shape or number of groups, and an `out` of another device or layout.
+        ValueError: for a wrong shape, device, number of groups or backend, and an `out` of another layout.
         RuntimeError: where a gradient would be needed.
 
     Source: Wu and He, "Group normalization" (arXiv 1803.08494), as in the decoders of VQGAN and VAR.
@@ -68,12 +69,9 @@ def group_norm_silu(
     refuse_gradients("group_norm_silu", x, weight, bias, out)
     if x.numel() == 0:
         return out
+    if resolve("group_norm_silu", backend, x.device.type, x.dtype) == "reference":
+        return out.copy_(_reference.group_norm_silu(x, weight, bias, groups, eps, silu))
     dense = x.contiguous(memory_format=torch.channels_last)
-    if x.device.type == "cpu" and x.dtype in _DTYPES and load.native_library().available:
-        rows, y = (image.permute(0, 2, 3, 1).view(batch, height * width, channels) for image in (dense, out))
-        torch.ops.var_kernels._group_norm_silu(rows, weight, bias, groups, eps, silu, y)
-        return out
-    wide = torch.promote_types(x.dtype, torch.float32)
-    # Channels first: of channels-last images PyTorch's kernel for CPUs loses the digits that this op is to keep.
-    y = F.group_norm(dense.to(wide).contiguous(), groups, weight.to(wide), bias.to(wide), eps)
-    return out.copy_(F.silu(y) if silu else y)
+    rows, y = (image.permute(0, 2, 3, 1).view(batch, height * width, channels) for image in (dense, out))
+    torch.ops.var_kernels._group_norm_silu(rows, weight, bias, groups, eps, silu, y)
+    return out

@@ -6,71 +6,23 @@ server. With weights in the order in which they are read that is 85 to 92 %, and
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
-from .._checks import refuse_gradients
-from ..native import load
+from .._checks import check, check_dtype, check_shape, check_tensor, refuse_gradients
+from ..backends import resolve
 from ..native.library import define, register_fake
-from . import huge_pages
+from ..reference import packed_linear as _reference
+from . import huge_pages, packing
 
 # x is (M, K), dense; the packed weights and the bias are those of `_pack`.
 define("_packed_linear(Tensor x, Tensor packed, Tensor bias, int out_features, bool gelu) -> Tensor", __name__)
 _STRIP, _GROUP, _COLUMNS = 48, 512, 16  # of packed_linear.h, compared by a test
-# Where our kernel is the fastest.
-_LEVELS = {torch.float32: ("avx2", "avx512", "avx512_bf16", "amx"), torch.bfloat16: ("avx512_bf16",)}
-
-_OPS = ("_reorder_linear_weight", "_linear_pointwise")
 
 
 @register_fake("_packed_linear")
 def _(x, packed, bias, out_features, gelu):
     return x.new_empty(x.shape[0], out_features)
-
-
-def packing_unavailable_reason(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> str | None:
-    """Why weights of this dtype on this device are not packed and `F.linear` serves; None if they are."""
-    if torch.device(device).type != "cpu":
-        return "packing is for the CPU"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"float32 and bfloat16 are packed, not {dtype}"
-    if kernel_unavailable_reason(dtype) is None:
-        return None
-    return _no_onednn() or (_no_bf16() if dtype == torch.bfloat16 else None)
-
-
-def kernel_unavailable_reason(dtype: torch.dtype) -> str | None:
-    """Why weights of this dtype, float32 or bfloat16, are not packed for our own kernel but for oneDNN; or None."""
-    status = load.native_library()
-    if not status.available:
-        return f"the native library is not available: {status.reason}"
-    if status.isa in _LEVELS[dtype]:
-        return None
-    return "oneDNN multiplies on the tile registers" if status.isa == "amx" else f"ISA level {status.isa} has none"
-
-
-def packer(dtype: torch.dtype) -> str:
-    """What serves weights of this dtype on a CPU, and why nothing faster does, in words."""
-    ours = kernel_unavailable_reason(dtype)
-    reason = packing_unavailable_reason(dtype)
-    served = "our kernel" if ours is None else "oneDNN" if reason is None else f"F.linear ({reason})"
-    return served if ours is None else f"{served} (our kernel: {ours})"
-
-
-@functools.cache
-def _no_onednn() -> str | None:
-    if not torch.backends.mkldnn.is_available():
-        return "this torch was built without oneDNN"
-    missing = [name for name in _OPS if not hasattr(torch.ops.mkldnn, name)]
-    return f"this torch has no operator mkldnn::{missing[0]}" if missing else None
-
-
-@functools.cache
-def _no_bf16() -> str | None:
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return None if supported else "oneDNN has no bf16 on this processor"
 
 
 def _strips(columns: int) -> list[int]:
@@ -84,10 +36,16 @@ def _strips(columns: int) -> list[int]:
     return widths
 
 
+def _inputs_together(dtype: torch.dtype) -> int:
+    return 2 if dtype == torch.bfloat16 else 1
+
+
 def _pack(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Strips of outputs, padded with zeros to a multiple of 16; in each the inputs (bf16: pairs), in each the strip."""
-    if lacking := -len(weight) % _COLUMNS:
-        weight = F.pad(weight, (0, 0, 0, lacking))
+    """Strips of outputs, padded with zeros to a multiple of 16; in each the inputs (bf16: pairs, of which the last may
+    be padded with a zero), in each the strip."""
+    lacking = -weight.shape[1] % _inputs_together(dtype), -len(weight) % _COLUMNS
+    if any(lacking):
+        weight = F.pad(weight, (0, lacking[0], 0, lacking[1]))
     scalar = torch.int32  # a float, or a pair
     # Each strip is converted and transposed where it goes: a temporary as large as the weight would stay with malloc.
     strips = (strip.to(dtype).contiguous().view(scalar).t() for strip in weight.split(_strips(len(weight))))
@@ -97,53 +55,53 @@ def _pack(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class PackedLinear:
     """y = x·Wᵀ + b, or tanh-GELU of that, with W in the order in which the kernel reads it.
 
-    The kernel is our own on x86-64 processors with AVX2 (fp32) and with the bf16 products of AVX-512 (bf16), but for an
-    odd number of bf16 inputs; oneDNN's elsewhere, and of bf16 on the tile registers of AMX.
+    Backend `cpu` multiplies packed weights: with our own kernel on x86-64 processors with AVX2 (fp32) and with the bf16
+    products of AVX-512 (bf16), with oneDNN's elsewhere, and in bf16 on the tile registers of AMX. Backend `reference`
+    is `F.linear` with the weight itself. There is no kernel for GPUs.
 
     Args:
-        weight: (N, K). Packed, it is read now and not kept: later changes of it do not show.
-        bias: (N,) or None.
-        dtype: of x and of the result, to which weight and bias are converted; None: that of the weight. float32 and
-            bfloat16 are packed.
+        weight: (N, K), any floating-point dtype. Packed, it is read now and not kept: later changes of it do not show.
+        bias: (N,), any floating-point dtype, or None.
+        dtype: of x and of the result, to which weight and bias are converted; None: that of the weight. `cpu` serves
+            float32 and bfloat16.
         gelu: whether y = GELU(x·Wᵀ + b), in its tanh form.
-        pack: False keeps `weight` itself and calls `F.linear`, as happens anyway where packing is not available
-            (:func:`packing_unavailable_reason`).
+        backend: "auto", or the name of one of `backends.BACKENDS`.
 
-    Called with x (…, K) in that dtype it returns (…, N). `nbytes` says what this object holds beside the weight that it
-    was given: the packed or converted copy. `packed_by_us` says whether our kernel serves. There is no gradient.
+    Called with x (…, K) in that dtype it returns (…, N). `backend` is the one that serves; `packed_by_us` says whether
+    it does so with our kernel; `nbytes` is what this object holds beside the weight that it was given: the packed or
+    converted copy. There is no gradient.
 
-    Raises TypeError and ValueError for a weight, bias or x of another dtype, shape or device; RuntimeError where a
-    gradient would be needed.
+    Raises TypeError for an argument that is no tensor, and for a dtype that is not supported or, of x, not that of the
+    layer; ValueError for a wrong shape, device or backend; RuntimeError where a gradient would be needed.
     """
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, dtype: torch.dtype | None = None,
-        gelu: bool = False, pack: bool = True,
+        gelu: bool = False, backend: str = "auto",
     ) -> None:  # fmt: skip
-        if weight.dim() != 2:
-            raise ValueError(f"weight: expected 2 dimensions, got shape {tuple(weight.shape)}")
-        if not weight.is_floating_point():
-            raise TypeError(f"weight: expected a floating-point dtype, got {weight.dtype}")
-        if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(f"bias: expected shape {(weight.shape[0],)}, got {tuple(bias.shape)}")
-        if bias is not None and bias.device != weight.device:
-            raise ValueError(f"bias: expected device {weight.device} like weight, got {bias.device}")
+        check_tensor("weight", weight, rank=2)
         self.out_features, self.in_features = weight.shape
+        if bias is not None:
+            check_tensor("bias", bias)
+            check_shape("bias", bias, (self.out_features,))
+            check(bias.device == weight.device, "bias", f"device {weight.device} like weight", bias.device)
         self.dtype, self.device, self.gelu = dtype or weight.dtype, weight.device, gelu
+        check_dtype("dtype", self.dtype)
+        self.backend = resolve("packed_linear", backend, self.device.type, self.dtype)
+        if weight.numel() == 0:
+            self.backend = "reference"  # there is nothing to pack
         weight = weight.detach()
         self._bias = None if bias is None else bias.detach().to(self.dtype)
-        self.packed = pack and weight.numel() > 0 and packing_unavailable_reason(self.dtype, self.device) is None
-        even = self.dtype != torch.bfloat16 or self.in_features % 2 == 0
-        self.packed_by_us = self.packed and even and kernel_unavailable_reason(self.dtype) is None
+        self.packed_by_us = self.backend == "cpu" and packing.kernel_unavailable_reason(self.dtype) is None
         if self.packed_by_us:
             self._weight = _pack(weight, self.dtype)
             addend = torch.zeros(self.out_features) if bias is None else self._bias.float()
             self._bias = F.pad(addend, (0, -self.out_features % _COLUMNS))
-        elif self.packed:
+        elif self.backend == "cpu":
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype).contiguous())
         else:
             self._weight = weight.to(self.dtype)
-        self._copied = self.packed or self.dtype != weight.dtype
+        self._copied = self.backend == "cpu" or self.dtype != weight.dtype
         self._epilogue = ("gelu", [], "tanh") if gelu else ("none", [], "")
 
     @property
@@ -152,18 +110,22 @@ class PackedLinear:
         return self._weight.nbytes if self._copied else 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype != self.dtype or x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"x: expected (…, {self.in_features}) {self.dtype}, got {tuple(x.shape)} {x.dtype}"
-            )
+        check_tensor("x", x)
+        if x.dtype != self.dtype:
+            raise TypeError(f"x: expected {self.dtype} like the layer, got {x.dtype}")
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x: expected shape (…, {self.in_features}), got {tuple(x.shape)}")
         if x.device != self.device:
             raise ValueError(f"x: expected device {self.device} like the weight, got {x.device}")
         refuse_gradients("PackedLinear", x)
-        if self.packed_by_us:
-            rows = x.reshape(-1, self.in_features).contiguous()
-            y = torch.ops.var_kernels._packed_linear(rows, self._weight, self._bias, self.out_features, self.gelu)
-            return y.view(*x.shape[:-1], self.out_features)
-        if self.packed:
+        if self.backend == "reference":
+            return _reference.packed_linear(x, self._weight, self._bias, self.gelu)
+        if not self.packed_by_us:
             return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._epilogue)
-        y = F.linear(x, self._weight, self._bias)
-        return F.gelu(y, approximate="tanh") if self.gelu else y
+        rows = x.reshape(-1, self.in_features)
+        if lacking := -self.in_features % _inputs_together(self.dtype):
+            rows = F.pad(rows, (0, lacking))
+        y = torch.ops.var_kernels._packed_linear(
+            rows.contiguous(), self._weight, self._bias, self.out_features, self.gelu
+        )
+        return y.view(*x.shape[:-1], self.out_features)

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .._checks import check, check_image_out, check_same, check_shape, check_tensor, refuse_gradients
+from .._checks import check, check_dtype, check_image_out, check_same, check_shape, check_tensor, refuse_gradients
+from ..backends import resolve
 from ..native import load
 from ..native.library import define, register_fake
+from ..reference import winograd_conv as _reference
 from . import huge_pages
 
 # x is (B, H, W, C_in), y (B, H', W', C_out), dense; the packed weights are those of `_pack`. y is written, and may be
@@ -71,16 +73,13 @@ def choose(out_channels: int, in_channels: int, dtype: torch.dtype, doubling: bo
     return scheme, torch.bfloat16 if pairs else torch.float32
 
 
-def _is_packed(out_channels: int, dtype: torch.dtype, device: str | torch.device) -> bool:
-    return out_channels >= _COLUMNS and winograd_unavailable_reason(dtype, device) is None
-
-
 def prepared_bytes(
-    out_channels: int, in_channels: int, dtype: torch.dtype, doubling: bool = False, device: str | torch.device = "cpu"
-) -> int:
+    out_channels: int, in_channels: int, dtype: torch.dtype, doubling: bool = False,
+    device: str | torch.device = "cpu", backend: str = "auto",
+) -> int:  # fmt: skip
     """Bytes of the weights that a :class:`PackedConv3x3` holds."""
-    if not _is_packed(out_channels, dtype, device):
-        return out_channels * in_channels * (16 if doubling else 9) * dtype.itemsize
+    if resolve("winograd_conv", backend, torch.device(device).type, dtype) == "reference":
+        return out_channels * in_channels * 9 * dtype.itemsize
     scheme, packed = choose(out_channels, in_channels, dtype, doubling)
     padded = (out_channels + -out_channels % _COLUMNS) * (in_channels + -in_channels % _DEPTH)
     return SCHEMES[scheme].points * padded * packed.itemsize
@@ -102,50 +101,39 @@ def _pack(weight: torch.Tensor, scheme: int, dtype: torch.dtype) -> torch.Tensor
     return huge_pages.filled(points.numel(), points.to(dtype).split(_STRIP, dim=2), dtype)
 
 
-def winograd_unavailable_reason(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> str | None:
-    """Why convolutions of this dtype on this device are left to PyTorch; None if they are not."""
-    if torch.device(device).type != "cpu":
-        return "its kernels are for the CPU"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"its kernels are for float32 and bfloat16, not {dtype}"
-    status = load.native_library()
-    return None if status.available else f"the native library is not available: {status.reason}"
-
-
 class PackedConv3x3:
     """y = conv(x, weight) + bias [+ residual]: 3×3, stride 1, padded by one zero, with weights prepared once.
 
     With `doubling` x is first doubled in height and width by nearest neighbour, without being stored like that.
 
-    On a CPU the products are those of minimal filtering: F(4×4, 3×3), 36 for 16 outputs, where its weights stay in a
-    last-level cache; F(2×2, 3×3), 16 for 4 outputs, elsewhere and wherever bfloat16 is multiplied as such; 9 for 4
-    outputs with `doubling`. Sums are fp32. Where there is no such kernel (:func:`winograd_unavailable_reason`) and for
-    fewer than 16 output channels, `F.conv2d` serves, after doubling as a transposed convolution.
+    In backend `cpu` the products are those of minimal filtering: F(4×4, 3×3), 36 for 16 outputs, where its weights stay
+    in a last-level cache; F(2×2, 3×3), 16 for 4 outputs, elsewhere and wherever bfloat16 is multiplied as such; 9 for 4
+    outputs with `doubling`. Sums are fp32. Backend `reference` is `F.conv2d`. There is no kernel for GPUs.
 
     Args:
-        weight: (O, C, 3, 3), any floating-point dtype. Read now and not kept: later changes of it do not show.
-        bias: (O,).
-        dtype: of x and of the result; None: that of the weight.
+        weight: (O, C, 3, 3), any floating-point dtype. Read now; what `cpu` holds does not show later changes of it.
+        bias: (O,), any floating-point dtype.
+        dtype: of x and of the result; None: that of the weight. `cpu` serves float32 and bfloat16.
         doubling: see above.
-        pack: False: `F.conv2d` in any case.
+        backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Called with x (B, C, H, W) of that dtype, and optionally a residual like the result, it returns (B, O, H, W), or
     (B, O, 2H, 2W), channels last. Inputs that are not dense with their channels last are copied. `out`, a tensor like
-    the result, is written to and returned; it may be the residual, not x. `nbytes` says what this object holds. There
-    is no gradient.
+    the result, is written to and returned; it may be the residual, not x. `backend` is the one that serves, `nbytes`
+    says what this object holds. There is no gradient.
 
     Errors: rms against exact arithmetic, times that of PyTorch's direct convolution with channels last in the same
     dtype: fp32 F(4×4) 1.8, fp32 F(2×2) 0.6, bfloat16 1.4; with channels first PyTorch's fp32 is 2.8 times better.
 
-    Raises TypeError and ValueError for a weight, bias, x, residual or out of another dtype, shape or device;
-    RuntimeError where a gradient would be needed.
+    Raises TypeError for an argument that is no tensor or of another dtype, ValueError for a wrong shape, device, layout
+    or backend; RuntimeError where a gradient would be needed.
 
     Source: Lavin and Gray, "Fast algorithms for convolutional neural networks" (arXiv 1509.09308).
     """
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor, *, dtype: torch.dtype | None = None, doubling: bool = False,
-        pack: bool = True,
+        backend: str = "auto",
     ) -> None:  # fmt: skip
         check_tensor("weight", weight, rank=4)
         check(tuple(weight.shape[2:]) == (3, 3) and weight.numel() > 0, "weight", "shape (O, C, 3, 3)",
@@ -155,13 +143,13 @@ class PackedConv3x3:
         check(bias.device == weight.device, "bias", f"device {weight.device} like weight", bias.device)
         self.out_channels, self.in_channels = weight.shape[:2]
         self.dtype, self.device, self.doubling = dtype or weight.dtype, weight.device, doubling
+        check_dtype("dtype", self.dtype)
+        self.backend = resolve("winograd_conv", backend, self.device.type, self.dtype)
         weight = weight.detach()
-        self.packed = pack and _is_packed(self.out_channels, self.dtype, self.device)
-        if self.packed:
+        if self.backend == "cpu":
             self.scheme, packed_dtype = choose(self.out_channels, self.in_channels, self.dtype, doubling)
             self._weight, self._bias = _pack(weight, self.scheme, packed_dtype), bias.detach().float()
         else:
-            weight = _summed_taps(weight) if doubling else weight
             self._weight = weight.to(self.dtype, memory_format=torch.channels_last)
             self._bias = bias.detach().to(self.dtype)
 
@@ -192,7 +180,7 @@ class PackedConv3x3:
             check_image_out(out, shape, x)
             check(out.data_ptr() != x.data_ptr() or x.numel() == 0, "out", "memory of its own", "that of x")
         refuse_gradients("PackedConv3x3", x, residual, out)
-        if self.packed:
+        if self.backend == "cpu":
             if out is None:
                 out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
             torch.ops.var_kernels._winograd_conv(
@@ -201,27 +189,10 @@ class PackedConv3x3:
             )  # fmt: skip
             return out
         x = x.contiguous(memory_format=torch.channels_last)
-        if self.doubling:
-            y = F.conv_transpose2d(x, self._weight, self._bias, stride=2, padding=1)
-        else:
-            y = F.conv2d(x, self._weight, self._bias, padding=1)
-        if residual is not None:
-            y.add_(residual)
+        y = _reference.winograd_conv(x, self._weight, self._bias, residual, self.doubling)
+        y = y.contiguous(memory_format=torch.channels_last)
         return y if out is None else out.copy_(y)
 
 
 def _channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
-
-
-def _summed_taps(weight: torch.Tensor) -> torch.Tensor:
-    """Doubling and a 3×3 convolution as a transposed 4×4 one of stride 2, with 4 products for 9.
-
-    Output pixel 2i + a sees input rows i − 1, i (a = 0) or i, i + 1 (a = 1) only: taps that fall on the same row are
-    added up beforehand, in each direction: (w2, w1 + w2, w0 + w1, w0).
-    """
-    weight = weight.double()
-    for dim in (2, 3):
-        w0, w1, w2 = weight.unbind(dim)
-        weight = torch.stack((w2, w1 + w2, w0 + w1, w0), dim)
-    return weight.transpose(0, 1)

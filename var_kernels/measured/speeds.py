@@ -10,14 +10,13 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from ..backends import GPU_BACKENDS
 from ..native import build
 from . import device_file
 
@@ -44,9 +43,9 @@ def path_of(device: str) -> Path:
     return device_file.path_of("backends", device)
 
 
-def read(device: str) -> dict[str, Speeds]:
-    """The results by op; empty if nothing was measured with the present kernels, torch and Triton. ValueError for a
-    file that is not ours."""
+def read(device: str, backends: Collection[str]) -> dict[str, Speeds]:
+    """The results by op, a speed for each of `backends`; empty if nothing was measured with the present kernels, torch
+    and Triton. ValueError for a file that is not ours."""
     text = device_file.read_text("backends", device)
     if text is None:
         return {}
@@ -55,7 +54,7 @@ def read(device: str) -> dict[str, Speeds]:
         found = {op: Speeds(dict(e["speeds"]), int(e["cases"])) for op, e in content["ops"].items()}
         measured_with = {name: content[name] for name in present()}
         for op, entry in found.items():
-            if set(entry.speeds) != set(GPU_BACKENDS) or not all(0 < x < math.inf for x in entry.speeds.values()):
+            if set(entry.speeds) != set(backends) or not all(0 < x < math.inf for x in entry.speeds.values()):
                 raise ValueError(f"{op}: speeds {entry.speeds}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(

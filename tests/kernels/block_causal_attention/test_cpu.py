@@ -380,11 +380,22 @@ def test_bad_input(error, message, changes):
 
 def test_raw_op_checks_what_it_is_given(cpu):
     q, k, v = attention_inputs(1, 2, 14, 8, seed=24)
-    with pytest.raises(RuntimeError, match="scale_lens"):
+    with pytest.raises(RuntimeError, match="scale_lens: expected lengths that sum to 14, got 5"):
         RAW._block_causal_attention(q, k, v, [1, 4], 1.0, 0)
-    with pytest.raises(RuntimeError, match="q_offset"):
+    with pytest.raises(RuntimeError, match="q_offset: expected 0 to 0, got 1"):
         RAW._block_causal_attention(q, k, v, [14], 1.0, 1)
-    with pytest.raises(RuntimeError, match="v: "):
+    with pytest.raises(RuntimeError, match=r"v: expected shape \(1, 2, 14, 8\), got shape \(1, 2, 13, 8\)"):
         RAW._block_causal_attention(q, k, v[:, :, 1:], [14], 1.0, 0)
+    with pytest.raises(RuntimeError, match="k: expected 4 dimensions, got 3"):
+        RAW._block_causal_attention(q, k[0], v, [14], 1.0, 0)
+    with pytest.raises(RuntimeError, match="v: expected Float, got Half"):
+        RAW._block_causal_attention(q, k, v.half(), [14], 1.0, 0)
+    out, lse = RAW._block_causal_attention(q, k, v, [14], 1.0, 0)
+    for name, wrong in (("dout", (q[:, :1], q, k, v, out, lse)), ("out", (q, q, k, v, out[:, :1], lse)),
+                        ("lse", (q, q, k, v, out, lse[..., 1:]))):  # fmt: skip
+        with pytest.raises(RuntimeError, match=rf"\b{name}: expected shape .*, got shape"):
+            RAW._block_causal_attention_backward(*wrong, None, [14], 1.0, 0)
+    with pytest.raises(RuntimeError, match="lse: expected Float, got Double"):
+        RAW._block_causal_attention_backward(q, q, k, v, out, lse.double(), None, [14], 1.0, 0)
     with pytest.raises(RuntimeError, match="q: "):
         RAW._block_causal_attention(q.double(), k.double(), v.double(), [14], 1.0, 0)

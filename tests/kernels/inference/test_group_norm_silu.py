@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from var_kernels.inference.group_norm_silu import group_norm_silu
+from var_kernels import group_norm_silu
 from var_kernels.testing import assert_accurate, randn, stated_order
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,6 +84,18 @@ def test_nothing_to_do_and_float64():
     assert group_norm_silu(torch.zeros(0, 8, 3, 3), weight, bias, 4).shape == (0, 8, 3, 3)
     x = randn(1, 8, 3, 3, seed=1).double()
     torch.testing.assert_close(group_norm_silu(x, weight, bias, 4), plain(x, weight, bias, 4, True))
+
+
+def test_a_named_backend_is_that_backend_or_an_error():
+    x, weight, bias = problem(2, 8, 5, 6)
+    want = plain(x, weight, bias, 4, True)
+    y = group_norm_silu(x, weight, bias, 4, backend="reference")
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, want)
+    with pytest.raises(ValueError, match="'cpu' cannot serve group_norm_silu .* does not take torch.float64"):
+        group_norm_silu(x.double(), weight, bias, 4, backend="cpu")
+    with pytest.raises(ValueError, match="'cuda' cannot serve group_norm_silu on cpu"):
+        group_norm_silu(x, weight, bias, 4, backend="cuda")
 
 
 def test_opcheck():

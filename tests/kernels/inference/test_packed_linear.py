@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from var_kernels.inference import packed_linear
-from var_kernels.inference.packed_linear import PackedLinear, kernel_unavailable_reason, packing_unavailable_reason
+from var_kernels import PackedLinear, backends
+from var_kernels.inference import packing
+from var_kernels.inference.packing import kernel_unavailable_reason
 from var_kernels.native import load
 from var_kernels.testing import assert_accurate, randn, stated_order
 
@@ -30,8 +31,9 @@ def problem(rows, inner, outer, dtype=torch.float32):
 def make(request, monkeypatch):
     """`PackedLinear`, packed for our kernel where there is one, for oneDNN, or not at all."""
     if request.param == "onednn":
-        monkeypatch.setattr(packed_linear, "kernel_unavailable_reason", lambda dtype: "oneDNN is asked for")
-    return lambda *args, **options: PackedLinear(*args, **options, pack=request.param != "unpacked")
+        monkeypatch.setattr(packing, "kernel_unavailable_reason", lambda dtype: "oneDNN is asked for")
+    backend = "reference" if request.param == "unpacked" else "auto"
+    return lambda *args, **options: PackedLinear(*args, **options, backend=backend)
 
 
 def ours(dtype, *tensors, **options):
@@ -39,7 +41,7 @@ def ours(dtype, *tensors, **options):
     if (reason := kernel_unavailable_reason(dtype)) is not None:
         pytest.skip(reason)
     layer = PackedLinear(*tensors, **options)
-    assert layer.packed and layer.packed_by_us
+    assert layer.backend == "cpu" and layer.packed_by_us
     return layer
 
 
@@ -107,11 +109,11 @@ def test_says_what_it_holds(dtype):
     for shape in ((20, 10), (1024, 64)):
         weight = torch.zeros(shape, dtype=dtype)
         layer = PackedLinear(weight)
-        assert layer.packed == (packing_unavailable_reason(dtype) is None)
+        assert layer.backend == backends.resolve("packed_linear", "auto", "cpu", dtype)
         padded = -(-shape[0] // 16) * 16 if layer.packed_by_us else shape[0]
-        assert layer.nbytes == (padded * shape[1] * dtype.itemsize if layer.packed else 0)
-        assert PackedLinear(weight, pack=False).nbytes == 0
-        assert PackedLinear(weight.double(), dtype=dtype, pack=False).nbytes == weight.nbytes
+        assert layer.nbytes == (padded * shape[1] * dtype.itemsize if layer.backend == "cpu" else 0)
+        assert PackedLinear(weight, backend="reference").nbytes == 0
+        assert PackedLinear(weight.double(), dtype=dtype, backend="reference").nbytes == weight.nbytes
         assert PackedLinear(weight.double(), dtype=dtype).nbytes == (layer.nbytes or weight.nbytes)
 
 
@@ -131,23 +133,41 @@ PackedLinear(weights[0][:16], dtype={dtype})"""
     assert 0.9 * held < grown < 1.15 * held
 
 
-def test_an_odd_number_of_bf16_inputs_is_left_to_onednn():
+@pytest.mark.skipif(not load.native_library().available, reason="no native library")
+def test_an_odd_number_of_bf16_inputs_is_padded(monkeypatch):
+    """Our kernel reads pairs; where there is no oneDNN it had nothing to fall back on."""
+    monkeypatch.setattr(packing, "kernel_unavailable_reason", lambda dtype: None)
+    if load.native_library().isa not in ("avx512_bf16", "amx"):
+        pytest.skip("this instruction set has no product of bfloat16")
     x, weight, bias = problem(4, 33, 20, torch.bfloat16)
-    assert not PackedLinear(weight, bias).packed_by_us
-    assert PackedLinear(weight.float(), bias).packed_by_us == (kernel_unavailable_reason(torch.float32) is None)
+    layer = PackedLinear(weight, bias)
+    assert layer.packed_by_us and layer.nbytes == 32 * 34 * 2
+    exact = expected(x.double(), weight.double(), bias.bfloat16().double(), False)
+    assert_accurate(layer(x), expected(x, weight, bias.bfloat16(), False), exact, name="y")
 
 
-def test_falls_back_by_capability(monkeypatch):
-    monkeypatch.setattr(load, "native_library", lambda: load.NativeStatus(False, "no library"))
-    assert "no library" in packed_linear.packer(torch.float32)
-    monkeypatch.setattr(packed_linear, "_no_onednn", lambda: "no oneDNN")
+@pytest.mark.skipif(not load.native_library().available, reason="no native library")
+def test_a_named_backend_is_that_backend_or_an_error(monkeypatch):
     weight, x = randn(20, 10, seed=1), randn(3, 10, seed=2)
+    plain = F.gelu(F.linear(x, weight), approximate="tanh")
+    assert torch.equal(PackedLinear(weight, gelu=True, backend="reference")(x), plain)
+    with pytest.raises(ValueError, match="'cuda' cannot serve packed_linear on cpu"):
+        PackedLinear(weight, backend="cuda")
+    with pytest.raises(ValueError, match="'cpu' cannot serve .* take torch.float16; expected one of auto, reference"):
+        PackedLinear(weight, dtype=torch.float16, backend="cpu")
+    monkeypatch.setattr(packing, "kernel_unavailable_reason", lambda dtype: "none of ours")
+    monkeypatch.setattr(packing, "_no_onednn", lambda: "no oneDNN")
+    with pytest.raises(ValueError, match="'cpu' cannot serve packed_linear .*: no oneDNN; expected one of auto, ref"):
+        PackedLinear(weight, backend="cpu")
     layer = PackedLinear(weight, gelu=True)
-    assert not layer.packed and packing_unavailable_reason() == "no oneDNN"
-    assert packed_linear.packer(torch.float32).startswith("F.linear (no oneDNN)")
-    assert torch.equal(layer(x), F.gelu(F.linear(x, weight), approximate="tanh"))
-    for dtype, device in ((torch.float16, "cpu"), (torch.float64, "cpu"), (torch.float32, "cuda")):
-        assert packing_unavailable_reason(dtype, device)
+    assert layer.backend == "reference" and torch.equal(layer(x), plain)
+    assert packing.packer(torch.float32) == "F.linear (no oneDNN)"
+
+
+def test_without_the_library_the_reference_serves(monkeypatch):
+    monkeypatch.setattr(load, "native_library", lambda: load.NativeStatus(False, "no library"))
+    assert PackedLinear(torch.zeros(4, 3)).backend == "reference"
+    assert "no library" in packing.packer(torch.float32)
 
 
 
@@ -189,7 +209,7 @@ def test_a_packed_layer_is_a_snapshot():
     layer = PackedLinear(weight)
     before = layer(x)
     weight.zero_()
-    assert not layer.packed or torch.equal(layer(x), before)
+    assert layer.backend == "reference" or torch.equal(layer(x), before)
 
 
 def test_every_dtype_that_is_not_packed():
@@ -202,8 +222,12 @@ def test_every_dtype_that_is_not_packed():
     ("change", "error", "match"),
     [
         ({"weight": torch.zeros(4)}, ValueError, "weight: expected 2 dimensions"),
-        ({"weight": torch.zeros(4, 3).int()}, TypeError, "weight: expected a floating-point"),
-        ({"bias": torch.zeros(3)}, ValueError, "bias: expected shape"),
+        ({"weight": [[0.0]]}, TypeError, "weight: expected a torch.Tensor, got list"),
+        ({"weight": torch.zeros(4, 3).int()}, TypeError, "weight: expected float32, .* got torch.int32"),
+        ({"bias": torch.zeros(3)}, ValueError, r"bias: expected shape \(4,\), got \(3,\)"),
+        ({"bias": torch.zeros(4).long()}, TypeError, "bias: expected float32"),
+        ({"dtype": torch.int8}, TypeError, "dtype: expected float32"),
+        ({"backend": "best"}, ValueError, "backend: expected one of auto, cpu"),
         ({"bias": torch.zeros(4, device="meta")}, ValueError, "bias: expected device"),
     ],
 )
@@ -215,8 +239,10 @@ def test_bad_weights(change, error, match):
 @pytest.mark.parametrize(
     ("x", "error", "match"),
     [
-        (torch.zeros(2, 4), ValueError, "x: expected"),
-        (torch.zeros(2, 3).bfloat16(), ValueError, "x: expected"),
+        (torch.zeros(2, 4), ValueError, r"x: expected shape \(…, 3\), got \(2, 4\)"),
+        (torch.zeros(()), ValueError, r"x: expected shape \(…, 3\), got \(\)"),
+        (torch.zeros(2, 3).bfloat16(), TypeError, "x: expected torch.float32 like the layer, got torch.bfloat16"),
+        ([0.0, 0.0, 0.0], TypeError, "x: expected a torch.Tensor"),
         (torch.zeros(2, 3, device="meta"), ValueError, "x: expected device cpu"),
         (torch.zeros(2, 3, requires_grad=True), RuntimeError, "no gradient"),
     ],

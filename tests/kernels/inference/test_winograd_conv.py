@@ -6,19 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from var_kernels import PackedConv3x3
 from var_kernels.inference import winograd_conv
-from var_kernels.inference.winograd_conv import SCHEMES, PackedConv3x3, prepared_bytes, winograd_unavailable_reason
+from var_kernels.inference.winograd_conv import SCHEMES, prepared_bytes
 from var_kernels.native import load
 from var_kernels.testing import randn, stated_order
 
 DTYPES = (torch.float32, torch.bfloat16)
 # B, C_in, C_out, H, W: sides on both sides of a tile, one block and several, channels of every tail, strips of 80.
-SHAPES = [(1, 1, 16, 1, 1), (2, 5, 17, 2, 3), (1, 32, 96, 7, 9), (2, 33, 40, 13, 5), (3, 16, 80, 24, 18),
-          (1, 160, 176, 16, 12), (1, 64, 64, 50, 47)]  # fmt: skip
+SHAPES = [(1, 1, 16, 1, 1), (1, 8, 3, 10, 9), (2, 5, 17, 2, 3), (1, 32, 96, 7, 9), (2, 33, 40, 13, 5),
+          (3, 16, 80, 24, 18), (1, 160, 176, 16, 12), (1, 64, 64, 50, 47)]  # fmt: skip
 # Of a direct convolution, at most. F(4×4) has larger constants, F(2×2) in bf16 rounds what it multiplies once more; and
 # over few channels a direct convolution rounds so little that one unit more is three times as much.
 SLACK = {torch.float32: 6.0, torch.bfloat16: 1.6}
-needs_kernel = pytest.mark.skipif(winograd_unavailable_reason() is not None, reason="no native library")
+needs_kernel = pytest.mark.skipif(not load.native_library().available, reason="no native library")
 
 
 def problem(batch, channels, out_channels, height, width, dtype=torch.float32, scale=1):
@@ -76,20 +77,23 @@ def test_each_scheme_is_used():
     assert name(32, dtype=torch.bfloat16) == ("two" if pairs else "four")
 
 
-def test_other_dtypes_few_channels_and_unpacked_weights_go_to_pytorch():
+@needs_kernel
+def test_a_named_backend_is_that_backend_or_an_error():
     x, weight, bias, residual = problem(1, 8, 16, 5, 6, torch.float64)
     conv = PackedConv3x3(weight.double(), bias.double())
-    assert not conv.packed
+    assert conv.backend == "reference"
     torch.testing.assert_close(conv(x, residual), plain(x, weight, bias, False) + residual)
-    x, weight, bias, _ = problem(1, 8, 3, 5, 6)
-    assert not PackedConv3x3(weight, bias).packed
-    x, weight, bias, _ = problem(1, 8, 16, 5, 6)
+    with pytest.raises(ValueError, match="'cpu' cannot serve winograd_conv .* does not take torch.float64"):
+        PackedConv3x3(weight.double(), bias.double(), backend="cpu")
+    with pytest.raises(ValueError, match="'triton' cannot serve winograd_conv on cpu"):
+        PackedConv3x3(weight, bias, backend="triton")
+    assert PackedConv3x3(weight, bias).backend == PackedConv3x3(weight, bias, backend="cpu").backend == "cpu"
+    x, residual = x.float(), residual.float()
     for doubling in (False, True):
-        conv = PackedConv3x3(weight, bias, doubling=doubling, pack=False)
-        assert not conv.packed
-        torch.testing.assert_close(conv(x), plain(x, weight, bias, doubling), rtol=1e-4, atol=1e-5)
-    assert "float64" in winograd_unavailable_reason(torch.float64)
-    assert "CPU" in winograd_unavailable_reason(device="cuda")
+        conv = PackedConv3x3(weight, bias, doubling=doubling, backend="reference")
+        assert conv.backend == "reference"
+        torch.testing.assert_close(conv(x), plain(x, weight, bias, doubling))
+        assert conv(x).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_layouts_threads_and_runs_agree(scheme, restore_threads):
@@ -100,7 +104,7 @@ def test_layouts_threads_and_runs_agree(scheme, restore_threads):
     wide = torch.full((2, 41, 12, 25), torch.nan)
     wide[:, :40, :, :20] = x
     # PyTorch's own kernels are chosen by the layout.
-    agree = torch.equal if conv.packed else functools.partial(torch.allclose, atol=1e-5)
+    agree = torch.equal if conv.backend == "cpu" else functools.partial(torch.allclose, atol=1e-5)
     for same in (x.contiguous(memory_format=torch.channels_last), wide[:, :40, :, :20]):
         assert agree(conv(same, residual), want)
     assert agree(conv(x, residual.contiguous(memory_format=torch.channels_last)), want)
@@ -161,6 +165,10 @@ def test_nothing_to_do():
 def test_bytes(channels, dtype, doubling):
     conv = PackedConv3x3(torch.zeros(*channels, 3, 3), torch.zeros(channels[0]), dtype=dtype, doubling=doubling)
     assert conv.nbytes == prepared_bytes(*channels, dtype, doubling) == conv._weight.untyped_storage().nbytes()
+    plain = PackedConv3x3(
+        torch.zeros(*channels, 3, 3), torch.zeros(channels[0]), dtype=dtype, doubling=doubling, backend="reference"
+    )
+    assert plain.nbytes == prepared_bytes(*channels, dtype, doubling, backend="reference")
 
 
 @needs_kernel

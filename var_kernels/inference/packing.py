@@ -1,0 +1,56 @@
+"""What multiplies the packed weights of linear layers on this CPU: our own kernel, or oneDNN's where that is faster."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..native import load
+
+# Where our kernel is the fastest.
+_LEVELS = {torch.float32: ("avx2", "avx512", "avx512_bf16", "amx"), torch.bfloat16: ("avx512_bf16",)}
+
+_OPS = ("_reorder_linear_weight", "_linear_pointwise")
+
+
+def unavailable_reason(dtype: torch.dtype) -> str | None:
+    """Why weights of this dtype, float32 or bfloat16, are not packed; None if they are.
+
+    oneDNN, which is part of torch, packs them where the native library is not available.
+    """
+    if kernel_unavailable_reason(dtype) is None:
+        return None
+    return _no_onednn() or (_no_bf16() if dtype == torch.bfloat16 else None)
+
+
+def kernel_unavailable_reason(dtype: torch.dtype) -> str | None:
+    """Why weights of this dtype, float32 or bfloat16, are not packed for our own kernel but for oneDNN; or None."""
+    status = load.native_library()
+    if not status.available:
+        return f"the native library is not available: {status.reason}"
+    if status.isa in _LEVELS[dtype]:
+        return None
+    return "oneDNN multiplies on the tile registers" if status.isa == "amx" else f"ISA level {status.isa} has none"
+
+
+def packer(dtype: torch.dtype) -> str:
+    """What serves weights of this dtype on a CPU, and why nothing faster does, in words."""
+    ours = kernel_unavailable_reason(dtype)
+    reason = unavailable_reason(dtype)
+    served = "our kernel" if ours is None else "oneDNN" if reason is None else f"F.linear ({reason})"
+    return served if ours is None or reason is not None else f"{served} (our kernel: {ours})"
+
+
+@functools.cache
+def _no_onednn() -> str | None:
+    if not torch.backends.mkldnn.is_available():
+        return "this torch was built without oneDNN"
+    missing = [name for name in _OPS if not hasattr(torch.ops.mkldnn, name)]
+    return f"this torch has no operator mkldnn::{missing[0]}" if missing else None
+
+
+@functools.cache
+def _no_bf16() -> str | None:
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return None if supported else "oneDNN has no bf16 on this processor"
