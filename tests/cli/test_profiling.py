@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from tests.helpers.cli import refused, run, save_model
-from tests.model.test_model import tiny_var, tiny_vqvae
+from tests.helpers.models import tiny_var, tiny_vqvae
 from var import Generator, Pipeline
 from var.cli import profile as profiling
 from var.generation.batches import Sampling

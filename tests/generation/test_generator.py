@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import var
-from tests.model.test_model import tiny_var, tiny_vqvae
+from tests.helpers.models import tiny_var, tiny_vqvae
 from var import Generator, VARConfig, VQVAEConfig, generate
 from var.generation import memory
 from var.generation.inference import InferenceDecoder, InferenceTransformer, Spaces

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.model.test_model import tiny_var, tiny_vqvae
+from tests.helpers.models import tiny_var, tiny_vqvae
 from var import Generator
 from var.generation import graphs
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.model.test_model import tiny_var, tiny_vqvae
+from tests.helpers.models import tiny_var, tiny_vqvae
 from var import Generator, edit, generate
 from var.generation import memory
 from var.generation.editing import box_mask

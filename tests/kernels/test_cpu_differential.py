@@ -11,11 +11,10 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.adaln_layer_norm.test_cpu import FORMS, values_and_gradients
-from tests.kernels.adaln_layer_norm.test_cpu import inputs as adaln_inputs
-from tests.kernels.multi_scale_quantize.contract import gradients, inputs, leaves
-from tests.kernels.multi_scale_quantize.test_cpu import composition
-from tests.kernels.nearest_code.test_cpu import assert_nearest
+from tests.kernels.adaln_layer_norm.contract import FORMS, values_and_gradients
+from tests.kernels.adaln_layer_norm.contract import inputs as adaln_inputs
+from tests.kernels.multi_scale_quantize.contract import composition, gradients, inputs, leaves
+from tests.kernels.nearest_code.contract import assert_nearest
 from var_kernels import block_causal_attention, multi_scale_quantize, nearest_code
 from var_kernels.testing import poison, randn
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import var
-from tests.model.test_model import tiny_var, tiny_vqvae
+from tests.helpers.models import tiny_var, tiny_vqvae
 from var.model.checkpoints import load_model, load_weights, official_state_dict, read_state, save
 from var.model.config import PRESETS
 from var_kernels.native.build import write_atomically

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import var
-from tests.model import test_reference_vectors as vectors
+from tests.model import golden as vectors
 from tools.gpu_emulation.cuda import build, kernel_sources, load, serving
 
 pytest.importorskip("pybind11")
@@ -24,12 +24,12 @@ def emulation():
 def test_reference_vectors(name):
     with emulation() as record:
         golden = vectors.Golden(name, "cuda")
-        vectors.test_encode_and_reconstruct(golden)
-        vectors.test_logits_loss_and_gradients(golden)
+        vectors.check_encode_and_reconstruct(golden)
+        vectors.check_logits_loss_and_gradients(golden)
         for mode in ("greedy", "seeded"):
-            vectors.test_generate(golden, mode)
+            vectors.check_generate(golden, mode)
         if name == "tiny":
-            vectors.test_tokenizer_training_forward(golden)
+            vectors.check_tokenizer_training_forward(golden)
     assert record.counters["launches"] > 150  # of all ops, the logits' backward among them
 
 

@@ -6,25 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.models import PATCH_NUMS, tiny_var, tiny_vqvae
 from var import PRESETS, VAR, VQVAE, ScaleSchedule, VARConfig, VQVAEConfig, edit, generate
 from var.generation.editing import box_mask, kept_masks
 
 SCHEMAS = json.loads((Path(__file__).parents[1] / "data" / "released_checkpoint_schemas.json").read_text())
-PATCH_NUMS = (1, 2, 3)
+
 DERIVED = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
-
-
-def tiny_vqvae(**overrides) -> VQVAE:
-    torch.manual_seed(0)
-    fields = dict(vocab_size=24, z_channels=8, ch=32, ch_mult=(1, 1), num_res_blocks=1, patch_nums=PATCH_NUMS)
-    return VQVAE(VQVAEConfig(**{**fields, **overrides})).eval()
-
-
-def tiny_var(**overrides) -> VAR:
-    fields = dict(depth=2, width=32, heads=2, num_classes=5, vocab_size=24, z_channels=8, patch_nums=PATCH_NUMS)
-    model = VAR(VARConfig(**{**fields, **overrides})).eval()
-    model.init_weights(torch.Generator().manual_seed(0), gamma=0.5, head=1.0)
-    return model
 
 
 def test_schedule():

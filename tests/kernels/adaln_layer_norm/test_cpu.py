@@ -6,14 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.adaln_layer_norm.contract import (
+    ARGUMENTS,
+    FORMS,
+    OPS,
+    assert_accurate_results,
+    inputs,
+    outputs,
+    rotated_forms,
+    values_and_gradients,
+)
 from var_kernels import adaln_layer_norm, gated_residual_adaln
 from var_kernels.testing import assert_accurate, modulation, poison, randn, stated_order
 
 _ROOT = Path(__file__).resolve().parents[3]
-OPS = {"adaln": adaln_layer_norm, "gated": gated_residual_adaln}
-ARGUMENTS = {"adaln": ("x", "scale", "shift"), "gated": ("x", "branch", "gate", "scale", "shift")}
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMS = ("(B,C)", "(B,1,C)", "(1,1,C)", "(B,L,C)")
 
 # Channels straddle one vector of every ISA level (4, 8, 16 floats) and the sums' groups of four vectors (16, 32, 64);
 # tokens straddle the 48 that share a row of partial sums in backward.
@@ -26,61 +34,8 @@ SHAPES = [
 ]
 
 
-def shape_of(form: str, batch: int, length: int, channels: int) -> tuple[int, ...]:
-    sizes = {"B": batch, "L": length, "C": channels, "1": 1}
-    return tuple(sizes[name] for name in form.strip("()").split(","))
-
-
-def inputs(op: str, shape, *, seed: int, dtype=torch.float32, forms=("(B,1,C)",) * 3) -> list[torch.Tensor]:
-    """Inputs of `op`; modulation in the three forms has nonzero mean, so that none can be ignored or swapped."""
-    batch, length, channels = shape
-    forms = dict(zip(("gate", "scale", "shift"), forms, strict=True))
-
-    def draw(i, argument):
-        if argument not in forms:
-            return randn(*shape, seed=seed + i, dtype=dtype)
-        size = shape_of(forms[argument], batch, length, channels)
-        return (randn(*size, seed=seed + i, dtype=torch.float64, std=0.5) + 0.3 * i).to(dtype)
-
-    return [draw(i, argument) for i, argument in enumerate(ARGUMENTS[op])]
-
-
-def outputs(op: str, tensors, backend: str) -> tuple[torch.Tensor, ...]:
-    result = OPS[op](*tensors, backend=backend)
-    return result if op == "gated" else (result,)
-
-
-def values_and_gradients(op: str, tensors, backend: str, use=(True, True), upstream=None) -> dict[str, torch.Tensor]:
-    """Outputs, and gradients of the inputs for fixed gradients, rounded to `upstream`, of the outputs in `use`."""
-    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-    results = outputs(op, tensors, backend)
-    chosen = [result for result, used in zip(results[::-1], use, strict=False) if used]
-    dtype = upstream or tensors[0].dtype
-    douts = [randn(*out.shape, seed=90 + i).to(dtype).to(out.dtype) for i, out in enumerate(chosen)]
-    gradients = torch.autograd.grad(chosen, tensors, douts, allow_unused=True)
-    named = {f"output {i}": result for i, result in enumerate(results)}
-    return named | {f"d{name}": grad for name, grad in zip(ARGUMENTS[op], gradients, strict=True)}
-
-
-def assert_accurate_results(actual, op: str, tensors, *, may_vanish: bool = False, **options) -> None:
-    """Of `actual`, what a kernel made of `values_and_gradients`."""
-    with stated_order():
-        same_dtype = values_and_gradients(op, tensors, "reference", **options)
-    exact = values_and_gradients(op, [t.double() for t in tensors], "reference", upstream=tensors[0].dtype, **options)
-    for name, value in actual.items():
-        if same_dtype[name] is None:
-            assert value is None or not value.any(), f"{name}: expected no gradient"
-        else:
-            assert_accurate(value, same_dtype[name], exact[name], name=name, may_vanish=may_vanish)
-
-
 def assert_op_accurate(op: str, tensors, **options) -> None:
     assert_accurate_results(values_and_gradients(op, tensors, "cpu", **options), op, tensors, **options)
-
-
-def rotated_forms(index: int) -> list[str]:
-    """A form of modulation for each of gate, scale and shift."""
-    return [FORMS[(index + offset) % 4] for offset in (0, 1, 3)]
 
 
 def assert_forward_accurate(tensors, **options) -> None:

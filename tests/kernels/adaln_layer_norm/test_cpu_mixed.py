@@ -5,19 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.adaln_layer_norm.test_cpu import inputs, rotated_forms
+from tests.kernels.adaln_layer_norm.contract import mixed_inputs, rotated_forms
 from var_kernels import gated_residual_adaln
-from var_kernels.testing import assert_accurate, poison, stated_order
+from var_kernels.testing import poison
 
 _ROOT = Path(__file__).resolve().parents[3]
 DTYPES = (torch.bfloat16, torch.float16)
 # Rows of whole vectors, with tails, and of whole cache lines in both dtypes.
 SHAPES = [(2, 5, 3), (1, 7, 31), (2, 49, 64), (2, 49, 83), (3, 50, 2304)]
-
-
-def mixed_inputs(shape, dtype, seed=1, forms=("(B,1,C)",) * 3) -> list[torch.Tensor]:
-    x, branch, *rest = inputs("gated", shape, seed=seed, forms=forms)
-    return [x, branch.to(dtype), *rest]
 
 
 def assert_same_values(tensors, backend: str) -> None:
@@ -28,16 +23,6 @@ def assert_same_values(tensors, backend: str) -> None:
     residual, y = gated_residual_adaln(x, branch, *rest, backend=backend)
     assert residual.dtype == torch.float32 and y.dtype == branch.dtype
     assert torch.equal(residual, expected) and torch.equal(y, wide.to(branch.dtype))
-
-
-def assert_accurate_mixed(found, tensors) -> None:
-    """Of `found`, what a kernel made of these tensors: dtypes, and no further from fp64 than the reference allows."""
-    assert [tensor.dtype for tensor in found] == [torch.float32, tensors[1].dtype]
-    exact = gated_residual_adaln(*(tensor.double() for tensor in tensors))
-    with stated_order():
-        plain = gated_residual_adaln(*tensors, backend="reference")
-    for name, *values in zip(("residual", "y"), found, plain, exact, strict=True):
-        assert_accurate(*values, name=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

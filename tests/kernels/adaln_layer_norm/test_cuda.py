@@ -7,15 +7,16 @@ import itertools
 import pytest
 import torch
 
-from tests.kernels.adaln_layer_norm.test_cpu import (
+from tests.kernels.adaln_layer_norm.contract import (
     FORMS,
+    assert_accurate_mixed,
     assert_accurate_results,
     inputs,
+    mixed_inputs,
     outputs,
     rotated_forms,
     values_and_gradients,
 )
-from tests.kernels.adaln_layer_norm.test_cpu_mixed import assert_accurate_mixed, mixed_inputs
 from tools.gpu_emulation.cuda import EmulationError, as_backend, build, load, machine_code
 from tools.gpu_emulation.cuda.mutants import Mutant, load_mutant
 from tools.gpu_emulation.cuda.sanitized import run_sanitized

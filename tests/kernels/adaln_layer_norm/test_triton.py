@@ -12,16 +12,17 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.kernels.adaln_layer_norm.test_cpu import (  # noqa: E402
+from tests.kernels.adaln_layer_norm.contract import (  # noqa: E402  # noqa: E402
     ARGUMENTS,
     OPS,
+    assert_accurate_mixed,
     assert_accurate_results,
     inputs,
+    mixed_inputs,
     outputs,
     rotated_forms,
     values_and_gradients,
 )
-from tests.kernels.adaln_layer_norm.test_cpu_mixed import assert_accurate_mixed, mixed_inputs  # noqa: E402
 from tools.gpu_emulation.triton import executing, interpret, run_ptx  # noqa: E402
 from var_kernels import adaln_layer_norm, gated_residual_adaln  # noqa: E402
 from var_kernels.testing import assert_accurate, modulation, poison, randn, stated_order  # noqa: E402

@@ -1,15 +1,14 @@
 """block_causal_attention: accuracy against the float64 reference, the contract of the call, every instruction set."""
 
-from itertools import accumulate
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.kernels.block_causal_attention.contract import RAW, check, with_grads
 from var_kernels import block_causal_attention
 from var_kernels.testing import assert_accurate, attention_inputs, poison, randn, scale_lens, stated_order
 
-RAW = torch.ops.var_kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Every head dimension in use; 1, 126 and 200 are no whole vectors at any ISA level, 256 is the limit.
 HEAD_DIMS = (1, 8, 16, 40, 64, 72, 96, 104, 120, 126, 128, 200, 256)
@@ -27,60 +26,6 @@ SCHEDULES = {
     "256px": scale_lens("256px"),
 }
 SHORT = (1, 4, 9, 16, 25, 36, 64)  # 155 tokens
-
-
-def visible(lens, first: int, queries: int) -> torch.Tensor:
-    """The mask (Lq, Lk), true where a query sees a key."""
-    ends = torch.tensor([end for length, end in zip(lens, accumulate(lens), strict=True) for _ in range(length)])
-    return torch.arange(sum(lens)) < ends[first : first + queries, None]
-
-
-def plain(q, k, v, lens, *, q_offset=None, softmax_scale=None) -> torch.Tensor:
-    """What PyTorch offers: scaled_dot_product_attention with a mask."""
-    first = k.shape[2] - q.shape[2] if q_offset is None else q_offset
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible(lens, first, q.shape[2]), scale=softmax_scale)
-
-
-def with_grads(attention, inputs, dout, dtype=None):
-    """out, dq, dk, dv of one implementation, computed in `dtype`."""
-    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
-    out = attention(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
-
-
-def check(inputs, lens, *, backend="cpu", rows_cancel=False, **options) -> None:
-    """Forward and backward are as accurate as plain PyTorch in the same dtype, and every element is written.
-
-    dS = P (dP - delta) is a difference: a row of dq or dk in which it cancels consists of rounding errors. With
-    `rows_cancel` there are too few other rows to tell by, and dq and dk are judged against their largest element.
-    Of a few queries a row of dv is hardly more than one P = exp(score - lse) times dout, and one of dk dS times q: what
-    rounding the score and lse, once each, does to P belongs to their bands.
-    """
-    q, k, v = inputs
-    dout = randn(*q.shape, seed=99, dtype=q.dtype)
-    poison(*inputs)
-    actual = with_grads(lambda *x: block_causal_attention(*x, lens, backend=backend, **options), inputs, dout)
-    with stated_order():
-        same = with_grads(lambda *x: plain(*x, lens, **options), inputs, dout)
-    exact = with_grads(
-        lambda *x: block_causal_attention(*x, lens, backend="reference", **options), inputs, dout, torch.float64
-    )
-    for name, *results in zip(("out", "dq", "dk", "dv"), actual, same, exact, strict=True):
-        if name in ("dq", "dk") and not results[2].any():  # queries that see one key: dP = delta but for rounding
-            rounding = 2 * q.shape[-1] * torch.finfo(q.dtype).eps * dout.abs().max() * v.abs().max()
-            assert results[0].abs().max() <= rounding * (k if name == "dq" else q).abs().max()
-            continue
-        if name in ("dk", "dv") and q.shape[2] < 8:
-            peak = (q.double().flatten(0, 2) @ k.double().flatten(0, 2).T).abs().max() * (
-                options.get("softmax_scale") or q.shape[-1] ** -0.5)
-            rounding = torch.finfo(q.dtype).eps * (1 + peak) * results[2].abs().max()
-            plain_error, error = ((x.double() - results[2]).abs().max() for x in (results[1], results[0]))
-            assert error <= 2 * (plain_error + rounding)
-            continue
-        if rows_cancel and name in ("dq", "dk"):
-            results = [x.flatten() for x in results]
-        assert_accurate(*results, name=name)
 
 
 # ---- accuracy ------------------------------------------------------------------------------------------------------

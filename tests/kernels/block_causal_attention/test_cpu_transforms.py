@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.block_causal_attention.test_cpu import RAW, with_grads
+from tests.kernels.block_causal_attention.contract import RAW, with_grads
 from var_kernels import block_causal_attention
 from var_kernels.testing import attention_inputs, randn
 

@@ -7,8 +7,8 @@ import functools
 import pytest
 import torch
 
-from tests.kernels.block_causal_attention.test_cpu import check as check_values_and_gradients
-from tests.kernels.block_causal_attention.test_cpu import with_grads
+from tests.kernels.block_causal_attention.contract import check as check_values_and_gradients
+from tests.kernels.block_causal_attention.contract import with_grads
 from tools.gpu_emulation.cuda import EmulationError, build, load, machine_code, serving
 from tools.gpu_emulation.cuda.mutants import Mutant, load_mutant
 from tools.gpu_emulation.cuda.sanitized import run_sanitized

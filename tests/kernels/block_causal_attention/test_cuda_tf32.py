@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from tests.kernels.block_causal_attention.test_cpu import with_grads
+from tests.kernels.block_causal_attention.contract import with_grads
 from tests.kernels.block_causal_attention.test_cuda import SHORT, SOURCE, emulated, emulation, needs_nvcc, references
 from tools.gpu_emulation.cuda import EmulationError, build
 from tools.gpu_emulation.cuda.mutants import Mutant, load_mutant

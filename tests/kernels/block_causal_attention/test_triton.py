@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.kernels.block_causal_attention.test_cpu import check, with_grads  # noqa: E402
+from tests.kernels.block_causal_attention.contract import check, with_grads  # noqa: E402
 from tools.gpu_emulation.triton import executing, interpret, run_ptx  # noqa: E402
 from var_kernels import block_causal_attention  # noqa: E402
 from var_kernels.testing import assert_accurate, attention_inputs, poison, randn, stated_order  # noqa: E402

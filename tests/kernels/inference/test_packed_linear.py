@@ -164,10 +164,15 @@ def test_a_named_backend_is_that_backend_or_an_error(monkeypatch):
     assert packing.packer(torch.float32) == "F.linear (no oneDNN)"
 
 
-def test_without_the_library_the_reference_serves(monkeypatch):
+def test_without_the_library_onednn_serves(monkeypatch):
     monkeypatch.setattr(load, "native_library", lambda: load.NativeStatus(False, "no library"))
-    assert PackedLinear(torch.zeros(4, 3)).backend == "reference"
-    assert "no library" in packing.packer(torch.float32)
+    if (reason := packing.unavailable_reason(torch.float32)) is not None:
+        pytest.skip(reason)
+    weight, x = randn(20, 10, seed=1), randn(3, 10, seed=2)
+    layer = PackedLinear(weight)
+    assert layer.backend == "cpu" and not layer.packed_by_us
+    torch.testing.assert_close(layer(x), F.linear(x, weight))
+    assert packing.packer(torch.float32).startswith("oneDNN (our kernel: the native library is not available")
 
 
 

@@ -1,6 +1,8 @@
-"""Shapes and inputs that the tests of the multi-scale quantizer share."""
+"""What every backend of the quantizer is held to: shapes, inputs, gradients, and Algorithm 1 written out once more."""
 
+import numpy
 import torch
+import torch.nn.functional as F
 
 from var_kernels.testing import randn
 
@@ -57,3 +59,29 @@ def gradients(result, tensors, seed=9) -> list[torch.Tensor]:
 
 def leaves(tensors, dtype=None) -> list[torch.Tensor]:
     return [tensor.detach().to(dtype or tensor.dtype).requires_grad_() for tensor in tensors]
+
+
+def composition(f, codebook, weight, bias, patch_nums, *, ratio=0.5, metric="l2", beta=0.25):
+    """Algorithm 1 written out once more: tokens, f_hat, loss, and the smallest relative gap of the best two codes."""
+    sizes = pairs(patch_nums)
+    full, n = sizes[-1], weight.shape[0]
+    ticks = numpy.linspace(1 / 3 / n, 1 - 1 / 3 / n, n) if n == 4 else numpy.linspace(1 / 2 / n, 1 - 1 / 2 / n, n)
+    f_hat, loss, tokens, gap = torch.zeros_like(f), 0, [], numpy.inf
+    for k, size in enumerate(sizes):
+        z = F.adaptive_avg_pool2d((f - f_hat).detach(), size).movedim(1, -1)
+        if metric == "l2":
+            distance = (z.unsqueeze(-2) - codebook.detach()).square().sum(-1)
+        else:
+            distance = 1 - F.cosine_similarity(z.unsqueeze(-2), codebook.detach(), dim=-1, eps=1e-300)
+        if codebook.shape[0] > 1:
+            best, second = distance.topk(2, largest=False).values.unbind(-1)
+            gap = min(gap, ((second - best) / second).min().item())
+        ids = distance.argmin(-1)
+        u = F.embedding(ids, codebook).movedim(-1, 1)
+        if size != full:
+            u = F.interpolate(u, size=full, mode="bicubic")
+        i = int(numpy.argmin(numpy.abs(ticks - (k / (len(sizes) - 1) if len(sizes) > 1 else 0))))
+        f_hat = f_hat + (1 - ratio) * u + ratio * F.conv2d(u, weight[i], bias[i], padding=1)
+        loss = loss + beta * (f_hat.detach() - f).square().mean() + (f_hat - f.detach()).square().mean()
+        tokens.append(ids.flatten(1))
+    return torch.cat(tokens, dim=1), f_hat, loss / len(sizes), gap

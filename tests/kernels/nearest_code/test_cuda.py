@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from tests.kernels.nearest_code.test_cpu import assert_nearest
+from tests.kernels.nearest_code.contract import assert_nearest
 from tools.gpu_emulation.cuda import EmulationError, build, load, machine_code, serving
 from tools.gpu_emulation.cuda.mutants import Mutant, load_mutant
 from tools.gpu_emulation.cuda.sanitized import run_sanitized

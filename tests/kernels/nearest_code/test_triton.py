@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.kernels.nearest_code.test_cpu import assert_nearest
+from tests.kernels.nearest_code.contract import assert_nearest
 from tools.gpu_emulation.triton import executing, interpret, run_ptx
 from var_kernels import nearest_code
 from var_kernels.testing import poison, randn

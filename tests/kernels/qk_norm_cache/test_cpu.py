@@ -2,31 +2,14 @@
 
 import pytest
 import torch
-from torch.nn.functional import normalize
 
+from tests.kernels.qk_norm_cache.contract import DTYPES, expected, problem
 from var_kernels import qk_norm_cache
-from var_kernels.testing import assert_accurate, randn, stated_order
+from var_kernels.testing import assert_accurate, stated_order
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Head dims on both sides of every vector width, 126 and 104 of Infinity among them; tokens over several tasks.
 SHAPES = [(1, 1, 1, 1), (2, 3, 2, 7), (1, 5, 3, 8), (2, 16, 2, 15), (1, 40, 4, 16), (2, 9, 3, 33), (1, 4, 2, 64),
           (3, 70, 16, 64), (1, 2, 1, 104), (2, 5, 2, 126), (1, 300, 4, 128)]  # fmt: skip
-
-
-def problem(batch, length, heads, dim, dtype=torch.float32, rows=None, layout="BHLD"):
-    """qkv, q_factor and poisoned caches with room around the new rows."""
-    rows = length + 5 if rows is None else rows
-    qkv = randn(batch, length, 3, heads, dim, seed=length, dtype=dtype)
-    shape = (batch, heads, rows, dim) if layout == "BHLD" else (batch, rows, heads, dim)
-    caches = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)]
-    if layout == "BLHD":
-        caches = [cache.transpose(1, 2) for cache in caches]
-    return qkv, randn(heads, seed=dim).exp(), *caches
-
-
-def expected(qkv, q_factor):
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return normalize(q, dim=-1) * q_factor.to(q.dtype).view(-1, 1, 1), normalize(k, dim=-1), v
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

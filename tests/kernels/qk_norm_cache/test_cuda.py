@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 
-from tests.kernels.qk_norm_cache.test_cpu import DTYPES, expected, problem
+from tests.kernels.qk_norm_cache.contract import DTYPES, expected, problem
 from tools.gpu_emulation.cuda import EmulationError, build, load, machine_code, serving
 from tools.gpu_emulation.cuda.mutants import Mutant, load_mutant
 from tools.gpu_emulation.cuda.sanitized import run_sanitized

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.kernels.qk_norm_cache.test_cpu import expected, problem
+from tests.kernels.qk_norm_cache.contract import expected, problem
 from tools.gpu_emulation.triton import executing, interpret, run_ptx
 from var_kernels import qk_norm_cache
 from var_kernels.testing import assert_accurate, stated_order

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from tests.kernels.sample_tokens.contract import OPTIONS
 from var_kernels import sample_tokens
 from var_kernels.reference.sample_tokens import exponential, guide, philox, restrict
 from var_kernels.testing import randn
@@ -12,7 +13,6 @@ from var_kernels.testing import randn
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Vocabularies on both sides of vectors and of blocks of 64.
 VOCABULARIES = (1, 2, 15, 16, 17, 63, 64, 65, 100, 1000, 4096)
-OPTIONS = [(0, 0.0), (1, 0.0), (7, 0.0), (0, 0.3), (0, 0.96), (50, 0.9), (0, 1.0), (0, 1e-9), (900, 0.96), (5000, 0.5)]
 
 
 def chosen_by(noise_seed, conditional, *arguments, **options):

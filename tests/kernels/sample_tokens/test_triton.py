@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.kernels.sample_tokens.test_cpu import OPTIONS
+from tests.kernels.sample_tokens.contract import OPTIONS
 from tools.gpu_emulation.triton import executing, interpret, run_ptx
 from var_kernels import sample_tokens
 from var_kernels.reference.sample_tokens import restrict

@@ -1,0 +1,20 @@
+"""Small networks with random weights."""
+
+import torch
+
+from var import VAR, VQVAE, VARConfig, VQVAEConfig
+
+PATCH_NUMS = (1, 2, 3)
+
+
+def tiny_vqvae(**overrides) -> VQVAE:
+    torch.manual_seed(0)
+    fields = dict(vocab_size=24, z_channels=8, ch=32, ch_mult=(1, 1), num_res_blocks=1, patch_nums=PATCH_NUMS)
+    return VQVAE(VQVAEConfig(**{**fields, **overrides})).eval()
+
+
+def tiny_var(**overrides) -> VAR:
+    fields = dict(depth=2, width=32, heads=2, num_classes=5, vocab_size=24, z_channels=8, patch_nums=PATCH_NUMS)
+    model = VAR(VARConfig(**{**fields, **overrides})).eval()
+    model.init_weights(torch.Generator().manual_seed(0), gamma=0.5, head=1.0)
+    return model

@@ -1,0 +1,78 @@
+"""What every backend of AdaLN is held to: inputs, the reference's results and gradients, the comparison."""
+
+import torch
+
+from var_kernels import adaln_layer_norm, gated_residual_adaln
+from var_kernels.testing import assert_accurate, randn, stated_order
+
+OPS = {"adaln": adaln_layer_norm, "gated": gated_residual_adaln}
+ARGUMENTS = {"adaln": ("x", "scale", "shift"), "gated": ("x", "branch", "gate", "scale", "shift")}
+FORMS = ("(B,C)", "(B,1,C)", "(1,1,C)", "(B,L,C)")
+
+
+def shape_of(form: str, batch: int, length: int, channels: int) -> tuple[int, ...]:
+    sizes = {"B": batch, "L": length, "C": channels, "1": 1}
+    return tuple(sizes[name] for name in form.strip("()").split(","))
+
+
+def inputs(op: str, shape, *, seed: int, dtype=torch.float32, forms=("(B,1,C)",) * 3) -> list[torch.Tensor]:
+    """Inputs of `op`; modulation in the three forms has nonzero mean, so that none can be ignored or swapped."""
+    batch, length, channels = shape
+    forms = dict(zip(("gate", "scale", "shift"), forms, strict=True))
+
+    def draw(i, argument):
+        if argument not in forms:
+            return randn(*shape, seed=seed + i, dtype=dtype)
+        size = shape_of(forms[argument], batch, length, channels)
+        return (randn(*size, seed=seed + i, dtype=torch.float64, std=0.5) + 0.3 * i).to(dtype)
+
+    return [draw(i, argument) for i, argument in enumerate(ARGUMENTS[op])]
+
+
+def outputs(op: str, tensors, backend: str) -> tuple[torch.Tensor, ...]:
+    result = OPS[op](*tensors, backend=backend)
+    return result if op == "gated" else (result,)
+
+
+def values_and_gradients(op: str, tensors, backend: str, use=(True, True), upstream=None) -> dict[str, torch.Tensor]:
+    """Outputs, and gradients of the inputs for fixed gradients, rounded to `upstream`, of the outputs in `use`."""
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    results = outputs(op, tensors, backend)
+    chosen = [result for result, used in zip(results[::-1], use, strict=False) if used]
+    dtype = upstream or tensors[0].dtype
+    douts = [randn(*out.shape, seed=90 + i).to(dtype).to(out.dtype) for i, out in enumerate(chosen)]
+    gradients = torch.autograd.grad(chosen, tensors, douts, allow_unused=True)
+    named = {f"output {i}": result for i, result in enumerate(results)}
+    return named | {f"d{name}": grad for name, grad in zip(ARGUMENTS[op], gradients, strict=True)}
+
+
+def assert_accurate_results(actual, op: str, tensors, *, may_vanish: bool = False, **options) -> None:
+    """Of `actual`, what a kernel made of `values_and_gradients`."""
+    with stated_order():
+        same_dtype = values_and_gradients(op, tensors, "reference", **options)
+    exact = values_and_gradients(op, [t.double() for t in tensors], "reference", upstream=tensors[0].dtype, **options)
+    for name, value in actual.items():
+        if same_dtype[name] is None:
+            assert value is None or not value.any(), f"{name}: expected no gradient"
+        else:
+            assert_accurate(value, same_dtype[name], exact[name], name=name, may_vanish=may_vanish)
+
+
+def rotated_forms(index: int) -> list[str]:
+    """A form of modulation for each of gate, scale and shift."""
+    return [FORMS[(index + offset) % 4] for offset in (0, 1, 3)]
+
+
+def mixed_inputs(shape, dtype, seed=1, forms=("(B,1,C)",) * 3) -> list[torch.Tensor]:
+    x, branch, *rest = inputs("gated", shape, seed=seed, forms=forms)
+    return [x, branch.to(dtype), *rest]
+
+
+def assert_accurate_mixed(found, tensors) -> None:
+    """Of `found`, what a kernel made of these tensors: dtypes, and no further from fp64 than the reference allows."""
+    assert [tensor.dtype for tensor in found] == [torch.float32, tensors[1].dtype]
+    exact = gated_residual_adaln(*(tensor.double() for tensor in tensors))
+    with stated_order():
+        plain = gated_residual_adaln(*tensors, backend="reference")
+    for name, *values in zip(("residual", "y"), found, plain, exact, strict=True):
+        assert_accurate(*values, name=name)
