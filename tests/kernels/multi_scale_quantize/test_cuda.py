@@ -191,8 +191,8 @@ def test_raw_op_checks_its_arguments():
     many = [1] * 64 + [3]
     for message, changed in {
         "f: expected float32, got Half": {"f": f.half()},
-        r"codebook: expected shape \(V, C\)": {"codebook": codebook[:, :3]},
-        r"phi_weight: expected shape \(n, C, C, 3, 3\)": {"weight": weight[..., :2]},
+        r"codebook: expected shape \(9, 4\), got shape \(9, 3\)": {"codebook": codebook[:, :3]},
+        r"phi_weight: expected shape \(2, 4, 4, 3, 3\), got shape \(2, 4, 4, 3, 2\)": {"weight": weight[..., :2]},
         "heights, widths: expected the full size as last entry, got 2 and 3": {"heights": [1, 2]},
         "phi_index: expected an index of phi_weight, got 2": {"phi_index": [0, 2]},
         "heights, widths: expected at most 64 scales, got 65": {
