@@ -61,7 +61,7 @@ def stepwise(transformer, labels, inputs):
 
 @torch.inference_mode()
 def test_logits_against_float64(embedded):
-    """fp32 as near as the plain model's of two images; bf16 at most twice as far as autocast, of the plain model too."""
+    """fp32 as near as the plain model of two images; bf16 at most twice as far as autocast, of the plain model too."""
     pipeline, labels, _, inputs, exact = embedded
     plain = on_reference(pipeline.var)
     with stated_order():
