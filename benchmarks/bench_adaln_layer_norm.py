@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from var_kernels import adaln_layer_norm, gated_residual_adaln
-from var_kernels.testing import modulation, randn
+from var_kernels.testing import modulation, randn, stated_order
 
 from .harness import Call, Case, Judge, compiled, judge_floats, only_on, our_providers
 from .table import Work
@@ -102,7 +102,9 @@ def judge(inputs: Inputs) -> Judge:
         found = eager(Inputs(tensors, tuple(dout.to(dtype) for dout in inputs.douts)))()
         return dict(zip(names, found if isinstance(found, tuple) else (found,), strict=True))
 
-    return judge_floats(results(torch.float64), results(inputs.tensors[0].dtype))
+    with stated_order():
+        plain = results(inputs.tensors[0].dtype)
+    return judge_floats(results(torch.float64), plain)
 
 
 def case(tier, shape, dtype, *, gated=False, backward=False, **options) -> Case:

@@ -145,6 +145,7 @@ def judge_fp32(inputs: Inputs) -> Judge:
         same = _compare_tokens(found, tokens, ties, pipeline.var.config.schedule.starts)
         if not same.any():
             raise AssertionError("tokens: no image is plain PyTorch's")
+        # Plain PyTorch in the order of the host: d16's 197 billion products an image take minutes in the stated one.
         # Slack as for peers: oneDNN adds up the products of a convolution in one chain where channels are last.
         return judge_floats({"images": exact[same]}, {"images": plain[same]})(images[same], peer=True)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from var_kernels import nearest_code
-from var_kernels.testing import assert_accurate, randn
+from var_kernels.testing import assert_accurate, randn, stated_order
 
 from .harness import Call, Case, Judge, compiled, only_on, our_providers
 from .table import Work
@@ -93,7 +93,8 @@ def judge(inputs: Inputs) -> Judge:
     def reached(codes: torch.Tensor) -> torch.Tensor:
         return distances.gather(1, codes[:, None]).squeeze(1)
 
-    plain = reached(eager(inputs)()).float()
+    with stated_order():
+        plain = reached(eager(inputs)()).float()
 
     def judge_codes(codes: torch.Tensor, peer: bool = False) -> float:
         if codes.shape != nearest.shape or codes.dtype != torch.int64:

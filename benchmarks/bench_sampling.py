@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from var_kernels import qk_norm_cache, sample_tokens
-from var_kernels.testing import randn
+from var_kernels.testing import randn, stated_order
 
 from .harness import Call, Case, Judge, compiled, judge_floats, our_providers
 from .plain_var import restrict
@@ -70,7 +70,8 @@ def _judge_packed(inputs: Packed) -> Judge:
                   for cache, rows in zip((k_cache, v_cache), made[1:], strict=True)]  # fmt: skip
         return dict(zip(("q", "k_cache", "v_cache"), (made[0], *caches), strict=True))
 
-    plain = {name: tensor.to(inputs.qkv.dtype) for name, tensor in results(torch.float32).items()}
+    with stated_order():
+        plain = {name: tensor.to(inputs.qkv.dtype) for name, tensor in results(torch.float32).items()}
     return judge_floats(results(torch.float64), plain)
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from var_kernels import PackedConv3x3, backends
-from var_kernels.testing import randn
+from var_kernels.testing import randn, stated_order
 
-from .harness import OURS, Call, Case, Judge, Unavailable, judge_floats
+from .harness import OURS, Call, Case, Judge, Unavailable, judge_floats, plain_part
 from .table import Work
 
 
@@ -65,7 +65,12 @@ def _summed_taps(inputs: Inputs) -> Call:
 
 
 def _judge(inputs: Inputs) -> Judge:
-    judge = judge_floats({"y": _direct(inputs, torch.float64)()}, {"y": _direct(inputs)()})
+    exact = _direct(inputs, torch.float64)()
+    rows = min(8, inputs.x.shape[2])  # of each image; the one below them belongs to the window of the last
+    some = slice(rows * exact.shape[2] // inputs.x.shape[2])
+    with stated_order():
+        part = _direct(inputs._replace(x=inputs.x[:, :, : rows + 1]))()[:, :, some]
+    judge = judge_floats({"y": exact}, {"y": plain_part(exact, part, slice(None), slice(None), some)})
     return lambda results, peer=False: judge(results, peer=True)  # F(4×4) has up to five times the error
 
 

@@ -144,6 +144,7 @@ def our_providers(ours: Callable[[Any, str], Call], *ops: str) -> dict[str, Prov
 def judge_floats(exact: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]) -> Judge:
     """Judges a tuple of tensors, named as in `exact` (float64), by the error of plain PyTorch's in the same dtype.
 
+    `plain` is computed inside :func:`var_kernels.testing.stated_order`, so that a host's libraries set no bound.
     Our kernels by :func:`var_kernels.testing.assert_accurate` as it is, peers with :data:`PEER_SLACK` times that error.
     """
 
@@ -159,6 +160,18 @@ def judge_floats(exact: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Te
         return max(max_error(result, reference) for result, reference in zip(results, exact.values(), strict=True))
 
     return judge
+
+
+def plain_part(exact: torch.Tensor, part: torch.Tensor, *index: slice) -> torch.Tensor:
+    """A yardstick of which only `part`, at `index`, was computed; the rest is `exact`, rounded.
+
+    Its largest error is that of the part. All elements of a result are judged by it, but the stated order, at two
+    billion products a second, need not sum all of them: a judge must not take longer than what it judges. Not for
+    results in some rows of which everything cancels: what is no part would have a bound there.
+    """
+    whole = exact.to(part.dtype)
+    whole[index] = part.to(whole.device)
+    return whole
 
 
 def prepare(case: Case, provider: str, inputs: Any, *, smoke: bool = False) -> Call:
