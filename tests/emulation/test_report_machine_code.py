@@ -189,7 +189,7 @@ def test_work_of_inner_loops_is_not_counted_as_that_of_the_loop_around_them():
 
 
 def test_products_of_unknown_size_weigh_more_than_none():
-    """UTCHMMA does not say its FLOP, so that a longer loop without products was the main one on sm_100."""
+    """UTCHMMA does not say its FLOP, so that a longer loop without products would be the main one on sm_100."""
     code = _kernel([("UTCHMMA", 2), ("IADD3", 20)], [("IADD3", 60)])
     function = sass.Function(registers=64, stack=0, shared_memory=0, instructions=tuple(code))
     assert rows.loop_of("sm_100", sass, function).counts["tensor UTCHMMA"] == 2
