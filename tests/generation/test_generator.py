@@ -13,8 +13,9 @@ import var
 from tests.helpers.models import tiny_var, tiny_vqvae
 from var import Generator, VARConfig, VQVAEConfig, generate
 from var.generation import memory
-from var.generation.inference import InferenceDecoder, InferenceTransformer, Spaces
+from var.generation.decoder import InferenceDecoder, Spaces
 from var.generation.noise import fill_exponential
+from var.generation.transformer import InferenceTransformer
 from var_kernels.inference.packed_linear import PackedLinear
 from var_kernels.native import load
 from var_kernels.testing import stated_order
@@ -247,7 +248,7 @@ def test_activations_of_the_decoder_are_no_fresh_pages_after_the_first_call():
     """In a process with malloc's own settings: those of 40 MiB and more were returned to the system after each use."""
     program = """
 import resource, torch, var
-from var.generation.inference import InferenceDecoder
+from var.generation.decoder import InferenceDecoder
 with torch.inference_mode():
     vqvae = var.VQVAE(var.VQVAEConfig(ch=64, z_channels=8, ch_mult=(1,) * 6, num_res_blocks=1, patch_nums=(1, 16)))
     decoder, f_hat = InferenceDecoder(vqvae), torch.zeros(1, 8, 16, 16)

@@ -15,7 +15,7 @@ from tests.model.golden import (
 )
 from var import edit
 from var.generation.editing import box_mask
-from var.generation.inference import InferenceTransformer
+from var.generation.transformer import InferenceTransformer
 from var_kernels import backends
 
 

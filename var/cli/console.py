@@ -156,7 +156,7 @@ def check_backend(backend: str) -> str:
 
 def check_precision(precision: str) -> str:
     """`precision`; ValueError with the names there are if it is none of them."""
-    from ..generation.inference import PRECISIONS
+    from ..generation.request import PRECISIONS
 
     if precision not in PRECISIONS:
         raise ValueError(f"--precision: expected {' or '.join(PRECISIONS)}, got {precision!r}")

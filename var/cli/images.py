@@ -135,7 +135,7 @@ def _write_images(
     backend: str,
 ) -> None:
     from ..generation import batches, memory
-    from ..generation.inference import PRECISIONS
+    from ..generation.request import PRECISIONS
     from . import image_sets
 
     pipeline, count = opened.pipeline, len(labels)

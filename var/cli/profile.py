@@ -21,7 +21,7 @@ from var_kernels.native.build import write_atomically
 from ..generation import memory
 from ..generation.batches import Sampling, default_batch_size, image_seeds, sampling_for
 from ..generation.generator import Generator
-from ..generation.inference import PRECISIONS
+from ..generation.request import PRECISIONS
 from ..model.config import PRESETS
 from ..model.opening import EMBEDDED, Pipeline, open_model
 from ..model.transformer import VAR

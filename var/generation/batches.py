@@ -14,7 +14,7 @@ from ..model.config import PRESETS, VARConfig
 from ..model.opening import OpenModel, Pipeline
 from . import memory
 from .generator import Generator
-from .inference import PRECISIONS
+from .request import PRECISIONS
 
 # Released models: the protocol of the paper. Others may carry their own values in their file's metadata.
 _SAMPLING = {"cfg": 1.5, "top_k": 0, "top_p": 0.96}

@@ -14,9 +14,10 @@ from var_kernels.reference.sample_tokens import restrict
 from ..model.transformer import VAR
 from ..model.vqvae import VQVAE
 from . import graphs as graph_capture
-from .inference import PRECISIONS, InferenceDecoder, InferenceTransformer
+from .decoder import InferenceDecoder
 from .noise import Noise
-from .request import Generated, Kept, OnScale, Options, check_options, checked_seeds
+from .request import PRECISIONS, Generated, Kept, OnScale, Options, check_options, checked_seeds
+from .transformer import InferenceTransformer
 
 
 def soft_codes(logits_BLV: Tensor, codebook_VC: Tensor, ratio: float, exponential_BLV: Tensor) -> Tensor:
