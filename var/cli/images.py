@@ -164,7 +164,9 @@ def _write_images(
     if new:
         configs, device = (pipeline.var.config, pipeline.vqvae.config), pipeline.var.pos_1LC.device
         prepared = memory.fixed_bytes(*configs, PRECISIONS[precision].itemsize, device, pipeline.var.backend)
-        spent = f", {seconds / new:.3f} s per image, with a prepared copy of the weights of {prepared / 2**20:.0f} MiB"
+        spent = f", {seconds / new:.3f} s per image"
+        if prepared:
+            spent += f", with a prepared copy of the weights of {prepared / 2**20:.0f} MiB"
     say(f"{output}: {count} image{'s' * (count > 1)}, {how}, backend {backend}; {seconds:.2f} s{spent}")
 
 
