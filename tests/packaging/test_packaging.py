@@ -3,8 +3,6 @@
 Everything runs in fresh processes: loading a library cannot be undone in this one. Nothing needs the network.
 """
 
-import ast
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -60,36 +58,6 @@ def test_import_is_inert(module, tmp_path):
     )  # fmt: skip
     assert (answer.returncode, answer.stdout, answer.stderr) == (0, "", "")
     assert not (tmp_path / "cache").exists()
-
-
-def imports_of(path, name):
-    """The modules that a module imports from, anywhere in it."""
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in list(ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef) and node.name == "generate":
-            node.body = []  # `VAR.generate` is a method of the model, which the generator of it imports
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package or None)
-            yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
-
-
-def test_no_modules_import_one_another():
-    """`backends` and `measured_order`, `sampler` and `graphs` did, one way inside of a function."""
-    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
-             for package in ("var", "var_kernels") for path in (ROOT / package).rglob("*.py")}  # fmt: skip
-    imported = {name: {other for other in imports_of(path, name) if other in paths} for name, path in paths.items()}
-
-    def reached(name):
-        seen, left = set(), [name]
-        while left:
-            new = imported[left.pop()] - seen
-            seen |= new
-            left += new
-        return seen
-
-    assert len(paths) > 50 and not [name for name in paths if name in reached(name)]
 
 
 @needs_compiler
