@@ -22,7 +22,6 @@ from test_gated_residual_mixed import assert_accurate_mixed, mixed_inputs
 from var_kernels import _build, gated_residual_adaln
 from var_kernels.testing import modulation, randn
 
-pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 

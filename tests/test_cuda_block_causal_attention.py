@@ -15,7 +15,6 @@ from test_block_causal_attention import with_grads
 from var_kernels import _build, block_causal_attention
 from var_kernels.testing import assert_accurate, attention_inputs, randn, scale_lens
 
-pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 

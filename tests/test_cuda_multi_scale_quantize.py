@@ -14,7 +14,6 @@ from var_kernels import _build, multi_scale_quantize, next_scale_input
 from var_kernels.report import nvcc
 from var_kernels.testing import assert_accurate, randn
 
-pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 

@@ -15,7 +15,6 @@ from var_kernels.reference.sample_tokens import restrict
 from var_kernels.report import nvcc
 from var_kernels.testing import randn
 
-pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
