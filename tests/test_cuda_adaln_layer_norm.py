@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from cuda_emulation import EmulationError, as_backend, build, load, machine_code
-from cuda_emulation.mutants import Mutant, load_mutant
+from cuda_emulation import as_backend, build, load, machine_code
+from cuda_emulation.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from cuda_emulation.sanitized import run_sanitized
 from test_adaln_layer_norm import (
     FORMS,
@@ -299,10 +299,10 @@ MUTANTS = {
         HEADER, "c < channels && rows.data != nullptr", "rows.data != nullptr", "out_of_bounds"),
     "no guard on the workers": Mutant(HEADER, "if (sample >= partition.samples)", "if (sample < 0)", "out_of_bounds"),
     "one row of partial sums": Mutant(
-        BACKWARD, "grad.partial + int64_t(worker) * channels", "grad.partial", "cross_block_race"),
+        BACKWARD, "grad.partial + int64_t(worker) * channels", "grad.partial", "cross_block_race", representative=True),
     "padding in the variance": Mutant(
         HEADER, "exists ? (v[j] - mean) * (v[j] - mean) : 0.0f",
-        "exists | true ? (v[j] - mean) * (v[j] - mean) : 0.0f", "values"),
+        "exists | true ? (v[j] - mean) * (v[j] - mean) : 0.0f", "values", representative=True),
     "modulation of the first token": Mutant(HEADER, "if (first || a.scale.per_token != 0)", "if (first)", "values"),
     "modulation of the first token in backward": Mutant(
         BACKWARD, "if (first || a.scale.per_token != 0)", "if (first)", "values"),
@@ -316,29 +316,23 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MUTANTS)
-def test_planted_faults_are_found(name, selected):
-    layer = MUTANTS[name].layer
-    emulation = load_mutant(SOURCE, MUTANTS[name], [MUTANTS[each] for each in selected("name")])
-    found = []
+def steps(emulation, looked_for):
     # In the last one, more tokens than warps in flight, workers of forward have several tokens each.
-    for index, shape in enumerate([(1, 9, 264), (1, 9, 1032), (3, 5, 40)] + [(3, 1500, 16)] * (layer == "values")):
+    for index, shape in enumerate([(1, 9, 264), (1, 9, 1032), (3, 5, 40)] + [(3, 1500, 16)] * (looked_for == "values")):
         tensors = inputs("adaln", shape, seed=index, dtype=torch.bfloat16, forms=("(B,C)", "(B,L,C)", "(B,1,C)"))
-        if layer == "misaligned":
+        if looked_for == "misaligned":
             tensors[0] = torch.nn.functional.pad(tensors[0], (1, 7))[..., 1:-7]
-        elif layer != "values":
+        elif looked_for != "values":
             tensors[1] = tensors[1][:, :1]  # so that dscale is summed as well
-        try:
-            assert_op_accurate(emulation, "adaln", tensors, seed=index)
-        except EmulationError as error:
-            found += [report.kind for report in error.reports]
-        except AssertionError:
-            found.append("values")
-    try:
-        assert_mixed_accurate(emulation, mixed_inputs((1, 9, 264), torch.bfloat16))
-    except EmulationError as error:
-        found += [report.kind for report in error.reports]
-    except AssertionError:
-        found.append("values")
-    assert layer in found
+        yield functools.partial(assert_op_accurate, emulation, "adaln", tensors, seed=index)
+    yield lambda: assert_mixed_accurate(emulation, mixed_inputs((1, 9, 264), torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", parameters(MUTANTS, representative=pytest.mark.slow, others=pytest.mark.slow))
+def test_planted_faults_are_found(name, selected):
+    assert_found(SOURCE, MUTANTS, name, steps, selected("name"), ("bf16",))
+
+
+@pytest.mark.slow
+def test_nothing_is_found_without_a_fault():
+    assert_nothing_found(SOURCE, MUTANTS, steps)

@@ -1,13 +1,12 @@
 """Attention of few queries by CUDA kernels, the keys of a tile divided into parts: as test_cuda_block_causal_attention,
 whose emulated GPU has 6 multiprocessors."""
 
-import functools
 from dataclasses import dataclass
 
 import pytest
 import torch
-from cuda_emulation import EmulationError, build
-from cuda_emulation.mutants import Mutant, load_mutant
+from cuda_emulation import build
+from cuda_emulation.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from cuda_emulation.sanitized import run_sanitized
 from test_cuda_block_causal_attention import (
     HALVES,
@@ -165,21 +164,22 @@ FAULTS = {
         PARTS, "to.sums + part_row(a.problem, place, part, 0)", "to.sums + part_row(a.problem, place, 0, 0)",
         "cross_block_race"),
     "parts that do not exist are added": Mutant(
-        PARTS, "parts = parts_of(place.tile.limit, from.most)", "parts = from.most", "undefined"),
+        PARTS, "parts = parts_of(place.tile.limit, from.most)", "parts = from.most", "undefined", representative=True),
     "q lies where values arrive": Mutant(
         "block_causal_attention.cuh", "stages.value_tile(begin + 1)", "stages.value_tile(1)", "in_flight"),
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(fault, selected):
-    layer = FAULTS[fault].layer
-    faulty = load_mutant(SOURCE, FAULTS[fault], [FAULTS[each] for each in selected("fault")])
+def steps(faulty, looked_for):
     case = CASES["tiles of one part and of three"]
-    finding = functools.partial(pytest.raises, AssertionError if layer == "values" else EmulationError)
-    with finding() as caught:
-        check(case, case.inputs(torch.bfloat16), faulty, seed=1)
-    assert isinstance(caught.value, EmulationError) == (layer != "values")
-    if layer != "values":
-        assert layer in {report.kind for report in caught.value.reports}
+    yield lambda: check(case, case.inputs(torch.bfloat16), faulty, seed=1)
+
+
+@pytest.mark.parametrize("name", parameters(FAULTS, representative=pytest.mark.slow, others=pytest.mark.slow))
+def test_planted_faults_are_found(name, selected):
+    assert_found(SOURCE, FAULTS, name, steps, selected("name"), ("bf16",))
+
+
+@pytest.mark.slow
+def test_nothing_is_found_without_a_fault():
+    assert_nothing_found(SOURCE, FAULTS, steps)

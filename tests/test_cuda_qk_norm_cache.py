@@ -5,8 +5,8 @@ import functools
 
 import pytest
 import torch
-from cuda_emulation import EmulationError, build, load, machine_code, serving
-from cuda_emulation.mutants import Mutant, load_mutant
+from cuda_emulation import build, load, machine_code, serving
+from cuda_emulation.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from cuda_emulation.sanitized import run_sanitized
 from test_qk_norm_cache import DTYPES, expected, problem
 
@@ -171,7 +171,7 @@ def test_machine_code(arch, selected):
 CODE = "qk_norm_cache.cuh"
 MUTANTS = {
     "heads past the end": Mutant(CODE, "const bool present = wanted < a.batch * a.length * a.heads;",
-                                 "const bool present = true;", "out_of_bounds"),
+                                 "const bool present = true;", "out_of_bounds", representative=True),
     "packs past the end": Mutant(CODE, "present && at < packs ? ptx", "present ? ptx", "values"),
     "lanes of the next head": Mutant(CODE, "distance = lanes / 2", "distance = lanes", "values"),
     "keys are scaled as queries": Mutant(CODE, "part == 0 ? factor : 1.0f", "factor", "values"),
@@ -182,7 +182,7 @@ MUTANTS = {
 # Each check of `packs_fit` left out: 16-byte accesses at addresses that are not aligned.
 DOOR = "qk_norm_cache.cu"
 UNCHECKED = {
-    "qkv, address": Mutant(DOOR, "aligned(a.qkv) && ", "", "misaligned"),
+    "qkv, address": Mutant(DOOR, "aligned(a.qkv) && ", "", "misaligned", representative=True),
     **{f"qkv, stride {dim}": Mutant(DOOR, "{a.qkv_sample, a.qkv_token, a.qkv_part, a.qkv_head}",
                                     "{" + ", ".join(f"a.qkv_{part}" for part in parts) + "}", "misaligned")
        for dim, parts in enumerate((("token", "part", "head"), ("sample", "part", "head"), ("sample", "token", "head"),
@@ -196,21 +196,23 @@ UNCHECKED = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", UNCHECKED)
+@pytest.mark.parametrize("name", parameters(UNCHECKED, representative=pytest.mark.slow, others=pytest.mark.slow))
 def test_every_check_of_the_layout_is_needed(name, selected):
-    faulty = load_mutant(SOURCE, UNCHECKED[name], [UNCHECKED[each] for each in selected("name")])
-    with pytest.raises(EmulationError) as caught:
-        check_unfit(faulty, {name})
-    assert "misaligned" in {report.kind for report in caught.value.reports}
+    def look(faulty, looked_for):
+        yield lambda: check_unfit(faulty, {name})
+
+    assert_found(SOURCE, UNCHECKED, name, look, selected("name"), ("float",))
+
+
+def steps(faulty, looked_for):
+    yield lambda: check((1, 3, 3, 24), torch.float32, faulty, seed=1)
+
+
+@pytest.mark.parametrize("name", parameters(MUTANTS, representative=pytest.mark.slow, others=pytest.mark.slow))
+def test_planted_faults_are_found(name, selected):
+    assert_found(SOURCE, MUTANTS, name, steps, selected("name"), ("float",))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MUTANTS)
-def test_planted_faults_are_found(name, selected):
-    mutant = MUTANTS[name]
-    faulty = load_mutant(SOURCE, mutant, [MUTANTS[each] for each in selected("name")])
-    with pytest.raises((EmulationError, AssertionError)) as caught:
-        check((1, 3, 3, 24), torch.float32, faulty, seed=1)
-    if mutant.layer != "values":
-        assert mutant.layer in {report.kind for report in caught.value.reports}
+def test_nothing_is_found_without_a_fault():
+    assert_nothing_found(SOURCE, MUTANTS, steps)
