@@ -17,7 +17,6 @@ from tiny_training import (
     VQVAE_CONFIG,
     tokenizer_options,
     transformer_options,
-    write_fashion_mnist,
 )
 from torch import nn
 
@@ -39,21 +38,6 @@ from var.training import (
 )
 from var.transformer import VAR
 from var.vqvae import VQVAE
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("fashion")
-    write_fashion_mnist(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory, data):
-    """Run directory of a finished tokenizer training of 8 steps."""
-    output = tmp_path_factory.mktemp("runs") / "tokenizer"
-    assert train_tokenizer(tokenizer_options(output, data)).reason == "finished"
-    return output
 
 
 def losses(output):
