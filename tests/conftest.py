@@ -115,3 +115,24 @@ def restore_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Directory of a data set for trainings of a second."""
+    from tests.helpers.training import write_fashion_mnist
+
+    directory = tmp_path_factory.mktemp("fashion")
+    write_fashion_mnist(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory, data):
+    """Run directory of a finished tokenizer training of 8 steps."""
+    from tests.helpers.training import tokenizer_options
+    from var.training.tokenizer import train_tokenizer
+
+    output = tmp_path_factory.mktemp("runs") / "tokenizer"
+    assert train_tokenizer(tokenizer_options(output, data)).reason == "finished"
+    return output

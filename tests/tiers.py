@@ -22,13 +22,13 @@ TIERS = {
 }
 # The tier of every test in the files that match. Single tests of other files carry the marker themselves.
 _PATHS = {
-    "emulated": (
-        "tests/kernels/*/test_cuda*.py", "tests/kernels/*/test_triton*.py", "tests/model/test_cuda_model.py",
-        "tests/emulation/*",
-    ),
     "evidence": (
         "tests/emulation/test_report*.py", "tests/kernels/test_triton_mutants.py", "tests/kernels/test_lower_levels.py",
         "tests/kernels/test_cpu_sanitizers.py", "tests/packaging/test_cuda_library.py",
+    ),
+    "emulated": (
+        "tests/kernels/*/test_cuda*.py", "tests/kernels/*/test_triton*.py", "tests/model/test_cuda_model.py",
+        "tests/emulation/*",
     ),
     "packaging": ("tests/packaging/test_installation.py", "tests/packaging/test_packaging.py"),
     "gpu": ("tests/kernels/test_gpu.py",),
@@ -42,10 +42,11 @@ def tiers_of(path: Path) -> list[str]:
 
 
 def mark(items: Iterable[pytest.Item]) -> None:
-    """Adds the marker of its tiers to every test."""
+    """Adds the marker of its tiers to every test; a test that is evidence is in no cheaper tier as well."""
     for item in items:
         for tier in tiers_of(item.path):
-            item.add_marker(tier)
+            if tier != "emulated" or not item.get_closest_marker("evidence"):
+                item.add_marker(tier)
 
 
 def is_left_out(item: pytest.Item, named: Iterable[Path]) -> bool:

@@ -17,14 +17,10 @@
 #include "../empty.h"
 #include "device.cuh"
 
-// Which ops a file implements: `VAR_CUDA_OPS(m) { m.impl(...); }`. A build for another executor names its own namespace
-// and dispatch key.
-#ifndef VAR_OPS_NAMESPACE
-#define VAR_OPS_NAMESPACE var_kernels
-#define VAR_OPS_KEY CUDA
+// Which ops a file implements: `VAR_CUDA_OPS(m) { m.impl(...); }`. A build for another executor defines its own.
+#ifndef VAR_CUDA_OPS
+#define VAR_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(var_kernels, CUDA, m)
 #endif
-#define VAR_OPS_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
-#define VAR_CUDA_OPS(m) VAR_OPS_IMPL(VAR_OPS_NAMESPACE, VAR_OPS_KEY, m)
 
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 

@@ -14,9 +14,9 @@ import torch
 
 from tools.gpu_emulation.cuda import EmulationError, build, load
 from tools.gpu_emulation.cuda.sanitized import run_sanitized
+from var_kernels.native import build as native_build
 from var_kernels.testing import randn
 
-pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
@@ -264,8 +264,29 @@ def test_a_compile_error_is_shown(tmp_path):
         build.build("fast", [tmp_path / "broken.cu"])
 
 
-def test_modules_with_the_same_operators_are_kept_apart(monkeypatch, tmp_path):
-    load("fast", SOURCES)
-    monkeypatch.setattr(build, "build", lambda *arguments: tmp_path / "other.so")
-    with pytest.raises(ValueError, match="label: expected one that no other module of micro.cu has, got ''"):
-        load("fast", [*SOURCES, tmp_path / "second.cu"])
+def test_modules_with_the_same_operators_are_kept_apart():
+    source = native_build.CSRC / "cuda" / "nearest_code.cu"
+    modules = [load("fast", [source]), load("fast", [source, *SOURCES])]
+    assert load("fast", [source]) is modules[0] and modules[0].namespace != modules[1].namespace
+    z, codebook = randn(3, 4, seed=1), randn(5, 4, seed=2)
+    for called, other in (modules, modules[::-1]):
+        with called.run() as record, other.run() as nothing:
+            called.ops._nearest_code(z, codebook, False)
+        assert record.counters["launches"] > 0 and nothing.counters["launches"] == 0
+
+
+def test_what_files_share_is_compiled_once(monkeypatch):
+    """The runtime serves every module of a variant; a file serves every module that contains it, in any namespace."""
+    source = native_build.CSRC / "cuda" / "nearest_code.cu"
+    load("fast", [source]), load("fast", SOURCES), load("race", SOURCES)
+    made = []
+
+    def make(command, output):
+        if not output.is_file():
+            made.append(output.name)
+        return output
+
+    monkeypatch.setattr(build, "_make", make)
+    build.build("fast", [*SOURCES, source])
+    build.build("race", [*SOURCES, source])
+    assert [name.partition("-")[0] for name in made if name.endswith(".o")] == ["nearest_code"]  # the second one's

@@ -8,156 +8,136 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+
+from tools.gpu_emulation.planted_faults import Mutant, parameters
 
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.evidence
-
-
-class Mutant(NamedTuple):
-    """In `file` of var_kernels `right` becomes `wrong`, and `test` fails."""
-
-    name: str
-    file: str
-    right: str
-    wrong: str
-    test: str
-
 
 ATTENTION = "triton/block_causal_attention.py"
-MUTANTS = [
-    Mutant(
-        "a row sees one scale more",
+MUTANTS = {
+    "a row sees one scale more": Mutant(
         "triton/tiles.py",
         "return [end for length, end in zip(lens, accumulate(lens), strict=True) for _ in range(length)]",
         "ends = [*accumulate(lens)]; ends = [*ends[1:], ends[-1]]; "
         "return [end for length, end in zip(lens, ends, strict=True) for _ in range(length)]",
         "block_causal_attention/test_triton.py::test_schedules",
     ),
-    Mutant(
-        "the last block of keys is not masked",
+    "the last block of keys is not masked": Mutant(
         ATTENTION,
         "    return keys < ends\n",
         "    return keys >= 0\n",
         "block_causal_attention/test_triton.py::test_schedules",
+        representative=True,
     ),
-    Mutant(
-        "rows beyond the end of a tile are loaded",
+    "rows beyond the end of a tile are loaded": Mutant(
         ATTENTION,
         "row_inside = tl.arange(0, ROWS)[:, None] < count",
         "row_inside = tl.arange(0, ROWS)[:, None] < ROWS",
         "block_causal_attention/test_triton.py::test_compiled_code",
     ),
-    Mutant(
-        "sums under an older maximum are not rescaled",
+    "sums under an older maximum are not rescaled": Mutant(
         ATTENTION,
         "acc * factor[:, None]",
         "acc",
         "block_causal_attention/test_triton.py::test_large_logits",
     ),
-    Mutant(
-        "the sum of exponentials is not rescaled",
+    "the sum of exponentials is not rescaled": Mutant(
         ATTENTION,
         "total * factor + tl.sum(p, 1)",
         "total + tl.sum(p, 1)",
         "block_causal_attention/test_triton.py::test_large_logits",
     ),
-    Mutant(
-        "v is read with the strides of k",
+    "v is read with the strides of k": Mutant(
         ATTENTION,
         "v_base = _head(v, batch, head // group, v_batch, v_head, STRIDE_UNIT)",
         "v_base = _head(v, batch, head // group, k_batch, k_head, STRIDE_UNIT)",
         "block_causal_attention/test_triton.py::test_strided_inputs",
+        times=2,
     ),
-    Mutant(
-        "the gradient of lse is ignored",
+    "the gradient of lse is ignored": Mutant(
         ATTENTION,
         "if HAS_DLSE:",
         "if HAS_DLSE and False:",
         "block_causal_attention/test_triton.py::test_log_sum_exp_and_its_gradient",
     ),
-    Mutant(
-        "shift is dropped",
+    "shift is dropped": Mutant(
         "triton/adaln_layer_norm.py",
         "factors[i] + shifts[i],)",
         "factors[i] + 0 * shifts[i],)",
         "adaln_layer_norm/test_triton.py::test_accurate_over_shapes",
+        representative=True,
     ),
-    Mutant(
-        "x is read with the strides of the branch",
+    "x is read with the strides of the branch": Mutant(
         "triton/adaln_layer_norm.py",
         "rows_at(x, sample, token, x_b, x_l)",
         "rows_at(x, sample, token, branch_b, x_l)",
         "adaln_layer_norm/test_triton.py::test_accurate_over_shapes",
+        times=2,
     ),
-    Mutant(
-        "padded channels count in the variance",
+    "padded channels count in the variance": Mutant(
         "triton/adaln_layer_norm.py",
         "            if i == C // CHUNK and C % CHUNK != TAIL:\n",
         "            if i < 0:\n",
         "adaln_layer_norm/test_triton.py::test_accurate_over_shapes",
     ),
-    Mutant(
-        "a later tile of equal score wins",
+    "a later tile of equal score wins": Mutant(
         "triton/nearest_code.py",
         "better = top > best",
         "better = top >= best",
         "nearest_code/test_triton.py::test_first_of_equal_codes",
+        representative=True,
     ),
-    Mutant(
-        "codes beyond the codebook take part",
+    "codes beyond the codebook take part": Mutant(
         "triton/nearest_code.py",
         'mask=v < end, other=float("-inf")',
         "mask=v < end, other=0.0",
         "nearest_code/test_triton.py::test_small_tiles",
     ),
-    Mutant(
-        "the bias of phi is dropped",
+    "the bias of phi is dropped": Mutant(
         "triton/multi_scale_quantize.py",
         "(products + tl.load(bias + o, mask=o < channels, other=0.0)[None, :])",
         "products",
         "multi_scale_quantize/test_triton.py::test_forward_and_backward",
+        representative=True,
     ),
-    Mutant(
-        "bicubic taps are not clamped to the map in the backward",
+    "bicubic taps are not clamped to the map in the backward": Mutant(
         "triton/multi_scale_quantize_backward.py",
         "tl.minimum(tl.maximum(below - 1 + tap, 0), size - 1)",
         "tl.maximum(below - 1 + tap, 0)",
         "multi_scale_quantize/test_triton.py::test_forward_and_backward",
+        representative=True,
     ),
-    Mutant(
-        "keys go one row too far into the cache",
+    "keys go one row too far into the cache": Mutant(
         "triton/qk_norm_cache.py",
         "place = start + token\n",
         "place = start + 1 + token\n",
         "qk_norm_cache/test_triton.py::test_interpreted",
+        representative=True,
     ),
-    Mutant(
-        "columns beyond the head dimension are written",
+    "columns beyond the head dimension are written": Mutant(
         "triton/qk_norm_cache.py",
         "mask = present & (column < D)",
         "mask = present & (column < WIDTH)",
         "qk_norm_cache/test_triton.py::test_interpreted",
     ),
-    Mutant(
-        "top-p drops the last of equal tokens",
+    "top-p drops the last of equal tokens": Mutant(
         "triton/sample_tokens.py",
         "tied & (index < low), _LOWEST",
         "tied & (index >= tokens - low), _LOWEST",
         "sample_tokens/test_triton.py::test_equal_logits_on_the_border",
+        representative=True,
     ),
-    Mutant(
-        "the second half of the key is not used",
+    "the second half of the key is not used": Mutant(
         "triton/sample_tokens.py",
         "key1 = (seed >> 32).to(tl.uint32)",
         "key1 = (seed >> 32).to(tl.uint32) * 0",
         "sample_tokens/test_triton.py::test_seeds_stand_for_the_documented_noise",
     ),
-]
+}
 
 
 @pytest.fixture(scope="module")
@@ -181,22 +161,18 @@ def run(root: Path, *tests: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=[mutant.name.replace(" ", "-") for mutant in MUTANTS])
-def test_mutant_is_caught(copy, mutant):
-    path = copy / "var_kernels" / mutant.file
-    text = path.read_text()
-    assert text.count(mutant.right) >= 1, "the kernel has changed: plant this fault anew"
-    path.write_text(text.replace(mutant.right, mutant.wrong))
-    try:
-        answer = run(copy, mutant.test)
-    finally:
-        path.write_text(text)
+@pytest.mark.parametrize("name", parameters(MUTANTS, others=pytest.mark.evidence))
+def test_mutant_is_caught(copy, name):
+    mutant = MUTANTS[name]
+    with mutant.planted(copy / "var_kernels"):
+        answer = run(copy, mutant.check)
     # One failure, of this test and of what it asserts: not a fault that does not compile, nor one of the copy.
     assert answer.returncode == 1, answer.stdout
     assert re.search(r"^1 failed", answer.stdout.splitlines()[-1]), answer.stdout
     assert re.search(r"^E +(AssertionError|assert |.*PtxError)", answer.stdout, re.M), answer.stdout
 
 
+@pytest.mark.evidence
 def test_without_a_fault_the_same_tests_pass(copy):
-    answer = run(copy, *sorted({mutant.test for mutant in MUTANTS}))
+    answer = run(copy, *sorted({mutant.check for mutant in MUTANTS.values()}))
     assert answer.returncode == 0, answer.stdout

@@ -10,14 +10,13 @@ import var
 from tests.model import golden as vectors
 from tools.gpu_emulation.cuda import build, kernel_sources, load, serving
 
-pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
 
 def emulation():
     """Inside, backend="cuda" is the emulation of every CUDA file; raises EmulationError for what was found."""
-    return serving(load("fast", kernel_sources(), "model"))
+    return serving(load("fast", kernel_sources()))
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_shared_aln"])

@@ -20,7 +20,6 @@ from tests.helpers.training import (
     VQVAE_CONFIG,
     tokenizer_options,
     transformer_options,
-    write_fashion_mnist,
 )
 from var.data.datasets import DataError
 from var.model import checkpoints
@@ -39,21 +38,6 @@ from var.training.trainer import (
     write_checkpoint,
 )
 from var.training.transformer import load_tokenizer, train_transformer, weights_hash
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("fashion")
-    write_fashion_mnist(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory, data):
-    """Run directory of a finished tokenizer training of 8 steps."""
-    output = tmp_path_factory.mktemp("runs") / "tokenizer"
-    assert train_tokenizer(tokenizer_options(output, data)).reason == "finished"
-    return output
 
 
 def losses(output):

@@ -13,7 +13,6 @@ from tests.helpers.training import (
     VQVAE_CONFIG,
     tokenizer_options,
     transformer_options,
-    write_fashion_mnist,
     write_image_folder,
 )
 from var.model import checkpoints
@@ -24,22 +23,6 @@ from var.training.progress import read_log
 from var.training.tokenizer import CodebookCare, train_tokenizer
 from var.training.trainer import Trainer, TrainingError
 from var.training.transformer import cached_tokens, load_tokenizer, train_transformer
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("fashion")
-    write_fashion_mnist(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory, data):
-    """Run directory of a finished tokenizer training of 8 steps."""
-    output = tmp_path_factory.mktemp("runs") / "tokenizer"
-    assert train_tokenizer(tokenizer_options(output, data)).reason == "finished"
-    return output
-
 
 # --------------------------------------------------------------------------------------------------------- tokenizer
 

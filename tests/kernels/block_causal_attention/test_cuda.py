@@ -1,7 +1,6 @@
 """The CUDA kernels of block_causal_attention: executed on the CPU by the emulation and from the PTX that nvcc writes,
 never on a GPU; what nvcc makes of them; and that planted faults are found."""
 
-import contextlib
 import functools
 
 import pytest
@@ -9,14 +8,13 @@ import torch
 
 from tests.kernels.block_causal_attention.contract import check as check_values_and_gradients
 from tests.kernels.block_causal_attention.contract import with_grads
-from tools.gpu_emulation.cuda import EmulationError, build, load, machine_code, serving
-from tools.gpu_emulation.cuda.mutants import Mutant, load_mutant
+from tools.gpu_emulation.cuda import build, load, machine_code, serving
+from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from var_kernels import block_causal_attention
 from var_kernels.native import build as native_build
 from var_kernels.testing import assert_accurate, attention_inputs, randn, scale_lens, stated_order
 
-pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
@@ -333,7 +331,8 @@ FAULTS = {
     "no barrier before the scores": Mutant(
         FORWARD, "__syncthreads();          // and every warp", "// and every warp", "race"),
     "no barrier before the values": Mutant(
-        FORWARD, "__syncthreads();\n  stages.start_values(block + 1)", "stages.start_values(block + 1)", "race"),
+        FORWARD, "__syncthreads();\n  stages.start_values(block + 1)", "stages.start_values(block + 1)", "race",
+        representative=True),
     "no warp barrier in the results": Mutant(DEVICE, "  __syncwarp();\n", "", "race"),
     "keys past the end": Mutant(DEVICE, "first + row + r < limit && (c", "(c", "out_of_bounds"),
     "columns past the end": Mutant(DEVICE, " && (c + chunk) * kWidth < dim", "", "out_of_bounds"),
@@ -351,39 +350,43 @@ FAULTS = {
         BACKWARD, "step, statistic, masked);\n  __syncthreads();", "step, statistic, masked);", "race"),
     "values overtake out": Mutant(BACKWARD, "__syncthreads();  // the warps are done with out", "", "race"),
     "a key is seen too early": Mutant(
-        BACKWARD, "8 >= stages.statistics.visible", "8 > stages.statistics.visible", "values"),
+        BACKWARD, "8 >= stages.statistics.visible", "8 > stages.statistics.visible", "values", representative=True),
     "a warp diverges": Mutant(
         FORWARD, "    total += __shfl_xor_sync(kFullWarp, total, 2);",
         "    if (threadIdx.x % 8 < 4) total += __shfl_xor_sync(kFullWarp, total, 2);", "divergence"),
 }  # fmt: skip
 
 
-@pytest.mark.evidence
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_found(fault, selected):
-    layer = FAULTS[fault].layer
-    faulty = load_mutant(SOURCE, FAULTS[fault], [FAULTS[each] for each in selected("fault")])
-    dim = 40 if fault == "columns past the end" else 64
+def steps(faulty, looked_for, dim=64):
     inputs = attention_inputs(1, 1, 135, dim, seed=1, dtype=torch.bfloat16)
     dout, lens = randn(1, 1, 135, dim, seed=4, dtype=torch.bfloat16), (65, 1, 69)
     attention = functools.partial(block_causal_attention, scale_lens=lens)
 
+    @functools.cache
     def run():
         with emulation(faulty, seed=1) as record:
             return with_grads(functools.partial(attention, backend="cuda"), inputs, dout), record.counters
 
-    if layer in ("values", "conflicts"):
-        actual, counters = run()
+    def accurate():
         with stated_order():
             same, exact = (
                 with_grads(functools.partial(attention, backend="reference"), inputs, dout, dtype)
                 for dtype in (torch.bfloat16, torch.float64)
             )
-        assert (counters["bank_conflicts"] > 0) == (layer == "conflicts")
-        with pytest.raises(AssertionError) if layer == "values" else contextlib.nullcontext():
-            for results in zip(actual, same, exact, strict=True):
-                assert_accurate(*results)
-    else:
-        with pytest.raises(EmulationError) as caught:
-            run()
-        assert layer in {report.kind for report in caught.value.reports}
+        for results in zip(run()[0], same, exact, strict=True):
+            assert_accurate(*results)
+
+    yield lambda: {"conflicts"} if run()[1]["bank_conflicts"] else set()
+    yield accurate
+
+
+@pytest.mark.parametrize("name", parameters(FAULTS, others=pytest.mark.evidence))
+def test_planted_faults_are_found(name, selected):
+    looking = functools.partial(steps, dim=40 if name == "columns past the end" else 64)
+    assert_found(SOURCE, FAULTS, name, looking, selected("name"), ("bf16",))
+
+
+@pytest.mark.evidence
+def test_nothing_is_found_without_a_fault():
+    for dim in (40, 64):
+        assert_nothing_found(SOURCE, FAULTS, functools.partial(steps, dim=dim))

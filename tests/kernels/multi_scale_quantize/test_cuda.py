@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from tests.kernels.multi_scale_quantize.contract import NAMES, SHAPES, gradients, inputs, leaves, pairs
-from tools.gpu_emulation.cuda import EmulationError, build, load, machine_code, serving
-from tools.gpu_emulation.cuda.mutants import Mutant, load_mutant
+from tools.gpu_emulation.cuda import build, load, machine_code, serving
+from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from tools.report import nvcc
 from var_kernels import multi_scale_quantize, next_scale_input
 from var_kernels.native import build as native_build
 from var_kernels.testing import assert_accurate, randn, stated_order
 
-pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
@@ -254,7 +253,8 @@ def test_machine_code(source, arch, selected):
 
 MAP, RESIDENT, GRADIENTS = (f"multi_scale_quantize{part}.cuh" for part in ("_map", "", "_backward"))
 FORWARD_MUTANTS = {
-    "the residual is read too early": Mutant(RESIDENT, "__syncthreads();  // the residual is complete;", "//", "race"),
+    "the residual is read too early": Mutant(RESIDENT, "__syncthreads();  // the residual is complete;", "//", "race",
+                                             representative=True),
     "no barrier before the pixels": Mutant(MAP, "    __syncthreads();\n    fill_pixels", "    fill_pixels",
                                            "undefined"),
     "no barrier after the weights": Mutant(MAP, "store(memory.weights);\n      __syncthreads();",
@@ -279,7 +279,7 @@ BACKWARD_MUTANTS = {
     "no barrier between two strips": Mutant(GRADIENTS, "__syncthreads();  // the last strip is done with", "", "race"),
     "slices share their sums": Mutant(GRADIENTS, "a.partials + (int64_t(slice) * a.scales + k) * a.phi_floats();",
                                       "a.partials + k * a.phi_floats();", "cross_block_race"),
-    "weights are not mirrored": Mutant(MAP, "* 9 + 8 - tap]", "* 9 + tap]", "values"),
+    "weights are not mirrored": Mutant(MAP, "* 9 + 8 - tap]", "* 9 + tap]", "values", representative=True),
     "pixels out of reach": Mutant(GRADIENTS, "(2 * int64_t(index) - 3)", "(2 * int64_t(index))", "values"),
     "later scales are not taken off": Mutant(GRADIENTS, "    add_scaled(difference, -1.0f, h);\n", "", "values"),
     "the last tokens are left out": Mutant(GRADIENTS, "first < count; first += 32", "first + 32 < count; first += 32",
@@ -301,16 +301,31 @@ def outcome(emulated_kernels, source):
         return list(backward(*tensors, tokens, derrors, *maps, 0.5))
 
 
-@pytest.mark.evidence
-@pytest.mark.parametrize("name", [*FORWARD_MUTANTS, *BACKWARD_MUTANTS])
-def test_planted_faults_are_found(name, selected):
-    mutants = FORWARD_MUTANTS if name in FORWARD_MUTANTS else BACKWARD_MUTANTS
-    source = FORWARD if name in FORWARD_MUTANTS else BACKWARD
-    faulty = load_mutant(source, mutants[name], [mutants[each] for each in selected("name") if each in mutants])
-    if mutants[name].layer == "values":
+def steps(faulty, looked_for, source):
+    def same_results():
         found, expected = outcome(faulty, source), outcome(emulated("fast"), source)
-        assert not all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(found, expected, strict=True))
-        return
-    with pytest.raises(EmulationError) as caught:
-        outcome(faulty, source)
-    assert mutants[name].layer in {report.kind for report in caught.value.reports}
+        assert all(torch.allclose(x, y, rtol=1e-4, atol=1e-5) for x, y in zip(found, expected, strict=True))
+
+    yield same_results if looked_for == "values" else functools.partial(outcome, faulty, source)
+
+
+PLANTED = ((FORWARD, FORWARD_MUTANTS), (BACKWARD, BACKWARD_MUTANTS))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for _, mutants in PLANTED
+        for name in parameters(mutants, others=pytest.mark.evidence)
+    ],
+)
+def test_planted_faults_are_found(name, selected):
+    source, mutants = next(each for each in PLANTED if name in each[1])
+    assert_found(source, mutants, name, functools.partial(steps, source=source), selected("name"), ("float",))
+
+
+@pytest.mark.evidence
+@pytest.mark.parametrize(("source", "mutants"), PLANTED, ids=("forward", "backward"))
+def test_nothing_is_found_without_a_fault(source, mutants):
+    assert_nothing_found(source, mutants, functools.partial(steps, source=source))

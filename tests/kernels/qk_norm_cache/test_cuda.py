@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from tests.kernels.qk_norm_cache.contract import DTYPES, expected, problem
-from tools.gpu_emulation.cuda import EmulationError, build, load, machine_code, serving
-from tools.gpu_emulation.cuda.mutants import Mutant, load_mutant
+from tools.gpu_emulation.cuda import build, load, machine_code, serving
+from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from tools.report import nvcc
 from var_kernels import qk_norm_cache
 from var_kernels.native import build as native_build
 from var_kernels.testing import assert_accurate, randn, stated_order
 
-pytest.importorskip("pybind11")
 if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
@@ -174,7 +173,7 @@ def test_machine_code(arch, selected):
 CODE = "qk_norm_cache.cuh"
 MUTANTS = {
     "heads past the end": Mutant(CODE, "const bool present = wanted < a.batch * a.length * a.heads;",
-                                 "const bool present = true;", "out_of_bounds"),
+                                 "const bool present = true;", "out_of_bounds", representative=True),
     "packs past the end": Mutant(CODE, "present && at < packs ? ptx", "present ? ptx", "values"),
     "lanes of the next head": Mutant(CODE, "distance = lanes / 2", "distance = lanes", "values"),
     "keys are scaled as queries": Mutant(CODE, "part == 0 ? factor : 1.0f", "factor", "values"),
@@ -185,7 +184,7 @@ MUTANTS = {
 # Each check of `packs_fit` left out: 16-byte accesses at addresses that are not aligned.
 DOOR = "qk_norm_cache.cu"
 UNCHECKED = {
-    "qkv, address": Mutant(DOOR, "aligned(a.qkv) && ", "", "misaligned"),
+    "qkv, address": Mutant(DOOR, "aligned(a.qkv) && ", "", "misaligned", representative=True),
     **{f"qkv, stride {dim}": Mutant(DOOR, "{a.qkv_sample, a.qkv_token, a.qkv_part, a.qkv_head}",
                                     "{" + ", ".join(f"a.qkv_{part}" for part in parts) + "}", "misaligned")
        for dim, parts in enumerate((("token", "part", "head"), ("sample", "part", "head"), ("sample", "token", "head"),
@@ -199,21 +198,23 @@ UNCHECKED = {
 }  # fmt: skip
 
 
-@pytest.mark.evidence
-@pytest.mark.parametrize("name", UNCHECKED)
+@pytest.mark.parametrize("name", parameters(UNCHECKED, others=pytest.mark.evidence))
 def test_every_check_of_the_layout_is_needed(name, selected):
-    faulty = load_mutant(SOURCE, UNCHECKED[name], [UNCHECKED[each] for each in selected("name")])
-    with pytest.raises(EmulationError) as caught:
-        check_unfit(faulty, {name})
-    assert "misaligned" in {report.kind for report in caught.value.reports}
+    def look(faulty, looked_for):
+        yield lambda: check_unfit(faulty, {name})
+
+    assert_found(SOURCE, UNCHECKED, name, look, selected("name"), ("float",))
+
+
+def steps(faulty, looked_for):
+    yield lambda: check((1, 3, 3, 24), torch.float32, faulty, seed=1)
+
+
+@pytest.mark.parametrize("name", parameters(MUTANTS, others=pytest.mark.evidence))
+def test_planted_faults_are_found(name, selected):
+    assert_found(SOURCE, MUTANTS, name, steps, selected("name"), ("float",))
 
 
 @pytest.mark.evidence
-@pytest.mark.parametrize("name", MUTANTS)
-def test_planted_faults_are_found(name, selected):
-    mutant = MUTANTS[name]
-    faulty = load_mutant(SOURCE, mutant, [MUTANTS[each] for each in selected("name")])
-    with pytest.raises((EmulationError, AssertionError)) as caught:
-        check((1, 3, 3, 24), torch.float32, faulty, seed=1)
-    if mutant.layer != "values":
-        assert mutant.layer in {report.kind for report in caught.value.reports}
+def test_nothing_is_found_without_a_fault():
+    assert_nothing_found(SOURCE, MUTANTS, steps)

@@ -2,7 +2,7 @@
 
     emulation = load("race", kernel_sources())
     with emulation.run(seed=1, late_copies=True):
-        torch.ops.var_kernels_emulated_race._adaln_layer_norm(x, scale, shift, 1e-6)
+        emulation.ops._adaln_layer_norm(x, scale, shift, 1e-6)
 
 What the emulation finds raises :class:`EmulationError` at the end of the block. It says nothing about speed, the
 assembly inside `csrc/cuda/device.cuh`, or the memory model beyond barriers: memory is sequentially consistent here.
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.machinery
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -29,7 +27,7 @@ from var_kernels import backends
 from var_kernels.native import build as native_build
 from var_kernels.native import library
 
-from . import build
+from . import binding, build
 
 __all__ = [
     "Emulation", "EmulationError", "Executor", "Launch", "Report", "Run", "as_backend", "kernel_sources", "load",
@@ -104,7 +102,7 @@ class Emulation:
 
     namespace: str
     path: Path
-    module: object
+    module: binding.Module
 
     @property
     def ops(self):
@@ -214,36 +212,18 @@ def kernel_sources() -> list[Path]:
     return sorted((native_build.CSRC / "cuda").glob("*.cu"))
 
 
-@functools.cache
-def _defined(namespace: str) -> torch.library.Library:
-    return library.define_again(namespace)
+_loaded: dict[Path, tuple[Emulation, torch.library.Library]] = {}
 
 
-_loaded: dict[Path, Emulation] = {}
-_served_by: dict[tuple[str, str], Path] = {}  # (namespace, source) -> module
+def load(variant: str, sources: Sequence[Path]) -> Emulation:
+    """Builds, or finds in the cache, the module of these .cu files, and loads it. `variant`: see :mod:`.build`."""
+    return load_built(build.build(variant, sources))
 
 
-def load(variant: str, sources: Sequence[Path], label: str = "") -> Emulation:
-    """Builds, or finds in the cache, the module of these .cu files, and loads it. `variant`: see :mod:`.build`.
-
-    A `label` keeps the operators apart from those of other modules of the variant in this process. ValueError where
-    that is needed: of two modules with the same operators, torch calls the one loaded last.
-    """
-    path, namespace = build.build(variant, sources, label), build.namespace(variant, label)
-    for source in sources:
-        if _served_by.setdefault((namespace, source.stem), path) != path:
-            raise ValueError(f"label: expected one that no other module of {source.name} has, got {label!r}")
-    return load_built(path, namespace)
-
-
-def load_built(path: Path, namespace: str) -> Emulation:
-    """Loads a module that was built for this namespace."""
+def load_built(path: Path) -> Emulation:
+    """Loads a module that was built. Each has a namespace of its own, so that any of them can serve in one process."""
     if path not in _loaded:
-        _defined(namespace)
-        # Extension modules are remembered by name: each library needs its own.
-        name = f"{path.parent.name}.{build.MODULE}"
-        loader = importlib.machinery.ExtensionFileLoader(name, str(path))
-        module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, path, loader=loader))
-        loader.exec_module(module)
-        _loaded[path] = Emulation(namespace, path, module)
-    return _loaded[path]
+        namespace = f"var_kernels_emulated_{len(_loaded)}"
+        schemas = library.define_again(namespace)
+        _loaded[path] = Emulation(namespace, path, binding.Module(path, namespace)), schemas
+    return _loaded[path][0]

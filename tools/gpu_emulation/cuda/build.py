@@ -1,11 +1,14 @@
-"""Compiles .cu files with g++ into Python modules that execute them on the CPU, in three variants.
+"""Compiles .cu files with g++ into modules that execute them on the CPU, in three variants and their quick forms.
 
 * ``fast``: soonest done, compilation and tests together;
 * ``race``: every access to memory is announced and checked (races, bounds, undefined values);
 * ``sanitized``: AddressSanitizer and UndefinedBehaviorSanitizer, for a process that preloads them.
 
-Objects and modules are kept in the cache directory under the hash of what they are made of, so that only what changed
-is compiled again.
+The quick form of a variant ("race quick") is compiled in half the time and runs slower: for code that is called once.
+
+Objects, precompiled headers and modules are kept in the cache directory under the hash of what they are made of, so
+that only what changed is compiled again. They know no namespace of ops, which a module is given when it is loaded:
+whatever shares a file shares its object, in any process.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +33,8 @@ from var_kernels.native import build as native_build
 from .sanitized import CHECKED_BY_CALLS
 
 HERE = Path(__file__).resolve().parent
-RUNTIME = ("emu_scheduler.cpp", "emu_warp.cpp", "emu_memory.cpp", "emu_host.cpp")
+RUNTIME = ("emu_scheduler.cpp", "emu_warp.cpp", "emu_memory.cpp", "emu_host.cpp", "emu_bindings.cpp")
+PRELUDE = HERE / "emu_kernels.h"
 MODULE = "cuda_emulation_runtime"
 
 # -g1: reports name source lines. The race build must keep each access as it is written.
@@ -72,6 +77,7 @@ def unavailable_reason() -> str | None:
     return None
 
 
+@functools.cache
 def _cuda_headers() -> Path | None:
     nvcc = native_build.find_nvcc()
     places = [nvcc.toolkit / "include"] if nvcc else []
@@ -81,48 +87,59 @@ def _cuda_headers() -> Path | None:
     return next((place for place in places if all((place / name).is_file() for name in wanted)), None)
 
 
-def namespace(variant: str, label: str = "") -> str:
-    """The namespace of `torch.ops` that a variant's kernels are registered in."""
-    return f"var_kernels_emulated_{variant}" + (f"_{label}" if label else "")
-
-
-def build(variant: str, sources: Sequence[Path], label: str = "") -> Path:
+def build(variant: str, sources: Sequence[Path]) -> Path:
     """The module of `variant` made of the .cu files `sources`; compiled if it is not in the cache.
 
     Raises RuntimeError with the compiler's output where that fails.
     """
-    kernel_flags, runtime_flags = VARIANTS[variant]
+    name, _, quick = variant.partition(" ")
+    kernel_flags, runtime_flags = VARIANTS[name]
+    if quick:
+        kernel_flags = kernel_flags.replace("-O1", "-O0")
     torch = native_build.require_torch(native_build.find_torch())
     includes = f"-I{native_build.CSRC} -I{HERE} {native_build.stable_abi_flags(torch)} -isystem {_cuda_headers()}"
-    emulate = f"-DVAR_EMULATE -DVAR_OPS_NAMESPACE={namespace(variant, label)} -DVAR_OPS_KEY=CPU"
-    emulate += f" -include {HERE / 'cuda_emu.h'} -x c++"
-    python = f"-isystem {sysconfig.get_path('include')} -isystem {_pybind11_include()}"
-    check = f"-DEMU_CHECK_MEMORY={int(variant == 'race')}"
-    # The runtime first: of an inline function that both carry, std::string's say, the linker keeps the first one, and
-    # the runtime must not announce its own accesses.
-    tasks = [(HERE / name, f"{_COMMON} {runtime_flags} {check} {includes}") for name in RUNTIME]
-    tasks += [(HERE / "emu_bindings.cpp", f"{_COMMON} -O1 {check} {includes} {python}")]
-    tasks += [(source, f"{_COMMON} {kernel_flags} {includes} {emulate}") for source in sources]
     directory = native_build.cache_root() / "cuda_emulation"
     directory.mkdir(parents=True, exist_ok=True)
+    kernels = f"{_COMMON} {kernel_flags} {includes} -DVAR_EMULATE -x c++"
+    # The runtime first: of an inline function that both carry, std::string's say, the linker keeps the first one, and
+    # the runtime must not announce its own accesses.
+    tasks = [(HERE / each, f"{_COMMON} {runtime_flags} {includes}") for each in RUNTIME]
+    tasks += [(source, kernels) for source in sources]
+
+    def compiled(task: tuple[Path, str]) -> Path:
+        source, flags = task
+        prelude = f"-include {_prelude(flags, directory)}" if source in sources else ""
+        return _compile(source, f"{flags} {prelude}", directory)
+
     with ThreadPoolExecutor(max(1, min(2, os.cpu_count() or 1))) as pool:
-        objects = list(pool.map(lambda task: _compile(*task, directory), tasks))
-    return _link(variant, objects, directory)
-
-
-def _pybind11_include() -> str:
-    import pybind11  # not at the top: where it is missing, the tests that need it say so
-
-    return pybind11.get_include()
+        objects = list(pool.map(compiled, tasks))
+    return _link(name, objects, directory)
 
 
 def _compile(source: Path, flags: str, directory: Path) -> Path:
-    command = f"{native_build.find_compiler().command} {flags}"
-    digest = hashlib.sha256(command.encode())
-    for path in (*native_build._with_includes(source, []), *sorted(HERE.glob("*.h"))):
+    output = directory / f"{source.stem}-{_digest(source, flags)}.o"
+    return _make(f"{native_build.find_compiler().command} {flags} -c {source} -o", output)
+
+
+def _prelude(flags: str, directory: Path) -> Path:
+    """A header that includes emu_kernels.h, precompiled for these flags: g++ takes the file beside it instead."""
+    place = directory / f"prelude-{_digest(PRELUDE, flags)}"
+    place.mkdir(exist_ok=True)
+    header = place / "prelude.h"
+    if not header.is_file():
+        temporary = place / f".{os.getpid()}-{threading.get_ident()}.h"
+        temporary.write_text(f'#include "{PRELUDE}"\n')
+        os.replace(temporary, header)
+    flags = flags.replace("-x c++", "-x c++-header")
+    _make(f"{native_build.find_compiler().command} {flags} {header} -o", place / "prelude.h.gch")
+    return header
+
+
+def _digest(source: Path, flags: str) -> str:
+    digest = hashlib.sha256(f"{native_build.find_compiler()} {native_build.find_torch()} {flags}".encode())
+    for path in (*native_build._with_includes(source, []), *native_build._with_includes(PRELUDE, [])):
         digest.update(path.read_bytes())
-    output = directory / f"{source.stem}-{digest.hexdigest()[:20]}.o"
-    return _make(f"{command} -c {source} -o", output)
+    return digest.hexdigest()[:20]
 
 
 def _link(variant: str, objects: Sequence[Path], directory: Path) -> Path:

@@ -1,11 +1,8 @@
-// The controls of the emulation in Python; the kernels themselves are called through torch.
+// The controls of the emulation for Python's ctypes: see binding.py, which declares the same structures. The kernels
+// themselves are called through torch.
 #include <link.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include "emu_runtime.h"
-
-namespace py = pybind11;
 
 namespace {
 
@@ -26,89 +23,84 @@ uintptr_t module_base() {
   return base;
 }
 
+struct BufferRecord {
+  uint64_t begin, end;
+  const char* name;
+  int undefined;
+};
+
 // What Python's executor is told: the kernel's address in the file, the launch, its parameters and the buffers.
-py::dict describe(const cudaLaunchConfig_t& config, const emu::KernelCall& call) {
-  py::list parameters, buffers;
-  for (size_t i = 0; i < call.parameter_count; ++i)
-    parameters.append(py::bytes(static_cast<const char*>(call.parameters[i].value), call.parameters[i].bytes));
-  for (const emu::Buffer& buffer : emu::all_buffers())
-    buffers.append(py::make_tuple(buffer.begin, buffer.end, buffer.name, buffer.undefined));
-  py::dict launch;
-  launch["kernel"] = uintptr_t(call.kernel) - module_base();
-  launch["grid"] = py::make_tuple(config.gridDim.x, config.gridDim.y, config.gridDim.z);
-  launch["block"] = py::make_tuple(config.blockDim.x, config.blockDim.y, config.blockDim.z);
-  launch["shared_bytes"] = config.dynamicSmemBytes;
-  launch["parameters"] = parameters;
-  launch["buffers"] = buffers;
-  return launch;
+struct LaunchRecord {
+  uint64_t kernel, shared_bytes;
+  unsigned grid[3], block[3];
+  uint64_t parameter_count;
+  const emu::Parameter* parameters;
+  uint64_t buffer_count;
+  const BufferRecord* buffers;
+};
+
+struct ReportRecord {
+  const char *kind, *message;
+  uint64_t kernel, code;  // addresses in the file, 0 if unknown
+  unsigned block[3];
+  int thread, other_thread;
+  uint64_t count;
+};
+
+using Executor = int (*)(const LaunchRecord*);
+
+bool execute(Executor executor, const cudaLaunchConfig_t& config, const emu::KernelCall& call) {
+  const std::vector<emu::Buffer> buffers = emu::all_buffers();
+  std::vector<BufferRecord> records;
+  for (const emu::Buffer& buffer : buffers)
+    records.push_back({buffer.begin, buffer.end, buffer.name.c_str(), buffer.undefined});
+  const dim3 grid = config.gridDim, block = config.blockDim;
+  const LaunchRecord launch = {uintptr_t(call.kernel) - module_base(), config.dynamicSmemBytes, {grid.x, grid.y, grid.z},
+                               {block.x, block.y, block.z}, call.parameter_count, call.parameters, records.size(),
+                               records.data()};
+  return executor(&launch) != 0;
 }
 
-void begin(uint64_t seed, bool late_copies, int multiprocessors, bool fill_outputs, py::object executor) {
+}  // namespace
+
+#define EMU_EXPORT extern "C" __attribute__((visibility("default")))
+
+EMU_EXPORT void emu_begin(uint64_t seed, int late_copies, int multiprocessors, int fill_outputs, Executor executor) {
   emu::settings.seed = seed;
-  emu::settings.late_copies = late_copies;
-  emu::settings.check_memory = EMU_CHECK_MEMORY;
+  emu::settings.late_copies = late_copies != 0;
   emu::settings.multiprocessors = multiprocessors;
-  emu::settings.fill_outputs = fill_outputs;
+  emu::settings.fill_outputs = fill_outputs != 0;
   emu::settings.executor = nullptr;
-  if (!executor.is_none())
+  if (executor != nullptr)
     emu::settings.executor = [executor](const cudaLaunchConfig_t& config, const emu::KernelCall& call) {
-      const py::gil_scoped_acquire gil;  // torch calls operators without it
-      return executor(describe(config, call)).cast<bool>();
+      return execute(executor, config, call);
     };
   emu::reports.clear();
   emu::counters = {};
   emu::remove_all_buffers();
 }
 
-void end() {
-  emu::settings.executor = nullptr;  // Python's object must not outlive Python
+EMU_EXPORT void emu_end() {
+  emu::settings.executor = nullptr;  // Python's function ends with the block that gave it
   emu::settings.fill_outputs = true;
 }
 
-py::list reports() {
+EMU_EXPORT uint64_t emu_report_count() { return emu::reports.size(); }
+
+// The strings live until the next emu_begin.
+EMU_EXPORT void emu_report(uint64_t index, ReportRecord* out) {
+  const emu::Report& report = emu::reports[index];
   const uintptr_t base = module_base();
-  py::list result;
-  for (const emu::Report& report : emu::reports) {
-    py::dict entry;
-    entry["kind"] = report.kind;
-    entry["message"] = report.message;
-    entry["kernel"] = report.kernel == 0 ? 0 : report.kernel - base;
-    entry["code"] = report.code == 0 ? 0 : report.code - base;
-    entry["block"] = py::make_tuple(report.block[0], report.block[1], report.block[2]);
-    entry["thread"] = report.thread;
-    entry["other_thread"] = report.other_thread;
-    entry["count"] = report.count;
-    result.append(entry);
-  }
-  return result;
+  *out = {report.kind.c_str(), report.message.c_str(), report.kernel == 0 ? 0 : report.kernel - base,
+          report.code == 0 ? 0 : report.code - base, {report.block[0], report.block[1], report.block[2]},
+          report.thread, report.other_thread, report.count};
 }
 
-py::dict counters() {
-  const emu::Counters& c = emu::counters;
-  py::dict result;
-  result["launches"] = c.launches;
-  result["blocks"] = c.blocks;
-  result["switches"] = c.switches;
-  result["collectives"] = c.collectives;
-  result["mma"] = c.mma;
-  result["ldmatrix"] = c.ldmatrix;
-  result["bank_conflicts"] = c.bank_conflicts;
-  result["async_copies"] = c.async_copies;
-  result["accesses"] = c.accesses;
-  return result;
+EMU_EXPORT void emu_counters(emu::Counters* out) { *out = emu::counters; }
+
+EMU_EXPORT void emu_add_buffer(uint64_t address, uint64_t bytes, const char* name) {
+  emu::add_buffer(address, reinterpret_cast<const void*>(address), bytes, name, false);
 }
 
-void add_buffer(uintptr_t address, size_t bytes, std::string name) {
-  emu::add_buffer(address, reinterpret_cast<const void*>(address), bytes, std::move(name), false);
-}
-
-}  // namespace
-
-PYBIND11_MODULE(cuda_emulation_runtime, m) {
-  m.def("begin", &begin, py::arg("seed"), py::arg("late_copies"), py::arg("multiprocessors"),
-        py::arg("fill_outputs"), py::arg("executor"));
-  m.def("end", &end);
-  m.def("reports", &reports);
-  m.def("counters", &counters);
-  m.def("add_buffer", &add_buffer, py::arg("address"), py::arg("bytes"), py::arg("name"));
-}
+// Implements the ops of this module's doors in a namespace of torch.ops that has their schemas.
+EMU_EXPORT void emu_register_ops(const char* name_space) { emu::register_ops(name_space); }

@@ -3,8 +3,10 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
+#include <list>
 #include <map>
 
+#include "emu_kernels.h"
 #include "emu_runtime.h"
 
 namespace emu {
@@ -48,6 +50,29 @@ void add_tensor(AtenTensorHandle tensor, const void* data, bool undefined) {
 }  // namespace
 
 void* current_stream() { return &stream_object; }
+
+// Inside functions: the doors' static initialisers come first.
+std::vector<void (*)(Ops&)>& listed() {
+  static std::vector<void (*)(Ops&)> files;
+  return files;
+}
+
+bool list_ops(void (*implement)(Ops&)) {
+  listed().push_back(implement);
+  return true;
+}
+
+bool announce_accesses() {
+  settings.check_memory = true;
+  return true;
+}
+
+void register_ops(const char* name_space) {
+  // Never destroyed: torch's dispatcher may be gone when this module's statics are.
+  static auto* const registered = new std::list<Ops>;
+  Ops& ops = registered->emplace_back(Ops::Kind::IMPL, name_space, "CPU", __FILE__, __LINE__);
+  for (const auto implement : listed()) implement(ops);
+}
 
 }  // namespace emu
 

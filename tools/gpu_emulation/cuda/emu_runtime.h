@@ -132,6 +132,11 @@ void leave_launch_memory();
 // Whether the kernel may have so much dynamic shared memory: more than 48 KiB only after cudaFuncSetAttribute.
 bool shared_memory_allowed(const void* kernel, size_t bytes);
 
+// ---- torch ---------------------------------------------------------------------------------------------------------
+
+// Implements the ops that `list_ops` of emu_kernels.h has remembered in this namespace of torch.ops, for CPU tensors.
+void register_ops(const char* name_space);
+
 #define EMU_CALLER uintptr_t(__builtin_return_address(0))
 
 }  // namespace emu

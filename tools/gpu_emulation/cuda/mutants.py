@@ -1,78 +1,109 @@
-"""Planted faults: modules of a .cu file with one line of it, or of what it includes, made wrong.
+"""Planted faults in the CUDA kernels: modules of a .cu file with one line of it, or of what it includes, made wrong.
+
+    def steps(emulation, looked_for):
+        yield lambda: check(inputs, emulation, seed=1)
+
+    @pytest.mark.parametrize("name", parameters(MUTANTS, others=pytest.mark.evidence))
+    def test_planted_faults_are_found(name, selected):
+        assert_found(SOURCE, MUTANTS, name, steps, selected("name"))
 
     @pytest.mark.evidence
-    @pytest.mark.parametrize("name", MUTANTS)
-    def test_planted_faults_are_found(name, selected):
-        emulation = load_mutant(SOURCE, MUTANTS[name], [MUTANTS[each] for each in selected("name")])
+    def test_nothing_is_found_without_a_fault():
+        assert_nothing_found(SOURCE, MUTANTS, steps)
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
+from tools.gpu_emulation.planted_faults import Mutant, parameters
 from var_kernels.native import build as native_build
 
-from . import Emulation, build, load_built
+from . import Emulation, EmulationError, build, load, load_built
 
-__all__ = ["Mutant", "load_mutant"]
+__all__ = ["Mutant", "assert_found", "assert_nothing_found", "findings", "load_mutant", "parameters"]
 
 _JOBS = 2  # compilations at a time
 # The others are seen in results and counters, or stop the fast variant.
 _RACE_LAYERS = ("race", "cross_block_race", "undefined", "in_flight", "out_of_bounds")
+# The element types of `with_dtype` in launch.h, as they stand there.
+DTYPES = ("float", "bf16", "fp16")
+
+# What a test runs in a module to find what a mutant's `check` names.
+Steps = Callable[[Emulation, str], Iterable[Callable[[], object]]]
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """In `file` of csrc/cuda `old`, which stands there `times`, becomes `new`; `layer` must find it.
+def _variant(check: str) -> str:
+    return "race" if check in _RACE_LAYERS else "fast"
 
-    `layer`: the kind of a report (see `Report`), or a name that the test gives to what it looks at, such as "values".
-    """
 
-    file: str
-    old: str
-    new: str
-    layer: str
-    times: int = 1
-
-    @property
-    def variant(self) -> str:
-        """The quickest build that can find it."""
-        return "race" if self.layer in _RACE_LAYERS else "fast"
-
-    @property
-    def label(self) -> str:
-        return "mutant_" + hashlib.sha256(repr(self).encode()).hexdigest()[:12]
-
-    def plant(self, folder: Path) -> Path:
-        """The folder of the CUDA files in a copy of the sources with the fault.
-
-        ValueError if `old` does not stand there `times`.
-        """
-        shutil.copytree(native_build.CSRC, folder / "csrc")
-        path = folder / "csrc" / "cuda" / self.file
-        text = path.read_text()
-        if (found := text.count(self.old)) != self.times:
-            raise ValueError(f"{self.file}: expected {self.times} times {self.old!r}, got {found}")
-        path.write_text(text.replace(self.old, self.new))
-        return path.parent
+def narrow(folder: Path, dtypes: Iterable[str]) -> None:
+    """In a copy of the CUDA files only these element types are compiled; calls with others raise RuntimeError."""
+    path = folder / "launch.h"
+    text = path.read_text(encoding="utf-8")
+    for dtype in DTYPES:
+        call = f"return f({dtype}());"
+        if text.count(call) != 1:
+            raise ValueError(f"launch.h: expected {call!r} once, got {text.count(call)} times")
+        if dtype not in dtypes:
+            text = text.replace(call, f'STD_TORCH_CHECK(false, "{dtype} is not compiled");')
+    path.write_text(text, encoding="utf-8")
 
 
 @functools.cache
-def _build_mutant(source: Path, mutant: Mutant) -> Path:
+def _build_mutant(source: Path, dtypes: tuple[str, ...], mutant: Mutant) -> Path:
     with tempfile.TemporaryDirectory() as folder:
-        return build.build(mutant.variant, [mutant.plant(Path(folder)) / source.name], mutant.label)
+        cuda = Path(shutil.copytree(native_build.CSRC, Path(folder) / "csrc")) / "cuda"
+        narrow(cuda, dtypes)
+        with mutant.planted(cuda):
+            # The kernels run a few times only: they are compiled without optimisation.
+            return build.build(f"{_variant(mutant.check)} quick", [cuda / source.name])
 
 
-def load_mutant(source: Path, mutant: Mutant, together: Iterable[Mutant] = ()) -> Emulation:
+def load_mutant(
+    source: Path, mutant: Mutant, together: Iterable[Mutant] = (), dtypes: tuple[str, ...] = DTYPES
+) -> Emulation:
     """The module of `source` with the fault of `mutant`; all of `together`, which the run needs too, are built, two at
-    a time."""
+    a time. `dtypes`: the element types that are compiled."""
     with ThreadPoolExecutor(_JOBS) as pool:
-        list(pool.map(functools.partial(_build_mutant, source), together))
-    return load_built(_build_mutant(source, mutant), build.namespace(mutant.variant, mutant.label))
+        list(pool.map(functools.partial(_build_mutant, source, dtypes), together))
+    return load_built(_build_mutant(source, dtypes, mutant))
+
+
+def findings(steps: Iterable[Callable[[], object]]) -> set[str]:
+    """What the steps, each of which runs whatever the others find, find: kinds of reports (see `Report`), "values"
+    where an assertion fails, and what a step returns as a set of strings."""
+    found: set[str] = set()
+    for step in steps:
+        try:
+            answer = step()
+        except EmulationError as error:
+            found |= {report.kind for report in error.reports}
+        except AssertionError:
+            found.add("values")
+        else:
+            found |= answer if isinstance(answer, set) else set()
+    return found
+
+
+def assert_found(
+    source: Path, mutants: Mapping[str, Mutant], name: str, steps: Steps, names: Iterable[str],
+    dtypes: tuple[str, ...] = DTYPES,
+) -> None:  # fmt: skip
+    """The steps find the fault `name` of `source` in the way that it says. `names`: those that this run plants."""
+    mutant = mutants[name]
+    emulation = load_mutant(source, mutant, [mutants[each] for each in names if each in mutants], dtypes)
+    found = findings(steps(emulation, mutant.check))
+    assert mutant.check in found, f"{name}: expected {mutant.check}, found {sorted(found) or 'nothing'}"
+
+
+def assert_nothing_found(source: Path, mutants: Mapping[str, Mutant], steps: Steps) -> None:
+    """What finds the mutants finds nothing in the file as it is."""
+    for check in sorted({mutant.check for mutant in mutants.values()}):
+        found = findings(steps(load(_variant(check), [source]), check))
+        assert not found, f"looking for {check}: found {sorted(found)} without a fault"
