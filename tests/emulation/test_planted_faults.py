@@ -26,6 +26,6 @@ def test_marks_of_the_representative_fault_and_of_the_others():
     one, other = Mutant("kernel", "a", "b", "values", representative=True), Mutant("kernel", "b", "c", "values")
     first, second = parameters({"one fault": one, "other": other}, others=pytest.mark.evidence)
     assert (first.values, first.id, first.marks) == (("one fault",), "one-fault", ())
-    assert [mark.name for mark in second.marks] == ["slow"]
+    assert [mark.name for mark in second.marks] == ["evidence"]
     with pytest.raises(ValueError, match="expected a representative one, got none among other"):
         parameters({"other": other})
