@@ -121,7 +121,6 @@ def test_gradcheck_of_reference(op):
         torch.autograd.gradcheck(lambda *args: outputs(op, args, "reference"), tensors)
 
 
-
 # ---- layouts, emptiness, special values ----------------------------------------------------------------------------
 
 

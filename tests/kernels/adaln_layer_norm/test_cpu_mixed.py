@@ -31,7 +31,6 @@ def test_same_values_in_brief(cpu, dtype):
         assert_same_values(mixed_inputs(shape, dtype, seed=index, forms=rotated_forms(index)), "cpu")
 
 
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reference(dtype):
     assert_same_values(mixed_inputs((2, 5, 24), dtype), "reference")

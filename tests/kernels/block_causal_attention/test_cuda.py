@@ -8,19 +8,27 @@ import torch
 
 from tests.kernels.block_causal_attention.contract import check as check_values_and_gradients
 from tests.kernels.block_causal_attention.contract import with_grads
-from tools.gpu_emulation.cuda import build, load, machine_code, serving
+from tests.kernels.block_causal_attention.emulated import (
+    DTYPES,
+    HALVES,
+    SHORT,
+    SOURCE,
+    TENSOR_CORE_DIMS,
+    emulated,
+    emulation,
+    needs_nvcc,
+    references,
+)
+from tools.gpu_emulation.cuda import build, machine_code
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from var_kernels import block_causal_attention
-from var_kernels.native import build as native_build
 from var_kernels.testing import assert_accurate, attention_inputs, randn, scale_lens, stated_order
 
 if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
-SOURCE = native_build.CSRC / "cuda" / "block_causal_attention.cu"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HALVES = DTYPES[1:]
+
 # Tensor cores take 64 rows by 64 keys, the plain kernel 32 by 32: lengths on both sides of these, none a multiple of 8
 # at the end of a row of tiles; tiles of one scale, of several, and of parts of two.
 SCHEDULES = {
@@ -32,32 +40,7 @@ SCHEDULES = {
     "plain causal": (1,) * 131,
     "one scale": (193,),
 }
-SHORT = (1, 4, 9, 16, 25, 36)  # 91 tokens
-# Compiled for 64, 96 and 128 columns: full ones and padded ones.
-TENSOR_CORE_DIMS = (8, 40, 64, 72, 96, 104, 128)
 PLAIN_DIMS = (1, 20, 126, 200, 256)
-
-
-@functools.cache
-def emulated(variant):
-    return load(variant, [SOURCE])
-
-
-def emulation(variant="fast", **options):
-    """Inside, backend="cuda" is the emulation; raises EmulationError for what was found."""
-    return serving(emulated(variant) if isinstance(variant, str) else variant, **options)
-
-
-def references(inputs, lens, **options):
-    """(out, lse) of the reference in the inputs' dtype and in float64."""
-    with stated_order():
-        same, exact = (
-            block_causal_attention(
-                *(x.to(dtype) for x in inputs), lens, backend="reference", return_lse=True, **options
-            )
-            for dtype in (inputs[0].dtype, torch.float64)
-        )
-    return same, exact
 
 
 def check(inputs, lens, variant="fast", *, seed=0, late_copies=True, executor=None, rows_cancel=False, **options):
@@ -259,8 +242,6 @@ def test_opcheck():
 
 
 # ---- what nvcc writes ----------------------------------------------------------------------------------------------
-
-needs_nvcc = pytest.mark.skipif(native_build.find_nvcc() is None, reason="nvcc is not installed")
 
 
 @needs_nvcc

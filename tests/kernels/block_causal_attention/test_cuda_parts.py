@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.kernels.block_causal_attention.test_cuda import (
+from tests.kernels.block_causal_attention.emulated import (
     HALVES,
     SOURCE,
     TENSOR_CORE_DIMS,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.block_causal_attention.contract import with_grads
-from tests.kernels.block_causal_attention.test_cuda import SHORT, SOURCE, emulated, emulation, needs_nvcc, references
+from tests.kernels.block_causal_attention.emulated import SHORT, SOURCE, emulated, emulation, needs_nvcc, references
 from tools.gpu_emulation.cuda import build
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from tools.gpu_emulation.cuda.sanitized import run_sanitized
