@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_terminal_summary(terminalreporter, config):
     if count := config.stash.get(_LEFT_OUT, 0):
-        names = ", ".join(tier for tier in tiers.TIERS if tier != "gpu")
+        names = ", ".join(tiers.TIERS)
         terminalreporter.write_line(
             f"{count} tests of the tiers {names} were left out: `pytest --all` runs them too, `pytest -m emulated` one "
             "tier, and a file that is named runs whole"

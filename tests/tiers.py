@@ -18,7 +18,7 @@ TIERS = {
     "emulated": "the GPU kernels on a CPU: CUDA C++ in the emulation, Triton in its interpreter, PTX",
     "evidence": "machine code, planted faults, races, sanitizers, lower instruction sets, builds by nvcc",
     "packaging": "installations and builds in fresh environments",
-    "gpu": "needs a GPU; skipped where there is none",
+    "gpu": "needs a GPU",
 }
 # The tier of every test in the files that match. Single tests of other files carry the marker themselves.
 _PATHS = {
@@ -53,5 +53,4 @@ def is_left_out(item: pytest.Item, named: Iterable[Path]) -> bool:
     """Whether a run without options leaves out a test, unless its file is among those that were named."""
     if item.path in named:
         return False
-    # The tests of GPUs cost nothing where there is none, and are what is wanted where there is one.
-    return any(item.get_closest_marker(tier) for tier in TIERS if tier != "gpu")
+    return any(item.get_closest_marker(tier) for tier in TIERS)

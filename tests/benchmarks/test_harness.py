@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))  # the benchmarks are not part of the installed pa
 
 from benchmarks import clock, fair_malloc, harness, plain_mode, table  # noqa: E402
 from benchmarks.peaks import Peak, Peaks  # noqa: E402
+from tests.helpers.processes import child_environment  # noqa: E402
 
 MODULES = sorted(f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("bench_*.py"))
 on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are those of glibc's malloc")
@@ -79,12 +80,11 @@ def run_toy(directory: Path, *options: str, **environment: str) -> subprocess.Co
         "with open(os.environ['STARTS'], 'a') as file:\n"
         "    print(os.getpid(), os.environ.get('GLIBC_TUNABLES', ''), file=file)\n"
     )
-    inherited = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     files = {"CALLS": str(directory / "calls"), "STARTS": str(directory / "starts"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", "-p", "no:cacheprovider", "-q", "--smoke"]
     return subprocess.run(
         [*command, "--rootdir", str(directory), "--benchmark-only", str(directory / "bench_toy.py"), *options],
-        env={**inherited, **files, **environment}, capture_output=True, text=True, cwd=directory,
+        env=child_environment("GLIBC_TUNABLES", **files, **environment), capture_output=True, text=True, cwd=directory,
     )  # fmt: skip
 
 

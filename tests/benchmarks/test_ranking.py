@@ -1,7 +1,6 @@
 """How a GPU run of the benchmarks ranks our backends and tells later processes: on a stand-in GPU whose clock reads the
 seconds that each provider says."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the benchmarks are not part of the installed package
 
 from benchmarks import harness, plugin, ranking, table  # noqa: E402
+from tests.helpers.processes import child_environment  # noqa: E402
 from var_kernels import backends  # noqa: E402
 from var_kernels.measured import speeds  # noqa: E402
 from var_kernels.measured.speeds import Speeds  # noqa: E402
@@ -88,7 +88,7 @@ def test_a_run_on_a_gpu_changes_the_order_of_later_processes(cache, tmp_path):
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", "-p", "no:cacheprovider", "-q"]
     answer = subprocess.run(
         [*command, "--rootdir", tmp_path, "--benchmark-only", "--device", "cuda", tmp_path / "bench_toy.py"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=tmp_path,
+        env=child_environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert answer.returncode == 1 and "1 failed, 23 passed" in answer.stdout, answer.stdout + answer.stderr
     lines = answer.stdout.splitlines()

@@ -243,7 +243,7 @@ def test_committed_tables_of_cards_and_bounds_are_those_of_the_report():
         assert (GENERATED / name).read_text(encoding="utf-8") == text, f"{name}: --write-tables docs/generated"
 
 
-@pytest.mark.slow
+@pytest.mark.evidence
 @pytest.mark.parametrize("op", OPS)
 def test_committed_tables_of_kernels_are_those_of_the_report(op):
     for source in SOURCES.values():

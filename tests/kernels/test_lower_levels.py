@@ -3,13 +3,13 @@
 Each in a process of its own, since the level of the kernels is fixed when the library is loaded.
 """
 
-import os
 import re
 import subprocess
 import sys
 
 import pytest
 
+from tests.helpers.processes import child_environment
 from tests.tiers import ROOT, TIERS
 from var_kernels.testing import isa_levels
 
@@ -23,9 +23,7 @@ def outcome(**changes: str) -> dict[str, int]:
     """How many tests passed, failed, were skipped in a process with these environment variables."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-m", f"not ({' or '.join(TIERS)})", *map(str, PLACES)]
-    # This process may be a worker of pytest-xdist; the new one is none.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    answer = subprocess.run(command, env={**environment, **changes}, cwd=ROOT, capture_output=True, text=True)
+    answer = subprocess.run(command, env=child_environment(**changes), cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout[-6000:] + answer.stderr[-2000:]
     return {what: int(count) for count, what in re.findall(r"(\d+) (\w+)", answer.stdout.splitlines()[-1])}
 

@@ -15,6 +15,7 @@ from tests.helpers.training import (
     transformer_options,
     write_image_folder,
 )
+from var.data.datasets import batch_indices, split_indices
 from var.model import checkpoints
 from var.model.config import VARConfig
 from var.model.transformer import VAR
@@ -177,7 +178,7 @@ def test_logged_loss_is_the_cross_entropy(tmp_path, data, tokenizer):
     train_transformer(options)
     pipeline = var.load(path=tmp_path, backend="reference")  # one step at no learning rate: the initial weights
     images = var.data.open_dataset(data)
-    indices = var.data.batch_indices(var.data.split_indices(40, 4)[0], 4, seed=0, step=0)
+    indices = batch_indices(split_indices(40, 4)[0], 4, seed=0, step=0)
     pixels, labels = images.batch(indices)
     tokens = pipeline.vqvae.encode(pixels)
     logits = pipeline.var(labels, pipeline.vqvae.teacher_forcing_input(tokens))

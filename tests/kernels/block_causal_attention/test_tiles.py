@@ -80,7 +80,7 @@ def cuda_tiles(tmp_path_factory):
     """The C++ functions of the CUDA backend as Python functions like `query_tiles` and `key_tiles`."""
     library = host_code.library(
         """
-#include "cuda/attention_tiles.h"
+#include "cuda/block_causal_attention_tiles.h"
 extern "C" int64_t tiles(bool of_keys, const int64_t* lens, int64_t count, int64_t q_offset, int64_t queries,
                          int64_t own, int64_t other, int32_t* out) {
   namespace cuda = var_kernels::attention_tiles;
