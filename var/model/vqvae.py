@@ -279,7 +279,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def teacher_forcing_input(self, tokens: Tensor) -> Tensor:
-        """(B, L − l_1, z_channels): for every scale after the first, the features of all earlier scales, pooled to it."""
+        """(B, L − l_1, z_channels): for every scale after the first, the sum of all earlier scales, pooled to it."""
         maps = [following for _, following in self._scales(tokens) if following is not None]
         if not maps:
             return self.quantize.embedding.weight.new_zeros(len(tokens), 0, self.config.z_channels)
