@@ -172,5 +172,7 @@ def check_device(device: str) -> str:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"--device: expected a device of this machine, such as cpu, got {device!r} ({reason})") from error
+        raise ValueError(
+            f"--device: expected a device of this machine, such as cpu, got {device!r} ({reason})"
+        ) from error
     return device

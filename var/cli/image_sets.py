@@ -79,8 +79,8 @@ class Folder:
 class NpzFile:
     """One .npz file with ``arr_0`` (N, H, W, 3) uint8, which the ADM evaluator reads, and ``labels`` and ``tokens``.
 
-    Images are collected in ``<name>.partial``: one line that describes the request, then one record for each image, with
-    its pixels and tokens. When all images are there, the .npz file is written and the file of records is removed.
+    Images are collected in ``<name>.partial``: one line that describes the request, then one record for each image,
+    with its pixels and tokens. When all images are there, the .npz file is written and the file of records is removed.
     """
 
     def __init__(

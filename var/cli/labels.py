@@ -10,8 +10,9 @@ from collections.abc import Sequence
 def parse_labels(text: str, class_names: Sequence[str], count: int = 1) -> list[int]:
     """The class numbers of a list such as ``"0,3-5,trouser*4,all"``, whose items are numbers, ranges, names or all.
 
-    ``*N`` asks for N images of an item. An item without it asks for `count` images of each class. The case of names does
-    not matter. Raises ValueError for a number out of range, an unknown name, or an empty list.
+    ``*N`` asks for N images of each class of an item, instead of `count`. The case of names does not matter.
+
+    Raises ValueError for a number out of range, an unknown name, or an empty list.
     """
     names = {name.casefold(): label for label, name in enumerate(class_names)}
     labels: list[int] = []

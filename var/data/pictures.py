@@ -92,8 +92,8 @@ def scale_strip(steps: Sequence[Tensor], names: Sequence[str], patch_nums: Seque
 
 
 def comparison(originals: Tensor, reconstructions: Tensor, names: Sequence[str]) -> Image.Image:
-    """A sheet of images (B, 3, H, W) above their reconstructions, with a column per name. If there are many names, or long
-    ones, each has a row instead."""
+    """A sheet of images (B, 3, H, W) above their reconstructions, with a column per name. If there are many names, or
+    long ones, each has a row instead."""
     halves, titles = [enlarged(originals), enlarged(reconstructions)], ("original", "reconstruction")
     font = ImageFont.load_default(_FONT_SIZE)
     if len(names) <= _LONGEST_ROW and max(map(font.getlength, names)) <= halves[0][0].width:
