@@ -1,4 +1,5 @@
-"""What pyproject.toml cannot say: the native library, and its sources in the wheel for a build at first use."""
+"""Builds the native library, and puts its sources into the wheel for a build at first use. The rest of the packaging
+is in pyproject.toml."""
 
 import importlib.util
 import shutil
@@ -14,20 +15,21 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-# By path: the package itself imports torch, which pip's isolated build does not have.
+# Loaded by its path, because importing the package imports torch, which pip's isolated build does not have.
 _spec = importlib.util.spec_from_file_location("var_kernels_build", ROOT / "var_kernels" / "native" / "build.py")
 native_build = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(native_build)
 
 
 def target_torch():
-    """The torch of the environment that the package is installed into, which pip's isolated build hides."""
+    """The torch of the environment that the package is installed into. pip's isolated build hides it from imports."""
     directories = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
     return native_build.find_torch(directories) or torch_without_pythonpath()
 
 
 def torch_without_pythonpath():
-    """torch as this interpreter sees it by itself (a venv with the system's packages, say): pip hides by PYTHONPATH."""
+    """The torch that this interpreter finds without PYTHONPATH, by which pip hides it. In a venv with the system's
+    packages, for example, it is the system's torch."""
     code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
     answer = subprocess.run([sys.executable, "-E", "-c", code], capture_output=True, text=True)
     origin = answer.stdout.strip()
@@ -39,7 +41,7 @@ def say(message):
 
 
 def native_extensions():
-    """The native library where it can be built now; in mode "auto" a missing piece only postpones it to first use."""
+    """The native library, if it can be built now. In mode "auto" a missing tool postpones the build to first use."""
     try:
         mode = native_build.build_mode()
     except ValueError as error:
@@ -53,7 +55,7 @@ def native_extensions():
     except native_build.BuildUnavailable as reason:
         if mode != "auto":
             raise SystemExit(f"VAR_KERNELS_BUILD={mode}: {reason}") from None
-        say(f"the native kernels are not built now, they will be at first use: {reason}")
+        say(f"the native kernels are not built now, but at their first use: {reason}")
         return []
     return [Extension("var_kernels._C", sources=[], py_limited_api=True, optional=mode == "auto")]
 
@@ -73,7 +75,7 @@ class BuildLibrary(build_ext):
         return str(Path(*fullname.split(".")).with_name(native_build.LIBRARY_NAME))
 
     def copy_extensions_to_source(self):
-        # Atomic, unlike setuptools' own: a process may be about to load the old one.
+        # Atomic, unlike setuptools' own copy, because another process may load the old library at this moment.
         for ext in self.extensions:
             built = Path(self.build_lib, self.get_ext_filename(ext.name))
             if built.is_file():
@@ -84,7 +86,7 @@ class BuildPython(build_py):
     def run(self):
         super().run()
         if not getattr(self, "editable_mode", False):
-            # Emptied first: a file deleted since an earlier build in this tree would be compiled by its users.
+            # Emptied first, because users of the wheel would compile a file that was deleted since an earlier build.
             shutil.rmtree(Path(self.build_lib, "var_kernels", "csrc"), ignore_errors=True)
             for source, target in self._native_sources():
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +104,6 @@ extensions = native_extensions()
 setup(
     ext_modules=extensions,
     cmdclass={"build_ext": BuildLibrary, "build_py": BuildPython},
-    # One library for every Python: it holds no Python code.
+    # One library serves every version of Python, because it contains no Python code.
     options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
 )

@@ -12,7 +12,8 @@ from .model.opening import Pipeline, load
 from .model.transformer import VAR
 from .model.vqvae import VQVAE
 
-# The networks know nothing of generation, so the method is the function itself, which takes the transformer first.
+# The module of the networks does not import generation. So the method `VAR.generate` is set here: it is the function
+# `generate`, whose first argument is the transformer.
 VAR.generate = generate
 
 __all__ = [

@@ -23,7 +23,7 @@ def program(
     scales, and a tokenizer (a multi-scale VQ-VAE) turns the tokens into pixels. A small trained model ships with the
     package; `python -m var demo` shows it.
 
-    Exit status: 0 done, 2 bad input or an output that cannot be written, 130 interrupted.
+    Exit status: 0 if the command is done, 2 for bad input or an output that cannot be written, 130 if interrupted.
     """
 
 

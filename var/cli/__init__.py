@@ -1,1 +1,1 @@
-"""The commands of `python -m var`. Only this folder knows the names of options and prints."""
+"""The commands of `python -m var`. No other folder of `var` uses the names of options or prints results."""

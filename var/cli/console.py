@@ -1,6 +1,7 @@
-"""What the commands of `python -m var` share: consoles, options' parsers, and errors as one line with an exit status.
+"""What the commands of `python -m var` share: consoles, parsers and checks of options, and errors that are printed as
+one line and end with an exit status.
 
-Nothing here imports torch, so that help and a mistyped option are answered at once.
+Importing this module does not import torch, so that help and the error for a mistyped option appear at once.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
-# typer brings its own copy of click or uses the installed one, depending on its version; this is either's base class.
+# Depending on its version, typer has its own copy of click or uses the installed one. This base class exists in both.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 _LONGEST_MESSAGE = 1000
-_FILE_WIDTH = 120  # of tables in a file or a pipe: rich would squeeze them into 80 columns
+_FILE_WIDTH = 120  # columns of tables in a file or a pipe, where rich would use only 80
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; the second is the shell's 128 + SIGINT
 
@@ -30,7 +31,7 @@ errors = Console(highlight=False, stderr=True)
 
 
 class Commands(TyperGroup):
-    """The group of commands: an expected failure of any of them ends as one line on stderr and exit status 2."""
+    """The group of commands. It turns an expected failure of a command into one line on stderr and exit status 2."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -50,7 +51,7 @@ class Commands(TyperGroup):
 
 
 def _with_option_name(message: str, parameters: Sequence[Any]) -> str:
-    """A message "name: expected …" with the option for the argument, where the command has one of that name."""
+    """A message "name: expected …" with the option in place of the name, if the command has an option of that name."""
     name, colon, rest = message.partition(":")
     for parameter in parameters:
         if colon and parameter.name == name and parameter.opts[0].startswith("-"):
@@ -59,7 +60,7 @@ def _with_option_name(message: str, parameters: Sequence[Any]) -> str:
 
 
 def _explanation(error: Exception) -> str | None:
-    """One line for a failure that the user or the machine caused; None for a fault of the program."""
+    """One line for an error that the user or the machine caused, or None for a fault of the program."""
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
         hint = f" (see `{context.command_path} --help`)" if context is not None else ""
@@ -68,7 +69,7 @@ def _explanation(error: Exception) -> str | None:
         return _os_explanation(error)
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return "out of memory: try a smaller --batch-size, or --precision bf16"
-    # By name: their modules import torch, and have been imported if such an error can be raised.
+    # Compared by name, because importing their modules would import torch.
     if isinstance(error, ValueError) or type(error).__name__ in ("TrainingError", "SafetensorError"):
         text = " ".join(str(error).split())
         return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]} … (all of it: --traceback)"
@@ -77,7 +78,7 @@ def _explanation(error: Exception) -> str | None:
 
 def _os_explanation(error: OSError) -> str | None:
     if error.errno == errno.EPIPE:
-        return None  # whoever read our output has gone: typer ends the program silently
+        return None  # the reader of our output, such as `head`, has ended: typer ends the program silently
     if error.errno is None:
         return " ".join(str(error).split())
     reason = error.strerror or type(error).__name__
@@ -89,18 +90,18 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def say(message: str) -> None:
-    """One line of result, on stdout."""
+    """Print one line of the result on stdout."""
     console.print(message, markup=False, soft_wrap=True)
 
 
 def note(message: str) -> None:
-    """One line beside the result, on stderr."""
+    """Print one line that is not part of the result on stderr."""
     errors.print(message, markup=False, soft_wrap=True)
 
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Any]:
-    """A bar on stderr that disappears when done, nothing where stderr is no terminal; yields ``advance(steps=1)``."""
+    """Show a bar on stderr until the work is done, if stderr is a terminal. Yields ``advance(steps=1)``."""
     columns = (
         TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
@@ -111,13 +112,13 @@ def progress(description: str, total: int) -> Iterator[Any]:
 
 
 def help_text(command: Any) -> str:
-    """The docstring of a command, its paragraphs unwrapped: help is as wide as the terminal, not as the source."""
+    """The docstring of a command with each paragraph on one line, so that help is wrapped at the terminal's width."""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.getdoc(command).split("\n\n"))
 
 
 def integers(text: str | tuple[int, ...]) -> tuple[int, ...]:
     """The value of an option like ``--patch-nums 1,2,4`` or ``"1 2 4"``."""
-    if isinstance(text, tuple):  # a default
+    if isinstance(text, tuple):  # the default of an option
         return text
     try:
         return tuple(int(part) for part in text.replace(",", " ").split())
@@ -126,10 +127,10 @@ def integers(text: str | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def prepare_output(path: Path, *suffixes: str, folder: bool = False) -> None:
-    """Refuse an output that cannot be written, before the work; missing folders are made.
+    """Raise ValueError for an output that cannot be written, before the work begins. Missing folders are made.
 
-    `suffixes` are those of the files that may be written; with `folder`, a path without a suffix, or an existing folder
-    of any name, is a folder to write several files to.
+    `suffixes` are the suffixes of the files that may be written. With `folder`, a path without a suffix, or the path of
+    an existing folder, is a folder for several files.
     """
     is_folder = folder and (path.is_dir() or not path.suffix)
     if not is_folder and (path.suffix.lower() not in suffixes or path.is_dir()):
@@ -146,7 +147,7 @@ def prepare_output(path: Path, *suffixes: str, folder: bool = False) -> None:
 
 
 def check_backend(backend: str) -> str:
-    """`backend`; ValueError with the names there are if it is none of them."""
+    """Return `backend`. Raise ValueError, listing the valid names, if there is none of this name."""
     from var_kernels.backends import BACKENDS
 
     if backend not in ("auto", *BACKENDS):
@@ -155,7 +156,7 @@ def check_backend(backend: str) -> str:
 
 
 def check_precision(precision: str) -> str:
-    """`precision`; ValueError with the names there are if it is none of them."""
+    """Return `precision`. Raise ValueError, listing the valid names, if there is none of this name."""
     from ..generation.request import PRECISIONS
 
     if precision not in PRECISIONS:
@@ -164,12 +165,14 @@ def check_precision(precision: str) -> str:
 
 
 def check_device(device: str) -> str:
-    """`device`; ValueError if torch does not know it or this machine does not have it."""
+    """Return `device`. Raise ValueError if torch does not know it or this machine does not have it."""
     import torch
 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"--device: expected a device that is here, such as cpu, got {device!r} ({reason})") from error
+        raise ValueError(
+            f"--device: expected a device of this machine, such as cpu, got {device!r} ({reason})"
+        ) from error
     return device

@@ -1,4 +1,4 @@
-"""Curves of training logs as one picture: the work behind `python -m var plot`."""
+"""Draws the curves of training logs as one picture: the work of `python -m var plot`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..training.progress import read_log
 from ..training.trainer import LOG_NAME
 from .console import say
 
-# Not curves: what they are drawn over, and what tells about the machine.
+# Values of a log that get no curve: the step, the learning rate, the norm of the gradient and the speed of the machine.
 _HIDDEN = ("step", "seconds", "images/s", "tokens/s", "lr", "grad_norm")
 _TITLES = {
     "loss": "loss", "mse": "squared error", "l1": "absolute error", "vq": "quantizer loss", "codes": "codes in use",
@@ -42,9 +42,9 @@ def _read(path: Path) -> list[dict[str, float]]:
 
 
 def draw(logs: dict[Path, list[dict[str, float]]]) -> Any:
-    """A figure with rows of panels per run; a validated value shares the panel of what it validates."""
+    """A figure with one or more rows of panels per run. A value and its validation share a panel."""
     try:
-        # Not pyplot: it keeps figures in the process and may want a display.
+        # pyplot is not used, because it keeps figures in the process and may need a display.
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(f'plot needs matplotlib: pip install "var-kernels[plots]" ({error})') from error
@@ -66,7 +66,7 @@ def _rows(names: Sequence[str]) -> list[Sequence[str]]:
 
 
 def _panels(log: Sequence[dict[str, float]]) -> list[str]:
-    """Names of the figures in a log, `val_` taken off, in order of appearance."""
+    """Names of the values in a log without the prefix `val_`, in order of appearance."""
     names = dict.fromkeys(name.removeprefix("val_") for record in log for name in record)
     return [name for name in names if name not in _HIDDEN]
 

@@ -1,4 +1,4 @@
-"""`python -m var demo`: pictures from the model, and the kernels beside the reference."""
+"""Makes pictures with the model and compares the kernels with the reference: the work of `python -m var demo`."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from .console import console, note, progress, say
 
 _CLASSES = 10
 _STRIP_CLASSES = 5
-# Timed generations per backend, after one that warms up; fewer on a machine that would take longer than this for them.
+# Timed generations per backend, after one that warms up. After this many seconds no further one begins.
 _ROUNDS, _GENERATION_SECONDS = 3, 12.0
-_OP_SECONDS = 0.5  # of timing per op
+_OP_SECONDS = 0.5  # how long each op is timed
 _SHAPE = "d16"
 
 
 def run(output: Path, model: str, path: str | None, backend: str, seed: int, data: Path | None, per_class: int) -> None:
-    """Write the pictures to `output`, print the tables."""
+    """Write the pictures to `output` and print the tables."""
     opened = open_model(model, path, backend)
     sampling, config = sampling_for(opened), opened.pipeline.var.config
-    # Ten classes, evenly spread where there are more.
+    # All classes, or ten evenly spread ones if there are more than ten.
     classes = [i * config.num_classes // _CLASSES for i in range(_CLASSES)] if config.num_classes > _CLASSES \
         else list(range(config.num_classes))
     test = _test_images(opened, data)
@@ -85,7 +85,7 @@ def _write_strip(path: Path, opened: OpenModel, sampling: Sampling, classes: Seq
 
 
 def _test_images(opened: OpenModel, data: Path | None) -> ImageData | None:
-    """Real images that the model should know; a line says why there are none. Data that was asked for must be there."""
+    """Images of the model's data set. If there are none, a line says why, but data that was named must be there."""
     if data is None and opened.pipeline.var.config.class_names != FASHION_MNIST_CLASSES:
         note("no reconstructions: name the data set of this model with --data")
         return None
@@ -127,7 +127,7 @@ def _print_generation(
     with progress("timing generation", 1 + _ROUNDS) as advance:
         rounds = []
         while len(rounds) < 2 or (len(rounds) < 1 + _ROUNDS and time.perf_counter() < end):
-            # One beside the other: both see the same machine.
+            # Alternating, so that both run under the same conditions of the machine.
             rounds.append((timed(plain_generator), timed(our_generator)))
             advance()
     threads, best = torch.get_num_threads(), len(rounds) - 1
@@ -208,12 +208,12 @@ def _print_ops(backend: str) -> None:
             table.add_row(op, shape, name, f"{1e3 * plain:.2f}", f"{1e3 * fast:.2f}", f"{plain / fast:.1f}", difference)
             advance()
     console.print(table)
-    note("The reference is the specification: plain PyTorch, widened where exactness asks for it. `pytest benchmarks/ "
-         "--benchmark-only` measures against SDPA, torch.compile, FlexAttention and others.")
+    note("The reference is the specification: plain PyTorch, in a wider dtype where it has to be exact. `pytest "
+         "benchmarks/ --benchmark-only` compares the kernels with SDPA, torch.compile, FlexAttention and others.")
 
 
 def _difference(got: Any, expected: Any) -> str:
-    """Largest absolute difference of the results; of codes, how many differ."""
+    """Largest absolute difference of the results. For codes it is the number of those that differ."""
     pairs = list(zip(got, expected, strict=True)) if isinstance(got, tuple) else [(got, expected)]
     largest = [float((a - b).abs().max()) for a, b in pairs if a.is_floating_point()]
     different = [int((a != b).sum()) for a, b in pairs if not a.is_floating_point()]
@@ -222,9 +222,9 @@ def _difference(got: Any, expected: Any) -> str:
 
 
 def _times(*calls: Callable[[], Any]) -> list[float]:
-    """Median seconds of each call, the calls alternating so that they see the same machine.
+    """Median seconds of each call. The calls alternate, so that they run under the same conditions of the machine.
 
-    Every other round goes backwards: who comes after whom decides who gets memory that is still in the caches.
+    Every other round has the reverse order, because a call finds in the caches what the call before it has used.
     """
     samples: list[list[float]] = [[] for _ in calls]
     end = time.perf_counter() + _OP_SECONDS

@@ -1,4 +1,4 @@
-"""Quality of a model, measured and written as JSON: the work behind `python -m var evaluate`."""
+"""Measures the quality of a model and writes it as JSON: the work of `python -m var evaluate`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(
     output: Path, model: str, path: str | None, data: Path | None, backend: str, images: int, held_out: int,
     epochs: float, chosen: dict[str, Any], seed: int, precision: str, batch_size: int | None,
 ) -> None:
-    """Measure, print a table, write `output`."""
+    """Measure the model, print a table and write `output`."""
     started = time.perf_counter()
     opened = open_model(model, path, backend)
     vqvae, var = opened.pipeline

@@ -1,7 +1,8 @@
-"""Where generated images go: a sheet, a folder of PNG files or one .npz file. Finished images outlive an interruption.
+"""Writes generated images to a sheet, a folder of PNG files or one .npz file.
 
-Every image is written as soon as it is there: into its own PNG file, or into a file of records beside the .npz that is
-to come. A later run of the same request finds them and generates the others.
+The folder and the .npz file keep finished images after an interruption: every image is written as soon as it is
+generated, into its own PNG file, or into a file of records beside the future .npz file. A later run of the same request
+finds these images and generates the others.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _COPY_BYTES = 1 << 24
 
 
 class Sheet:
-    """One picture of all images with the names of their classes, written at the end: an interruption leaves none."""
+    """One picture of all images with the names of their classes. It is written at the end, so an interruption loses all
+    images."""
 
     done: frozenset[int] = frozenset()
 
@@ -41,12 +43,12 @@ class Sheet:
         write_png(self.path, grid_by_label(images, self._labels, self._names), self._description)
 
     def finished(self) -> int:
-        """How many images are kept whatever happens now."""
+        """How many images an interruption now would not lose."""
         return 0
 
 
 class Folder:
-    """One PNG file for each image, named by number and class, with the request as its text."""
+    """One PNG file for each image, named after its number and class. The PNG text describes the request."""
 
     def __init__(self, path: Path, labels: Sequence[int], class_names: Sequence[str], description: str) -> None:
         self.path, self._labels, self._names, self._description = path, labels, class_names, description
@@ -75,10 +77,10 @@ class Folder:
 
 
 class NpzFile:
-    """``arr_0`` (N, H, W, 3) uint8, the one array that the ADM evaluator reads, then ``labels`` and ``tokens``.
+    """One .npz file with ``arr_0`` (N, H, W, 3) uint8, which the ADM evaluator reads, and ``labels`` and ``tokens``.
 
-    Images are collected in ``<name>.partial``: a line that says what they are, then one record for each, pixels and
-    tokens. The .npz appears when all are there, and the records go.
+    Images are collected in ``<name>.partial``: one line that describes the request, then one record for each image,
+    with its pixels and tokens. When all images are there, the .npz file is written and the file of records is removed.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class NpzFile:
         self._written = len(self.done)
 
     def _count(self) -> int:
-        """Whole records of this very request; those of another one, or half a record, do not count."""
+        """Number of complete records, 0 if the file belongs to another request."""
         try:
             with self._partial.open("rb") as file:
                 if file.read(len(self._header)) != self._header:
@@ -114,7 +116,7 @@ class NpzFile:
         file: IO[bytes] | None = None
         try:
             for batch in batches:
-                if file is None:  # not before there is an image: a request that fails leaves nothing behind
+                if file is None:  # opened once there is an image, so that a request that fails leaves no file
                     file = self._open()
                 pixels = to_uint8(batch.images).permute(0, 2, 3, 1).flatten(1).contiguous().numpy()
                 tokens = batch.tokens.numpy().astype("<i8").view(np.uint8)
@@ -162,7 +164,7 @@ ImageSet = Sheet | Folder | NpzFile
 def image_set(
     output: Path, labels: Sequence[int], class_names: Sequence[str], description: str, image_size: int, length: int
 ) -> ImageSet:
-    """The kind of set that `output` asks for: a .npz file, one sheet as .png, or a folder of .png files."""
+    """The image set for the path `output`: a .npz file, one sheet as .png, or a folder of .png files."""
     if output.suffix.lower() == ".npz" and not output.is_dir():
         return NpzFile(output, labels, description, image_size, length)
     if output.suffix.lower() == ".png" and not output.is_dir():
@@ -171,5 +173,5 @@ def image_set(
 
 
 def file_stem(name: str) -> str:
-    """A class name as part of a file name: lower case, letters and digits, joined by hyphens."""
+    """A class name as part of a file name: in lower case, its words joined by hyphens."""
     return re.sub(r"\W+", "-", name.casefold()).strip("-") or "image"

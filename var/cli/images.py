@@ -1,4 +1,7 @@
-"""The commands about images: demo, generate, profile, reconstruct, info. Declarations and dispatch; torch on use."""
+"""The commands about images: demo, generate, profile, reconstruct, info.
+
+This module declares the commands and their options. A command imports its work, and with it torch, when it runs.
+"""
 
 from __future__ import annotations
 
@@ -13,50 +16,52 @@ from .console import check_backend, check_device, check_precision, help_text, no
 Model = Annotated[str, typer.Option(
     "--model", "-m", metavar="NAME|FOLDER",
     help="fashion (ships with the package: ten kinds of clothes at 32×32 pixels), d16, d20, d24, d30 or d36 (released "
-         "models; need --path), or a folder with var.safetensors and vqvae.safetensors.",
+         "models, which need --path), or a folder with var.safetensors and vqvae.safetensors.",
 )]
 ModelPath = Annotated[str | None, typer.Option(
     "--path", metavar="FOLDER|HUB-ID",
     help="Where the files of a released model are: a folder with var_d16.pth and vae_ch160v4096z32.pth (or the same as "
-         ".safetensors), or a Hub id such as FoundationVision/var, downloaded once.",
+         ".safetensors), or a Hub id such as FoundationVision/var, from which they are downloaded once.",
 )]
 Backend = Annotated[str, typer.Option(
     "--backend", "-b",
-    help="Implementation of the kernels: auto takes the fastest one here, reference is plain PyTorch; `python -m "
-         "var_kernels` lists all. A backend that cannot serve is an error, never a silent fallback.",
+    help="Implementation of the kernels: auto takes the best one that this machine has, reference is plain PyTorch; "
+         "`python -m var_kernels` lists all. If a backend that is named cannot serve, that is an error: no other one "
+         "serves instead.",
 )]
 Device = Annotated[str, typer.Option("--device", help="Where the model runs: cpu, cuda, cuda:1 …")]
 Cfg = Annotated[float | None, typer.Option(
     "--cfg", min=0.0, show_default="what the model's file says, else 1.5",
-    help="Strength of classifier-free guidance at the last scale; it grows linearly from 0 at the first. 0 switches it "
-         "off and halves the work.",
+    help="Strength of classifier-free guidance at the last scale. It grows linearly from 0 at the first one. 0 "
+         "switches it off and halves the work.",
 )]
 TopK = Annotated[int | None, typer.Option(
     "--top-k", min=0, show_default="what the model's file says, else 900 for d16 … d36, else 0",
-    help="Draw from the k most likely tokens only; 0: from all.",
+    help="Draw only from the k most likely tokens; 0: draw from all.",
 )]
 TopP = Annotated[float | None, typer.Option(
     "--top-p", min=0.0, max=1.0, show_default="what the model's file says, else 0.96",
-    help="Draw from the smallest set of tokens whose probability exceeds p; 0: off.",
+    help="Draw only from the smallest set of tokens whose probability exceeds p; 0: draw from all.",
 )]
 MoreSmooth = Annotated[bool, typer.Option(
     "--more-smooth",
-    help="Feed Gumbel-softmax mixtures of codes forward instead of single codes: smoother pictures, but no samples of "
-         "the model's distribution.",
+    help="Feed Gumbel-softmax mixtures of codes forward instead of single codes. Pictures are smoother, but no samples "
+         "of the model's distribution.",
 )]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed gives the same images.")]
 Precision = Annotated[str, typer.Option(
     "--precision",
-    help="fp32, or bf16: half the memory, and faster where the processor multiplies bf16; images differ slightly.",
+    help="fp32 or bf16. bf16 takes half the memory and is faster if the processor multiplies bf16; images differ "
+         "slightly.",
 )]
 BatchSize = Annotated[int | None, typer.Option(
     "--batch-size", min=1, show_default="as many as keep the KV cache within 1 GiB, at most 100",
-    help="Images at a time. It does not change any image.",
+    help="Number of images that are generated at a time. It does not change any image.",
 )]
 Data = Annotated[Path | None, typer.Option(
     "--data", "-d", metavar="FOLDER", show_default="Fashion-MNIST where its Debian package installs it",
-    help="Fashion-MNIST's IDX files, or a root they were unpacked below, or a folder with one folder of images per "
-         "class (optionally below train/ and test/).",
+    help="A folder with Fashion-MNIST's IDX files (also below it, where its Debian package was unpacked), or a folder "
+         "with one folder of images per class (optionally below train/ and test/).",
 )]
 
 
@@ -67,11 +72,11 @@ def demo(
     per_class: Annotated[int, typer.Option(
         "--per-class", "-n", min=1, max=100, help="Images per class in the grid.")] = 8,
 ) -> None:
-    """See the model and the kernels at work: three pictures and a table, in less than a minute on two cores.
+    """See the model and the kernels at work: three pictures and two tables, in less than a minute on two cores.
 
-    Writes grid.png (generated images of ten classes), coarse-to-fine.png (images decoded after each scale) and, where
-    the data set is present, reconstructions.png (test images through the tokenizer and back). Then compares the chosen
-    backend with the reference in plain PyTorch: time per image, largest difference, the same for every kernel.
+    Writes grid.png (generated images of ten classes), coarse-to-fine.png (images decoded after each scale) and, if the
+    data set is present, reconstructions.png (test images through the tokenizer and back). Then it compares the chosen
+    backend with the reference in plain PyTorch, for whole generations and for single kernels: times and differences.
 
     Examples:
 
@@ -89,7 +94,7 @@ def demo(
 def generate(
     labels: Annotated[str | None, typer.Option(
         "--labels", "-l", metavar="LIST", show_default="all of a model with up to 20 classes",
-        help="Classes separated by commas: numbers, ranges, names, all; *N asks for N images of an item, as in "
+        help="Classes separated by commas: numbers, ranges, names or all. *N after an item asks for N images, as in "
              "'0,3-5,sandal*4'.",
     )] = None,
     number: Annotated[int, typer.Option(
@@ -99,14 +104,14 @@ def generate(
     device: Device = "cpu", batch_size: BatchSize = None,
     output: Annotated[Path, typer.Option(
         "--output", "-o", metavar="FOLDER|FILE.png|FILE.npz",
-        help="A .png file gets one sheet with labels; a folder one PNG per image, in its own size; a .npz file the "
-             "uint8 array arr_0 (N, H, W, 3) that the ADM evaluator of FID reads, and the labels and tokens.",
+        help="A .png file gets one sheet with labels. A folder gets one PNG per image, in its own size. A .npz file "
+             "gets the uint8 array arr_0 (N, H, W, 3), which the ADM evaluator of FID reads, and labels and tokens.",
     )] = Path("generated.png"),
 ) -> None:
     """Generate images of chosen classes, any number of them.
 
-    An image depends on the seed and its place in the list only. Images are written as they are finished, and the same
-    command goes on where an interrupted one stopped.
+    An image depends on the seed, its class and its place in the list, not on the batch size or on other images. A
+    folder and a .npz file keep finished images: after an interruption the same command generates only the others.
 
     Examples:
 
@@ -171,10 +176,10 @@ def _write_images(
 
 
 def _fingerprint(pipeline: Any) -> str:
-    """Eight digits that differ between models: a retrained one does not continue the images of its predecessor."""
+    """Eight hex digits that identify a model, so that a retrained one does not continue the images of the old one."""
     from ..model.weights import weights_hash
 
-    # Training changes the last layer of either network, and hashing all of a large model takes seconds.
+    # Only the last layer of each network is hashed: training changes it, and hashing a whole large model takes seconds.
     return weights_hash(pipeline.var.head, pipeline.vqvae.decoder.conv_out)[:8]
 
 
@@ -190,16 +195,16 @@ def _default_labels(labels: str | None, opened: Any) -> str:
 def profile(
     model: Model = "fashion", path: ModelPath = None, precision: Precision = "fp32", batch_size: Annotated[
         int | None, typer.Option("--batch-size", min=1, show_default="1; as many as generate takes for fashion",
-                                 help="Images that are generated together.")] = None,
+                                 help="Number of images that are generated together.")] = None,
     cfg: Cfg = None, top_k: TopK = None, top_p: TopP = None, backend: Backend = "auto", device: Device = "cpu",
     output: Annotated[Path, typer.Option(
         "--output", "-o", metavar="FILE.png",
-        help="The picture: a bar for each scale and for the decoder, divided by stage.",
+        help="The picture. It has a bar for each scale and one for the decoder, divided by stage.",
     )] = Path("profile.png"),
 ) -> None:
     """See where the time of a generation goes: a table and a picture by scale and stage.
 
-    Released models (d16 … d36) are measured with random weights where --path names none: times do not depend on them.
+    Without --path, released models (d16 … d36) are measured with random weights: times do not depend on the weights.
 
     Examples:
 
@@ -223,13 +228,13 @@ def reconstruct(
     precision: Precision = "fp32",
     output: Annotated[Path, typer.Option(
         "--output", "-o", metavar="FOLDER|FILE.png",
-        help="A .png file gets one sheet, each original above its reconstruction; a folder one PNG per reconstruction.",
+        help="A .png file gets one sheet of originals and reconstructions. A folder gets one PNG per reconstruction.",
     )] = Path("reconstructed.png"),
 ) -> None:
-    """Take images through the tokenizer and back: what the model's tokens can hold.
+    """Take images through the tokenizer and back, to see what the tokens can hold.
 
-    An image of another size is resized by its shorter side and cropped to its centre; a line says so. Prints the peak
-    signal-to-noise ratio (PSNR, in dB) of each.
+    The shorter side of an image of another size is resized, and its centre is cut out; a line says so. Prints the peak
+    signal-to-noise ratio (PSNR, in dB) of each image.
 
     Examples:
 
@@ -252,7 +257,7 @@ def reconstruct(
 def info(
     model: Model = "fashion", path: ModelPath = None,
 ) -> None:
-    """Show a model: configuration, schedule of scales, parameters, memory, and what its files say about themselves.
+    """Show a model: its configuration, schedule of scales, parameters and memory, and the metadata of its files.
 
     Released models (d16 … d36) are described without their weights.
 

@@ -1,4 +1,4 @@
-"""What there is to know about a model without running it: the work behind `python -m var info`."""
+"""Describes a model without running it: the work of `python -m var info`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..model.vqvae import VQVAE
 from .console import console, say
 
 _MIB = 1 << 20
-_STORED = ("model", "config")  # metadata that is shown as configuration
+_STORED = ("model", "config")  # metadata that the table of the configuration shows already
 
 
 def run(model: str, path: str | None) -> None:
-    """Print configuration, schedule, parameters and memory of a model, and the metadata of its files."""
+    """Print the configuration, schedule, parameters and memory of a model, and the metadata of its files."""
     if path is None and model in PRESETS:
         with torch.device("meta"):
             pipeline = Pipeline(*(kind(config) for kind, config in zip((VQVAE, VAR), PRESETS[model], strict=True)))

@@ -1,4 +1,4 @@
-"""The value of --labels: class numbers, ranges, names and repetitions."""
+"""Parses the value of --labels: class numbers, ranges, names and repetitions."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 
 def parse_labels(text: str, class_names: Sequence[str], count: int = 1) -> list[int]:
-    """Class numbers of a list such as ``"0,3-5,trouser*4,all"``: numbers, names, ranges.
+    """The class numbers of a list such as ``"0,3-5,trouser*4,all"``, whose items are numbers, ranges, names or all.
 
-    ``*N`` asks for N images of an item; items without it stand for `count` images. Names are compared without case.
+    ``*N`` asks for N images of each class of an item, instead of `count`. The case of names does not matter.
+
     Raises ValueError for a number out of range, an unknown name, or an empty list.
     """
     names = {name.casefold(): label for label, name in enumerate(class_names)}

@@ -1,4 +1,4 @@
-"""Where the time of a generation goes, by stage and scale: the work behind `python -m var profile`."""
+"""Measures where the time of a generation goes, by stage and scale: the work of `python -m var profile`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..model.transformer import VAR
 from ..model.vqvae import VQVAE
 from .console import check_precision, console, progress, say
 
-# Operators of each stage of the transformer; the decoder is told apart by when it runs.
+# Parts of the operators' names, for each stage of the transformer. What runs after the last scale is the decoder.
 _STAGES = {
     "projections": ("linear",),
     "attention": ("_block_causal_attention",),
@@ -39,18 +39,18 @@ _STAGES = {
 }
 _CONVOLUTIONS, _NORMS = "convolutions", "GroupNorm, SiLU"
 _DECODER_STAGES = {_CONVOLUTIONS: ("conv2d", "_winograd_conv"), _NORMS: ("group_norm", "silu")}
-_REST = "rest"  # smaller operators, and Python between all of them
+_REST = "rest"  # smaller operators, and the time of Python
 _DECODER = "decoder"
 _ROUNDS = 3
 
 
 class Profile(NamedTuple):
-    """Seconds by row (scales, then the decoder) and stage, and operations by stage."""
+    """Seconds for each row (the scales, then the decoder) and stage, and operations for each stage."""
 
     rows: tuple[str, ...]
     stages: tuple[str, ...]
     seconds: dict[str, dict[str, float]]
-    operations: dict[str, float]  # of the whole batch; stages without multiplications are missing
+    operations: dict[str, float]  # for the whole batch; stages that are not counted are missing
     images: int
 
     @property
@@ -59,7 +59,7 @@ class Profile(NamedTuple):
 
 
 class _Timer(TorchDispatchMode):
-    """Adds up the time and the operations of operators by stage, for the row that is current."""
+    """Adds up the time of the operators for each stage of the current row, and their operations for each stage."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -86,9 +86,9 @@ def _stage_of(operator: str, in_decoder: bool) -> str | None:
 
 
 def _operations(operator: str, args: tuple) -> float:
-    """Multiplications and additions of the operators that consist of them, as they are carried out.
+    """The number of multiplications and additions that an operator carries out, 0 for the small operators.
 
-    Of attention those of visible pairs, of minimal filtering those of the products of matrices.
+    For attention these are the ones of visible pairs, for minimal filtering the ones of the matrix products.
     """
     if "_packed_linear" in operator:
         x, out_features = args[0], args[3]
@@ -100,7 +100,7 @@ def _operations(operator: str, args: tuple) -> float:
         q, k = args[0], args[1]
         return 4.0 * q.numel() * k.shape[2]
     if "conv2d" in operator:
-        # All taps meet every pixel of the input: no convolution of the decoder has strides that skip some.
+        # Every tap is multiplied with every pixel of the input, because no convolution of the decoder has a stride.
         x, weight = args[:2]
         return 2.0 * weight.numel() * x.numel() / x.shape[1]
     if "_winograd_conv" in operator:
@@ -110,7 +110,7 @@ def _operations(operator: str, args: tuple) -> float:
 
 
 def _random_pipeline(model: str, device: str, backend: str) -> Pipeline:
-    """A released shape with random weights: times do not depend on their values."""
+    """A model with a released configuration and random weights, because times do not depend on the weights."""
     vqvae_config, var_config = PRESETS[model]
     with torch.device(device):
         vqvae, transformer = VQVAE(vqvae_config, backend), VAR(var_config, backend)
@@ -118,10 +118,10 @@ def _random_pipeline(model: str, device: str, backend: str) -> Pipeline:
 
 
 def measure(pipeline: Pipeline, sampling: Sampling, batch: int, precision: str, rounds: int = _ROUNDS) -> Profile:
-    """Times of one generation of `batch` images: the medians of `rounds`, after one that warms up.
+    """Times of one generation of `batch` images: the medians of `rounds` rounds, after one that warms up.
 
-    Whole rows are timed without the timer of operators, which slows Python down; what a row takes beyond its operators
-    is its rest.
+    Whole rows are timed in generations of their own, because the timer of operators slows Python down. The rest of a
+    row is its time without that of its operators.
     """
     device = pipeline.var.pos_1LC.device
     memory.check_batch(
@@ -153,7 +153,7 @@ def measure(pipeline: Pipeline, sampling: Sampling, batch: int, precision: str, 
     with progress("profiling", 1 + 2 * rounds) as advance:
         timed()
         advance()
-        for _ in range(rounds):  # one beside the other: both see the same machine
+        for _ in range(rounds):  # alternating, so that both run under the same conditions of the machine
             whole.append(timed())
             advance()
             with _Timer(device) as timer:
@@ -181,7 +181,7 @@ def run(
     output: Path, model: str, path: str | None, backend: str, device: str, precision: str, batch_size: int | None,
     chosen: dict[str, Any],
 ) -> None:
-    """Measure, print the tables, draw `output`."""
+    """Measure, print the table and draw the picture `output`."""
     check_precision(precision)
     if path is None and model in PRESETS:
         pipeline, sampling = _random_pipeline(model, device, backend), Sampling(1.5, 900, 0.96)
@@ -207,7 +207,7 @@ def _machine(device: str) -> str:
 
 
 def _shown(profile: Profile) -> list[str]:
-    """Stages that take any time."""
+    """The stages that take time."""
     return [stage for stage in profile.stages if sum(row[stage] for row in profile.seconds.values()) > 0]
 
 
@@ -234,9 +234,9 @@ def _print(profile: Profile, title: str) -> None:
 
 
 def draw(profile: Profile, title: str) -> Any:
-    """A figure with a bar for each scale and the decoder, divided by stage."""
+    """A figure with a bar for each scale and one for the decoder, divided by stage."""
     try:
-        # Not pyplot: it keeps figures in the process and may want a display.
+        # pyplot is not used, because it keeps figures in the process and may need a display.
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(f'profile needs matplotlib: pip install "var-kernels[plots]" ({error})') from error

@@ -1,4 +1,4 @@
-"""Image files through the tokenizer and back: the work behind `python -m var reconstruct`."""
+"""Takes image files through the tokenizer and back: the work of `python -m var reconstruct`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _BATCH = 16
 
 
 class Picture(NamedTuple):
-    """One image file, made to fit the model."""
+    """One image file, resized and cropped for the model."""
 
     path: Path
     image: Tensor  # (3, S, S) float32 in [−1, 1]
 
 
 def read_image(path: Path, size: int) -> Picture:
-    """An image file as RGB, its shorter side resized to `size` pixels and its centre cut out; a line says so if it was.
+    """An image file as RGB: its shorter side is resized to `size` pixels and its centre is cut out.
 
-    Raises DataError naming a file that is no image, or a broken one.
+    If this changes the image, a line on stderr says so. Raises DataError, naming the file, if it is no image or broken.
     """
     try:
         with Image.open(path) as header:
@@ -54,7 +54,7 @@ def reconstruct(vqvae: VQVAE, images: Tensor, precision: str = "fp32") -> Tensor
 
 
 def run(pictures: Sequence[Picture], vqvae: VQVAE, precision: str, output: Path) -> None:
-    """Write the sheet of pairs (.png), or every reconstruction to a folder; print the PSNR of each."""
+    """Write a sheet of pairs (.png) or every reconstruction to a folder, and print the PSNR of each image."""
     originals = torch.stack([picture.image for picture in pictures])
     reconstructions = reconstruct(vqvae, originals, precision)
     if output.suffix.lower() == ".png" and not output.is_dir():
@@ -70,7 +70,7 @@ def run(pictures: Sequence[Picture], vqvae: VQVAE, precision: str, output: Path)
 
 
 def _distinct(stems: Sequence[str]) -> list[str]:
-    """The names, numbered where one occurs again: files of equal names in several folders must not meet."""
+    """The names, with a number where one occurs again, so that files of the same name in several folders differ."""
     seen: set[str] = set()
     names = []
     for stem in stems:

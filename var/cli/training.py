@@ -1,7 +1,8 @@
-"""The commands about training: train-tokenizer, train, evaluate, plot. Declarations and dispatch; torch on use.
+"""The commands about training: train-tokenizer, train, evaluate, plot.
 
-The options of the two trainings are the fields of `TokenizerTraining`, `TransformerTraining` and of the model's
-configuration, under the same names; a test holds the two lists together.
+This module declares the commands and their options. A command imports its work, and with it torch, when it runs. The
+options of the two trainings have the names of the fields of `TokenizerTraining`, `TransformerTraining` and the model's
+configuration; a test compares the two lists.
 """
 
 from __future__ import annotations
@@ -29,58 +30,60 @@ def _integers(help_text: str, panel: str) -> Any:
 RunFolder = Annotated[Path, _option(
     "Folder of the run: checkpoint.pt, log.jsonl (curves) and the weights as .safetensors.", _RUN, "--output", "-o",
     metavar="FOLDER")]
-Resume = Annotated[bool, _option("Go on from the checkpoint in --output, as if never stopped.", _RUN, "--resume")]
-MaxSteps = Annotated[int, _option("Optimizer steps; the learning rate falls to its minimum at the last.", _RUN)]
-MaxMinutes = Annotated[float | None, _option("Stop after so long, with a checkpoint.", _RUN, show_default="no limit")]
+Resume = Annotated[bool, _option(
+    "Continue from the checkpoint in --output. The result is that of an uninterrupted run.", _RUN, "--resume")]
+MaxSteps = Annotated[int, _option("Optimizer steps. The learning rate falls to its minimum at the last one.", _RUN)]
+MaxMinutes = Annotated[float | None, _option("Stop after this time, with a checkpoint.", _RUN, show_default="no limit")]
 CheckpointMinutes = Annotated[float, _option("Minutes between checkpoints.", _RUN)]
 LogEvery = Annotated[int, _option("Steps between lines of log.jsonl.", _RUN)]
 ValEvery = Annotated[int, _option("Steps between validations; 0: at the end only.", _RUN)]
-TrainPrecision = Annotated[str, _option("fp32, or bf16: autocast of forward and backward.", _RUN)]
+TrainPrecision = Annotated[str, _option("fp32, or bf16 by autocast.", _RUN)]
 TrainSeed = Annotated[int, _option("Seed of initialisation, data order and dropout.", _RUN)]
 Images = Annotated[int, _option("Images per step.", _OPTIMIZER, "--batch-size")]
 Lr = Annotated[float, _option("Peak learning rate of AdamW.", _OPTIMIZER)]
 MinLr = Annotated[float, _option("Learning rate at the last step, reached along half a cosine.", _OPTIMIZER)]
 Warmup = Annotated[int, _option("Steps of linear warm-up.", _OPTIMIZER)]
-Decay = Annotated[float, _option("Weight decay of linear and convolution weights.", _OPTIMIZER)]
-Beta1 = Annotated[float, _option("AdamW's first moment.", _OPTIMIZER)]
-Beta2 = Annotated[float, _option("AdamW's second moment.", _OPTIMIZER)]
-GradClip = Annotated[float, _option("Largest global norm of the gradient; 0: not clipped.", _OPTIMIZER)]
+Decay = Annotated[float, _option("Weight decay of the weights of linear and convolution layers.", _OPTIMIZER)]
+Beta1 = Annotated[float, _option("Decay of AdamW's first moment.", _OPTIMIZER)]
+Beta2 = Annotated[float, _option("Decay of AdamW's second moment.", _OPTIMIZER)]
+GradClip = Annotated[float, _option("Largest global norm of the gradient; 0: no clipping.", _OPTIMIZER)]
 Ema = Annotated[float, _option("Decay of the average of the weights that is exported; 0: no average.", _OPTIMIZER)]
-ValImages = Annotated[int, _option("Training images held out for validation.", _DATA)]
-RandomCrop = Annotated[bool, _option("Cut a random square, not the centre (image folders).", _DATA, "--random-crop")]
+ValImages = Annotated[int, _option("Training images that are held out for validation.", _DATA)]
+RandomCrop = Annotated[bool, _option(
+    "Cut a random square, not the centre (image folders only).", _DATA, "--random-crop")]
 Flip = Annotated[bool, _option("Mirror half of the images (image folders only).", _DATA, "--flip")]
 
 # Sizes of the tokenizer.
 VocabSize = Annotated[int, _option("Codes in the codebook.", _MODEL)]
 ZChannels = Annotated[int, _option("Channels of a code.", _MODEL)]
 Ch = Annotated[int, _option("Channels of the convolutions at full resolution, a multiple of 32.", _MODEL)]
-ChMult = Annotated[Any, _integers("Factors of --ch per resolution; every further one halves the side.", _MODEL)]
-PatchNums = Annotated[Any, _integers("Sides of the token maps. An image side is the last one times 2^(number of "
-                                     "--ch-mult - 1).", _MODEL)]
+ChMult = Annotated[Any, _integers("Factor of --ch for each resolution; each after the first halves the side.", _MODEL)]
+PatchNums = Annotated[Any, _integers("Sides of the token maps. The side of an image is the last one times "
+                                     "2^(number of --ch-mult - 1).", _MODEL)]
 ResBlocks = Annotated[int, _option("Residual blocks per resolution.", _MODEL)]
-NumPhi = Annotated[int, _option("Convolutions φ shared by the scales.", _MODEL)]
-PhiRatio = Annotated[float, _option("Share of the convolution in φ.", _MODEL)]
+NumPhi = Annotated[int, _option("Number of convolutions φ, which the scales share.", _MODEL)]
+PhiRatio = Annotated[float, _option("Share of the convolution in φ; the rest is the identity.", _MODEL)]
 Beta = Annotated[float, _option("Weight of the commitment loss within the quantizer's loss.", _MODEL)]
-Znorm = Annotated[bool, _option("Nearest code by cosine instead of distance.", _MODEL, "--using-znorm")]
-L1 = Annotated[float, _option("Weight of the absolute error beside the squared error.", _OPTIMIZER)]
+Znorm = Annotated[bool, _option("Find the nearest code by cosine instead of distance.", _MODEL, "--using-znorm")]
+L1 = Annotated[float, _option("Weight of the absolute error; the squared error has 1.", _OPTIMIZER)]
 Vq = Annotated[float, _option("Weight of the quantizer's loss.", _OPTIMIZER)]
-InitImages = Annotated[int, _option("Images whose features, clustered, are the first codebook.", _OPTIMIZER)]
+InitImages = Annotated[int, _option("Images whose features are clustered into the first codebook.", _OPTIMIZER)]
 RestartEvery = Annotated[int, _option("Steps between revivals of unused codes.", _OPTIMIZER)]
-RestartUntil = Annotated[float, _option("Share of the steps after which codes are left alone.", _OPTIMIZER)]
-RestartBelow = Annotated[float, _option("A code is unused below this share of the average use.", _OPTIMIZER)]
+RestartUntil = Annotated[float, _option("Share of the steps after which no code is revived.", _OPTIMIZER)]
+RestartBelow = Annotated[float, _option("A code counts as unused below this share of the average use.", _OPTIMIZER)]
 
 # Sizes of the transformer.
-Tokenizer = Annotated[Path, _option("Weights of train-tokenizer: its folder, or the file vqvae.safetensors.", _DATA,
+Tokenizer = Annotated[Path, _option("The tokenizer: a folder of train-tokenizer, or its vqvae.safetensors.", _DATA,
                                     "--tokenizer", "-t", metavar="FOLDER|FILE")]
-Depth = Annotated[int, _option("Blocks.", _MODEL)]
+Depth = Annotated[int, _option("Number of blocks.", _MODEL)]
 Width = Annotated[int | None, _option("Channels.", _MODEL, show_default="64 times the depth")]
 Heads = Annotated[int | None, _option("Attention heads.", _MODEL, show_default="one per 64 channels")]
-MlpRatio = Annotated[float, _option("Hidden channels of the feed-forward layers over channels.", _MODEL)]
+MlpRatio = Annotated[float, _option("Hidden channels of the feed-forward layers, divided by the channels.", _MODEL)]
 SharedAln = Annotated[bool, _option("One AdaLN projection for all blocks, as in d36.", _MODEL, "--shared-aln")]
-L2Norm = Annotated[bool, _option("Normalised queries and keys, as in all released models.", _MODEL)]
+L2Norm = Annotated[bool, _option("Normalise queries and keys, as in all released models.", _MODEL)]
 NumClasses = Annotated[int | None, _option("Classes.", _MODEL, show_default="counted in the data set")]
-LabelDropout = Annotated[float, _option("Share of labels replaced by 'no class', for guidance (--cfg).", _OPTIMIZER)]
-Views = Annotated[int, _option("Tokenized copies of the training set, each cropped and mirrored anew.", _DATA)]
+LabelDropout = Annotated[float, _option("Share of labels that 'no class' replaces, for guidance (--cfg).", _OPTIMIZER)]
+Views = Annotated[int, _option("Tokenized copies of the training set, each with other crops and flips.", _DATA)]
 EncodeBatch = Annotated[int, _option("Images tokenized at a time.", _DATA)]
 
 
@@ -97,11 +100,11 @@ def train_tokenizer(
     num_res_blocks: ResBlocks = 1, num_phi: NumPhi = 4, phi_ratio: PhiRatio = 0.5, beta: Beta = 0.25,
     using_znorm: Znorm = False,
 ) -> None:
-    """Train the tokenizer, a multi-scale VQ-VAE: images to token maps and back.
+    """Train the tokenizer, a multi-scale VQ-VAE, which turns images into token maps and back.
 
-    The sizes by default are those of the embedded model (32×32 pixels, 130 tokens); those of the released tokenizer are
-    --vocab-size 4096 --z-channels 32 --ch 160 --ch-mult 1,1,2,2,4 --num-res-blocks 2 --patch-nums
-    1,2,3,4,5,6,8,10,13,16. Ctrl-C ends the run with a checkpoint and usable weights; --resume goes on.
+    The default sizes are those of the embedded model (32×32 pixels, 130 tokens). The sizes of the released tokenizer
+    are --vocab-size 4096 --z-channels 32 --ch 160 --ch-mult 1,1,2,2,4 --num-res-blocks 2 --patch-nums
+    1,2,3,4,5,6,8,10,13,16. Ctrl-C ends the run with a checkpoint and usable weights, and --resume continues it.
 
     Examples:
 
@@ -132,13 +135,13 @@ def train(
     depth: Depth = 6, width: Width = None, heads: Heads = None, mlp_ratio: MlpRatio = 4.0,
     shared_aln: SharedAln = False, attn_l2_norm: L2Norm = True, num_classes: NumClasses = None,
 ) -> None:
-    """Train the transformer on the tokens of a trained tokenizer: next-scale prediction.
+    """Train the transformer on the tokens of a trained tokenizer, for next-scale prediction.
 
-    Scales, codebook and classes follow the tokenizer and the data set. The folder of the run ends up holding both
-    halves, so that it serves as --model of the other commands. Ctrl-C ends the run with a checkpoint and usable
-    weights; --resume goes on.
+    The tokenizer determines scales and codebook, the data set determines the classes. At the end the folder of the run
+    holds both networks, so it can be the --model of the other commands. Ctrl-C ends the run with a checkpoint and
+    usable weights, and --resume continues it.
 
-    Examples (the first has the sizes of the embedded model):
+    Examples (the first one has the sizes of the embedded model):
 
     $ python -m var train -o runs/clothes -t runs/tokenizer --width 192 --shared-aln --precision bf16
 
@@ -160,7 +163,7 @@ def train(
 
 
 def _build(options: Any, model: Any, values: dict[str, Any]) -> Any:
-    """The dataclass `options` with its `model` configuration, both filled from the command line's values by name."""
+    """The dataclass `options` with its configuration `model`. Both take the values of the command line by name."""
     import dataclasses
 
     sizes = {field.name: values[field.name] for field in dataclasses.fields(model) if field.name in values}
@@ -178,20 +181,22 @@ def _finish(result: Any, command: str) -> None:
 
 def evaluate(
     output: Annotated[Path, typer.Option(
-        "--output", "-o", metavar="FILE.json", help="The figures.")] = Path("quality.json"),
+        "--output", "-o", metavar="FILE.json", help="The file for the results.")] = Path("quality.json"),
     model: Model = "fashion", path: ModelPath = None, data: Data = None, backend: Backend = "auto",
-    images: Annotated[int, typer.Option("--images", "-n", min=2, help="Images to generate.")] = 2000,
+    images: Annotated[int, typer.Option("--images", "-n", min=2, help="Number of images to generate.")] = 2000,
     held_out: Annotated[int, typer.Option(
-        "--held-out", min=2, help="Training images kept from the classifier, for the floor of the distance.")] = 2000,
-    epochs: Annotated[float, typer.Option("--epochs", min=0.0, help="Epochs of training of the classifier.")] = 4.0,
+        "--held-out", min=2,
+        help="Training images that the classifier does not see, for the floor of the distance.")] = 2000,
+    epochs: Annotated[float, typer.Option("--epochs", min=0.0, help="Epochs of the classifier's training.")] = 4.0,
     cfg: Cfg = None, top_k: TopK = None, top_p: TopP = None, seed: Seed = 0, precision: Precision = "fp32",
     batch_size: BatchSize = None,
 ) -> None:
-    """Measure a model on its data set; a few minutes, most of it for the measuring classifier.
+    """Measure the quality of a model on its data set. Takes a few minutes, most of them to train a classifier.
 
-    Reconstruction of the test images (PSNR), use of the codebook, and, by a small classifier trained for this only, how
-    often generated images show their class, and the Fréchet distance of its features to real test images beside the
-    same distance of held-out real images. That distance is no FID: it compares models of one data set.
+    It measures the reconstruction of the test images (PSNR) and the use of the codebook. A small classifier, trained
+    for this only, shows how often generated images show their class. Its features give the Fréchet distance of
+    generated images to real test images, and, for comparison, that of held-out real images. This distance is no FID: it
+    compares models of one data set.
 
     Example:
 
@@ -211,9 +216,9 @@ def plot(
     output: Annotated[Path, typer.Option(
         "--output", "-o", metavar="FILE.png", help="The picture.")] = Path("curves.png"),
 ) -> None:
-    """Draw the curves of trainings, running or done: losses, accuracy, PSNR, use of the codebook.
+    """Draw the curves of trainings, running or finished: losses, accuracy, PSNR, use of the codebook.
 
-    Needs matplotlib: the extra `plots` of this package.
+    Needs matplotlib, which the extra `plots` of this package installs.
 
     Example:
 

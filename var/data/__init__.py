@@ -1,4 +1,4 @@
-"""Images in and out: data sets by class, and pictures for people."""
+"""Data sets of images by class, and pictures to look at."""
 
 from .datasets import DataError, FashionMNIST, ImageData, ImageFolder, open_dataset
 

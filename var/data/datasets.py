@@ -1,9 +1,9 @@
-"""Images by class: Fashion-MNIST from its IDX files, or any folder with one sub-folder per class.
+"""Data sets of images by class: Fashion-MNIST from its IDX files, or any folder with one sub-folder per class.
 
-Every data set here answers the same three questions, and nothing else is asked of it by the training loops:
-``len(data)``, ``data.labels`` (N,) int64, and ``data.batch(indices, generator=None) -> (images, labels)`` with images
-(B, 3, S, S) float32 in [-1, 1]. Which images form a batch is a pure function of (seed, step), see `batch_indices`: a
-resumed training needs no data state beyond its step number.
+The training loops use the same interface of every data set, `ImageData`: ``len(data)``, ``data.labels`` (N,) int64,
+and ``data.batch(indices, generator=None) -> (images, labels)`` with images (B, 3, S, S) float32 in [-1, 1], besides its
+names. Which images form a batch is a pure function of (seed, step), see `batch_indices`, so a resumed training needs to
+know nothing but its step number.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
-# Where the IDX files lie below a directory the user names: the directory itself, or a root that the Debian package was
-# extracted into.
+# Where the IDX files can be in a directory that the user names: in the directory itself, or below it, if the Debian
+# package was extracted there.
 _IDX_SUBDIRS = ("", "usr/share/datasets/fashion-mnist", "share/datasets/fashion-mnist", "fashion-mnist")
 _IDX_SEARCH_PATH = (Path("/usr/share/datasets/fashion-mnist"), Path("~/.cache/var/fashion-mnist"))
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
-# What Pillow's decoders raise for broken files, besides OSError.
+# What Pillow's decoders raise for files that are missing or broken.
 _UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -46,11 +46,11 @@ FASHION_MNIST_HELP = (
 
 
 class DataError(ValueError):
-    """A data set is missing, malformed or empty; the message names the file or directory and what was expected."""
+    """A data set is missing, malformed or empty. The message names the file or directory and what was expected."""
 
 
 class ImageData(Protocol):
-    """What the training loops need of a data set."""
+    """The interface of a data set that the training loops use."""
 
     name: str
     class_names: tuple[str, ...]
@@ -65,11 +65,11 @@ class ImageData(Protocol):
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """Array stored in an IDX file, plain or gzip-compressed (recognised by content, not by name).
+    """The array in an IDX file, plain or gzip-compressed (recognised by its content, not by its name).
 
-    Format: two zero bytes, one type code, one rank byte, `rank` big-endian uint32 sizes, then the elements, row-major.
-    Raises `DataError` naming `path` for a wrong magic number, an unknown type code, or an element count that
-    differs from what the sizes promise.
+    The format is: two zero bytes, one type code, one rank byte, `rank` big-endian uint32 sizes, then the elements,
+    row-major. Raises `DataError`, naming `path`, for a wrong magic number, an unknown type code, or a number of
+    elements that differs from the sizes.
     """
     path = Path(path)
     raw = _read_maybe_gzip(path)
@@ -102,7 +102,7 @@ def _read_maybe_gzip(path: Path) -> bytes:
 def find_fashion_mnist(path: str | Path | None = None) -> Path:
     """Directory of the Fashion-MNIST IDX files: below `path` if given, else the Debian location, else the user cache.
 
-    Raises `DataError` with the one line that says how to get the files.
+    Raises `DataError` with one line that says how to get the files.
     """
     if path is not None:
         directory = _idx_directory(Path(path).expanduser())
@@ -134,8 +134,8 @@ def _idx_file(directory: Path, prefix: str, kind: str) -> Path | None:
 class FashionMNIST:
     """Fashion-MNIST (28×28 grey, 10 classes; 60 000 training and 10 000 test images), held in memory as uint8.
 
-    Images are centred on an `image_size` square (default 32) and repeated over 3 channels. The border is filled with 0,
-    the background of the originals, so background and border are both exactly −1.
+    Images are centred on a square of side `image_size` (default 32) and repeated over 3 channels. The border is filled
+    with 0, the background of the originals, so background and border are both exactly −1.
     """
 
     name = "fashion-mnist"
@@ -164,9 +164,10 @@ class FashionMNIST:
         return len(self.labels)
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) float32 in [-1, 1] and labels (B,) at `indices`; no augmentation, `generator` is unused.
+        """Images (B, 3, S, S) float32 in [-1, 1] and labels (B,) at `indices`, without augmentation.
 
-        Nothing is flipped or shifted: every shoe of Fashion-MNIST points left, and a model of it should know.
+        `generator` is not used. Images are not flipped or shifted: every shoe of Fashion-MNIST points left, and a model
+        should learn that.
         """
         grey = to_unit_range(self.pixels[indices]).unsqueeze(1)  # (B, 1, S, S)
         return grey.expand(-1, 3, -1, -1).contiguous(), self.labels[indices]
@@ -191,14 +192,14 @@ def _check_idx_pair(directory: Path, pixels: np.ndarray, labels: np.ndarray, ima
 
 
 class ImageFolder:
-    """Images of `root/<class name>/**/*.{png,jpg,…}`; class indices follow the sorted class names.
+    """The images `root/<class name>/**/*.{png,jpg,…}`. Class indices follow the sorted class names.
 
-    An image is converted to RGB (transparency over white), its shorter side resized to `image_size` (to
-    ``round(1.125·image_size)`` with `random_crop`), and a square cut out: at a random place and, with `flip`, mirrored
-    with probability ½ when `batch` is given a generator; the centre, unmirrored, otherwise.
+    An image is converted to RGB (transparency over white), and its shorter side is resized to `image_size` (with
+    `random_crop` to ``round(1.125·image_size)``). Then a square is cut out. If `batch` gets a generator, `random_crop`
+    cuts it at a random place, and `flip` mirrors it with probability ½. Otherwise it is the centre, not mirrored.
 
-    Headers of all files are read at construction, so a file that is no image is reported at once; a file that turns out
-    truncated is reported, by name, when it is decoded. Resized images stay in memory as uint8 up to `cache_bytes`.
+    The constructor reads the headers of all files, so a file that is no image is reported at once. A truncated file is
+    reported by name when it is decoded. Resized images stay in memory as uint8, up to `cache_bytes`.
     """
 
     def __init__(
@@ -237,7 +238,7 @@ class ImageFolder:
         return len(self.paths)
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, S, S) float32 in [-1, 1] and labels (B,); augmented, reproducibly, if `generator` is given."""
+        """Images (B, 3, S, S) float32 in [-1, 1] and labels (B,). With `generator` they are augmented reproducibly."""
         images = list(self._pool.map(self._resized, indices.tolist()))
         size = self.image_size
         cropped = np.empty((len(images), size, size, 3), np.uint8)
@@ -245,7 +246,7 @@ class ImageFolder:
             free_y, free_x = image.shape[0] - size, image.shape[1] - size
             y, x, mirrored = free_y // 2, free_x // 2, False
             if generator is not None:
-                # Three numbers are drawn whatever the options, so that switching one on leaves the others' draws alone.
+                # Always draw three numbers, so that one option does not change the numbers of the other option.
                 u = torch.rand(3, generator=generator).tolist()
                 if self.random_crop:
                     y, x = int(u[0] * (free_y + 1)), int(u[1] * (free_x + 1))
@@ -255,7 +256,7 @@ class ImageFolder:
         return to_unit_range(torch.from_numpy(cropped).permute(0, 3, 1, 2)).contiguous(), self.labels[indices]
 
     def _resized(self, index: int) -> np.ndarray:
-        """Image `index` as (h, w, 3) uint8 with its shorter side resized."""
+        """Image `index` as (h, w, 3) uint8, its shorter side resized."""
         cached = self._cache.get(index)
         if cached is None:
             cached = load_resized(self.paths[index], self._resized_side)
@@ -284,7 +285,8 @@ def _check_header(path: Path) -> None:
 def load_resized(path: Path, shorter_side: int) -> np.ndarray:
     """The image of a file as (h, w, 3) uint8 RGB, resized so that the shorter side has `shorter_side` pixels.
 
-    Transparency is laid over white, 16-bit grey scaled to 8. Raises DataError naming a `path` that is no whole image.
+    Transparent pixels are laid over white, and 16-bit grey is scaled to 8 bits. Raises DataError, naming `path`, if the
+    file is no complete image.
     """
     try:
         with Image.open(path) as image:
@@ -320,8 +322,8 @@ def open_dataset(
 ) -> ImageData:
     """Data set at `path`: Fashion-MNIST if `path` is None or holds its IDX files, else a folder of images by class.
 
-    A folder with sub-folders ``train`` and ``test`` (or ``val``) is taken as split; any other folder serves both.
-    Augmentation applies to the training split of folders.
+    If a folder has sub-folders ``train`` and ``test`` (or ``val``), they are its splits. Any other folder serves as
+    both splits. `random_crop` and `flip` apply to the training split of folders.
     """
     if path is None:
         return FashionMNIST(None, split, image_size)
@@ -343,17 +345,17 @@ def describe(data: ImageData) -> str:
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """uint8 0..255 to float32 in [-1, 1]; 0 becomes exactly −1 and 255 exactly 1."""
+    """Converts uint8 0..255 to float32 in [-1, 1]. 0 becomes exactly −1 and 255 exactly 1."""
     return pixels.to(torch.float32).div_(127.5).sub_(1.0)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] to uint8 0..255, rounded, values outside clamped. Inverse of `to_unit_range`."""
+    """Converts [-1, 1] to uint8 0..255 by rounding; values outside are clamped. The inverse of `to_unit_range`."""
     return images.detach().to(torch.float32).add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def split_indices(count: int, held_out: int) -> tuple[Tensor, Tensor]:
-    """(training, held-out) indices of a fixed shuffle: the same for every seed, so runs with other seeds compare."""
+    """Indices (training, held-out) of one fixed shuffle, so that runs with different seeds can be compared."""
     if not 0 <= held_out < count:
         raise DataError(f"held_out: expected 0..{count - 1} of {count} images, got {held_out}")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
@@ -361,13 +363,19 @@ def split_indices(count: int, held_out: int) -> tuple[Tensor, Tensor]:
 
 
 def step_generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """Generator for what is random in training step `step`; `stream` separates uses. Stateless, hence resumable."""
+    """Generator for one use, numbered `stream`, in training step `step`.
+
+    It depends on its arguments only, so a resumed training draws the same numbers.
+    """
     words = np.random.SeedSequence([seed, step, stream]).generate_state(2, np.uint64)
     return torch.Generator().manual_seed(int(words[0] >> np.uint64(1)))
 
 
 def batch_indices(pool: Tensor | Sequence[int], batch_size: int, seed: int, step: int) -> Tensor:
-    """Members of `pool` that form the batch of `step`: epochs of a shuffle by (seed, epoch), whole batches only."""
+    """Members of `pool` that form the batch of `step`.
+
+    Each epoch is a shuffle that depends on (seed, epoch). It is cut into whole batches, and the rest is left out.
+    """
     pool = torch.as_tensor(pool)
     if not 1 <= batch_size <= len(pool):
         raise DataError(f"batch_size: expected 1..{len(pool)} (the number of training images), got {batch_size}")

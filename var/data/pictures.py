@@ -1,4 +1,4 @@
-"""Sheets of images with labels, as PNG: the pictures that the command line writes."""
+"""The pictures that the command line writes: sheets of images with labels, as PNG."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from var_kernels.native.build import write_atomically
 
 from .datasets import to_uint8
 
-_CELL = 96  # pixels: smaller images are enlarged by a whole factor to about this side
+_CELL = 96  # pixels; smaller images are enlarged by a whole factor to about this side
 _GAP = 4
 _MARGIN = 8
 _FONT_SIZE = 15
 _LONGEST_ROW = 10
-_LARGEST_SIDE = 30_000  # of a sheet; viewers and Pillow's own guard give up soon after
+_LARGEST_SIDE = 30_000  # pixels of a sheet; viewers, and the limit in Pillow, refuse much larger pictures
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """RGB pictures of images (B, 3, H, W) in [−1, 1], pixel for pixel."""
+    """Images (B, 3, H, W) in [−1, 1] as RGB pictures of the same size."""
     return [Image.fromarray(pixels.numpy()) for pixels in to_uint8(images).permute(0, 2, 3, 1).cpu()]
 
 
 def enlarged(images: Tensor) -> list[Image.Image]:
-    """RGB pictures of images (B, 3, H, W) in [−1, 1]; small ones enlarged by repeating pixels, which hides nothing."""
+    """Images (B, 3, H, W) in [−1, 1] as RGB pictures. Small ones are enlarged by repeating pixels, not smoothed."""
     factor = max(1, round(_CELL / max(images.shape[-2:])))
     return to_pictures(images.repeat_interleave(factor, -1).repeat_interleave(factor, -2))
 
@@ -37,9 +37,9 @@ def enlarged(images: Tensor) -> list[Image.Image]:
 def sheet(
     rows: Sequence[Sequence[Image.Image]], *, row_labels: Sequence[str] = (), column_labels: Sequence[str] = (),
 ) -> Image.Image:
-    """Equal-sized pictures in rows on white; labels stand left of the rows and above the columns.
+    """Pictures of equal size in rows on white. Labels are to the left of the rows and above the columns.
 
-    Raises ValueError if the sheet would be larger than viewers take.
+    Raises ValueError if the sheet would be too large for viewers.
     """
     if not rows or not rows[0]:
         raise ValueError("rows: expected at least one picture, got none")
@@ -69,7 +69,7 @@ def sheet(
 
 
 def grid_by_label(images: Tensor, labels: Sequence[int], class_names: Sequence[str], per_row: int = 16) -> Image.Image:
-    """Generated images, one class after another in the order of first appearance, a new row for every class."""
+    """A sheet of generated images. Classes are in the order of first appearance, and each begins a new row."""
     rows, row_labels = [], []
     for label in dict.fromkeys(labels):
         members = torch.tensor([i for i, other in enumerate(labels) if other == label])
@@ -81,7 +81,8 @@ def grid_by_label(images: Tensor, labels: Sequence[int], class_names: Sequence[s
 
 
 def scale_strip(steps: Sequence[Tensor], names: Sequence[str], patch_nums: Sequence[int]) -> Image.Image:
-    """Coarse to fine: a row per image, a column per scale with the image decoded after it (K batches, (B,3,H,W))."""
+    """A sheet with a row per image and a column per scale. `steps` holds K batches (B, 3, H, W), one decoded after
+    each scale."""
     columns = [enlarged(images) for images in steps]
     return sheet(
         [list(row) for row in zip(*columns, strict=True)],
@@ -91,7 +92,8 @@ def scale_strip(steps: Sequence[Tensor], names: Sequence[str], patch_nums: Seque
 
 
 def comparison(originals: Tensor, reconstructions: Tensor, names: Sequence[str]) -> Image.Image:
-    """Images (B, 3, H, W) above their reconstructions, a column per name; many, or of long names, a row per name."""
+    """A sheet of images (B, 3, H, W) above their reconstructions, with a column per name. If there are many names, or
+    long ones, each has a row instead."""
     halves, titles = [enlarged(originals), enlarged(reconstructions)], ("original", "reconstruction")
     font = ImageFont.load_default(_FONT_SIZE)
     if len(names) <= _LONGEST_ROW and max(map(font.getlength, names)) <= halves[0][0].width:
@@ -100,7 +102,7 @@ def comparison(originals: Tensor, reconstructions: Tensor, names: Sequence[str])
 
 
 def write_png(path: str | os.PathLike, picture: Image.Image, description: str = "") -> Path:
-    """Write `picture` atomically, with `description` as its PNG text; returns the path."""
+    """Write `picture` atomically, with `description` as its PNG text, and return the path."""
     text = PngInfo()
     if description:
         text.add_itxt("Description", description)

@@ -1,1 +1,1 @@
-"""Measured quality of a tokenizer and a generator."""
+"""Measures the quality of a tokenizer and of a generator."""

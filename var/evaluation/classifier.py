@@ -1,4 +1,4 @@
-"""The small classifier that measures generated images: training, predictions, features."""
+"""The small classifier that generated images are measured with: its training, its predictions and its features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..data.datasets import ImageData, batch_indices, step_generator
 
 
 class Classifier(nn.Module):
-    """Small convolutional classifier that serves as measuring instrument: images (B, 3, S, S) in [-1, 1] to logits."""
+    """Small convolutional classifier to measure with: it turns images (B, 3, S, S) in [-1, 1] into logits."""
 
     def __init__(self, num_classes: int, width: int = 32, feature_size: int = 64) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(feature_size, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
-        """Penultimate activations (B, feature_size)."""
+        """Activations (B, feature_size) of the layer before the last one."""
         return F.relu(self.embed(F.adaptive_avg_pool2d(self.body(images), 2).flatten(1)))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def train_classifier(
     seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Classifier:
-    """Classifier of `data` trained on `indices`: AdamW, one warm-up-and-decay cycle, label smoothing 0.1.
+    """Train a classifier on the images `indices` of `data`: AdamW, one cycle of warm-up and decay, label smoothing 0.1.
 
     On Fashion-MNIST the defaults reach about 92 % on the test images in about two minutes on two cores. `progress` is
     called with (step, steps, loss) every 50 steps.

@@ -1,4 +1,4 @@
-"""Figures of images, codes and features: PSNR, use of a codebook, Fréchet distance."""
+"""Measures of images, codes and features: PSNR, use of a codebook, Fréchet distance."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image: (B, …) twice, values in [-1, 1] (peak 2), to (B,).
+    """Peak signal-to-noise ratio (B,) of each image in dB. Both arguments are (B, …) in [-1, 1], so the peak is 2.
 
-    `images` are clamped to [-1, 1] first, as a display would. Identical images give +inf.
+    `images` is clamped to [-1, 1] first, as on a display. Identical images give +inf.
     """
     if images.shape != reference.shape:
         raise ValueError(f"images: expected the shape of reference {tuple(reference.shape)}, got {tuple(images.shape)}")
@@ -19,7 +19,7 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
 
 
 def code_counts(tokens: Tensor, vocab_size: int) -> Tensor:
-    """How often each of `vocab_size` codes occurs in `tokens` (any shape, integer): (vocab_size,) int64."""
+    """How often each code occurs in `tokens` (integers of any shape): (vocab_size,) int64."""
     flat = tokens.flatten().long()
     if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < vocab_size:
         raise ValueError(f"tokens: expected 0..{vocab_size - 1}, got {int(flat.min())}..{int(flat.max())}")
@@ -27,12 +27,12 @@ def code_counts(tokens: Tensor, vocab_size: int) -> Tensor:
 
 
 def used_codes(counts: Tensor) -> float:
-    """Fraction of the codes that occur at all."""
+    """Fraction of the codes that occur at least once."""
     return float((counts > 0).double().mean())
 
 
 def code_perplexity(counts: Tensor) -> float:
-    """exp(entropy) of the code distribution: the number of equally popular codes that would be as informative."""
+    """exp(entropy) of the distribution of the codes: as many codes of equal frequency carry the same information."""
     p = counts.double() / counts.sum().clamp(min=1)
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
 
@@ -45,8 +45,8 @@ def codebook_usage(tokens: Tensor, vocab_size: int) -> float:
 def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     """Fréchet distance of the Gaussians fitted to two feature sets (N_a, D), (N_b, D), in float64.
 
-    |μa − μb|² + tr(Ca + Cb − 2·(Ca^½ Cb Ca^½)^½), with unbiased covariances. The symmetric form has only real,
-    non-negative eigenvalues, so singular covariances need neither a general matrix square root nor a regulariser.
+    It is |μa − μb|² + tr(Ca + Cb − 2·(Ca^½ Cb Ca^½)^½), with unbiased covariances. The symmetric form has only real,
+    non-negative eigenvalues, so even singular covariances need neither a general matrix square root nor a regulariser.
     """
     moments = []
     for name, features in (("features_a", features_a), ("features_b", features_b)):
@@ -64,5 +64,5 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     cross = np.linalg.eigvalsh(root_a @ cov_b @ root_a)
     spread = np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(cross.clip(min=0)).sum()
     distance = np.square(mean_a - mean_b).sum() + spread
-    # Rounding can leave a distance of equal sets a hair below zero.
+    # Because of rounding, the distance of equal sets can be slightly negative.
     return max(0.0, float(distance))

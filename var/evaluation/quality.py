@@ -1,7 +1,7 @@
-"""Measured quality of a tokenizer and a generator: PSNR, codebook use, class agreement, Fréchet distance.
+"""Measures the quality of a tokenizer and of a generator: PSNR, codebook use, class agreement, Fréchet distance.
 
-The Fréchet distance here is taken on the features of a small classifier trained on the data set itself, not on
-Inception features: it compares models of one data set with one another and with the floor that real images reach, and
+The Fréchet distance is computed from the features of a small classifier trained on the data set itself, not from
+Inception features. It compares models of one data set with one another, and with the floor that real images reach. It
 must not be compared with published FID values.
 """
 
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QualityReport:
-    """Figures of `evaluate`. Fractions are 0..1, PSNR in dB."""
+    """Results of `evaluate`. Fractions are from 0 to 1, the PSNR is in dB."""
 
     test_images: int
-    psnr: float  # mean over test images
+    psnr: float  # mean over the test images
     mse: float  # of reconstructions, values in [-1, 1]
-    codes_used: float  # fraction of the codebook that occurs in the test set
-    codes_above_tenth: float  # fraction that occurs at least a tenth as often as the average code
+    codes_used: float  # fraction of the codes that occur in the test set
+    codes_above_tenth: float  # fraction of the codes that occur at least a tenth as often as the average code
     code_perplexity: float
     classifier_accuracy: float  # on real test images
     reconstruction_accuracy: float  # of the classifier, on reconstructed test images
     generated_images: int
-    class_agreement: float  # generated images that the classifier gives their intended class
+    class_agreement: float  # fraction of generated images that the classifier assigns to their intended class
     class_agreement_by_class: tuple[float, ...]
     frechet_generated: float  # generated images against the test images
-    frechet_floor: float  # as many held-out real training images against the test images
+    frechet_floor: float  # held-out real training images against the test images
     frechet_reconstruction: float  # reconstructed test images against the test images
 
     def as_dict(self) -> dict[str, object]:
@@ -62,12 +62,12 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> QualityReport:
-    """Quality of `vqvae` and of ``generate(labels, seeds) -> images`` on the data set of `train` and `test`.
+    """Measure `vqvae` and ``generate(labels, seeds) -> images`` on the data set of `train` and `test`.
 
-    Generated labels cycle through the classes. The classifier is trained on `train` without its held-out images unless
-    one is given; the floor is the Fréchet distance of min(held_out, num_generated) of those held-out images, because
-    the distance is biased upwards for small sets and equal sizes make the two comparable. With `held_out` equal to the
-    trainings' `val_images` these images were seen by no model: the split is the same.
+    The labels of the generated images cycle through the classes. If no classifier is given, one is trained on `train`
+    without the held-out images. The floor is the Fréchet distance of min(held_out, num_generated) held-out images: the
+    distance is biased upwards for small sets, and equal sizes make the two distances comparable. If `held_out` equals
+    the `val_images` of the trainings, the split is the same, and no model has seen these images.
     """
     say = progress or (lambda message: None)
     fit_indices, held_indices = split_indices(len(train), held_out)
@@ -127,9 +127,9 @@ def _reconstruct(vqvae: VQVAE, images: Tensor, batch_size: int) -> tuple[Tensor,
 def generator_of(
     model: VAR, vqvae: VQVAE, *, batch_size: int, precision: str = "fp32", **sampling: object
 ) -> Callable[[Tensor, list[int]], Tensor]:
-    """``generate(labels, seeds) -> images`` for `evaluate`, at most `batch_size` labels at a time.
+    """The function ``generate(labels, seeds) -> images`` for `evaluate`. It takes at most `batch_size` labels.
 
-    `sampling` are options of a call of `Generator`.
+    `sampling` holds options of a call of `Generator`.
     """
     generator = Generator(model, vqvae, batch_size=batch_size, precision=precision)
     return lambda labels, seeds: generator(labels, seeds=seeds, **sampling).images

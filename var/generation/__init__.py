@@ -1,1 +1,1 @@
-"""From labels to images: requests, noise, prepared networks, the loop over the scales, editing, memory."""
+"""Generation of images from labels: requests, noise, prepared networks, the loop over the scales, editing, memory."""

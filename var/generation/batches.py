@@ -1,4 +1,4 @@
-"""Many images: options by default, seeds by number, and generation in batches that fit into memory."""
+"""Generation of many images: default options, a seed for each image, and batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import memory
 from .generator import Generator
 from .request import PRECISIONS
 
-# Released models: the protocol of the paper. Others may carry their own values in their file's metadata.
+# Released models are sampled as in the paper. Other models may carry their own values in their file's metadata.
 _SAMPLING = {"cfg": 1.5, "top_k": 0, "top_p": 0.96}
 _RELEASED_SAMPLING = {**_SAMPLING, "top_k": 900}
 _CACHE_BYTES = 1 << 30
@@ -46,7 +46,8 @@ class Batch(NamedTuple):
 
 
 def sampling_for(model: OpenModel, **chosen: Any) -> Sampling:
-    """`chosen` where given; else what the model's file recommends (sampling_cfg, …), else the paper's values."""
+    """The options for this model: those in `chosen` that are not None, then those that the model's file recommends
+    (sampling_cfg, …), then those of the paper."""
     values: dict[str, Any] = dict(_RELEASED_SAMPLING if model.name in PRESETS else _SAMPLING)
     for name, kind in (("cfg", float), ("top_k", int), ("top_p", float)):
         if f"sampling_{name}" in model.metadata:
@@ -55,17 +56,18 @@ def sampling_for(model: OpenModel, **chosen: Any) -> Sampling:
 
 
 def cache_bytes(config: VARConfig, itemsize: int = 4) -> int:
-    """Bytes of the KV cache for one image: keys and values of all layers, with and without the class (guidance)."""
+    """Bytes of the KV cache for one image with guidance: keys and values of all layers, with and without the class."""
     return memory.cache_bytes(config, 2, itemsize)
 
 
 def default_batch_size(config: VARConfig) -> int:
-    """As many images as keep the KV cache within 1 GiB, at most 100."""
+    """The largest number of images whose KV cache stays within 1 GiB, at most 100."""
     return max(1, min(_LARGEST_BATCH, _CACHE_BYTES // cache_bytes(config)))
 
 
 def image_seeds(seed: int, numbers: Sequence[int]) -> list[int]:
-    """The seed of each image: that of the request above, its number below, so that no two requests share one."""
+    """The seed of each image: the request's seed in the upper 32 bits, the image's number in the lower 32 bits, so that
+    two requests with different seeds share no image seed."""
     pairs = [seed.to_bytes(4, "big") + number.to_bytes(4, "big") for number in numbers]
     return [int.from_bytes(pair, "big", signed=True) for pair in pairs]
 
@@ -82,9 +84,10 @@ def generate_batches(
     done: frozenset[int] = frozenset(),
     pack: bool = True,
 ) -> Iterator[Batch]:
-    """Generate one image per label, but for those whose numbers are `done`; `advance()` is called after every scale.
+    """Generate one image per label, except the images whose numbers are in `done`. `advance()` is called after every
+    scale.
 
-    An image depends on `seed`, its number and its label only: not on the batch size, nor on what is done.
+    An image depends on `seed`, its number and its label only. It depends neither on the batch size nor on `done`.
     Raises ValueError for a batch that does not fit into memory.
     """
     numbers = [number for number in range(len(labels)) if number not in done]
@@ -106,6 +109,6 @@ def generate_batches(
 
 
 def count_scales(pipeline: Pipeline, images: int, batch_size: int | None = None) -> int:
-    """How often `generate_batches` calls `advance` for so many images."""
+    """How often `generate_batches` calls `advance` for this number of images."""
     size = batch_size or default_batch_size(pipeline.var.config)
     return -(-images // size) * pipeline.var.config.schedule.num_scales

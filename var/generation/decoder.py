@@ -1,4 +1,4 @@
-"""The decoder prepared for inference: weights and activations allocated once, channels last, nothing to train."""
+"""The decoder prepared for inference: channels last, its weights and activations allocated once, without gradients."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from . import memory
 
 
 class Spaces:
-    """Memory for the activations of a decoder, allocated once: of malloc, large ones would be fresh pages every time.
+    """Memory for the activations of a decoder, allocated once. malloc would take new pages for every large activation.
 
-    Three are enough: a convolution reads one and a residual, over which it writes its result.
+    `memory.DECODER_ACTIVATIONS` = 3 spaces are enough: a block's input, which is also the residual, its branch, and the
+    result of a convolution. The convolution that adds the residual writes its result over it.
     """
 
     def __init__(self, elements: int, dtype: torch.dtype) -> None:
@@ -34,7 +35,10 @@ class Spaces:
         return sum(space.nbytes for space in self._flat)
 
     def beside(self, shape: torch.Size, *used: Tensor) -> Tensor | None:
-        """Room for an activation (B, C, H, W), channels last, where none of those in use lies, or None."""
+        """A tensor (B, C, H, W), channels last, in a space that holds none of the tensors `used`.
+
+        None if every space is in use or the tensor is larger than a space.
+        """
         batch, channels, height, width = shape
         taken = {tensor.data_ptr() for tensor in used}
         space = next((space for space in self._flat if space.data_ptr() not in taken), None)
@@ -44,7 +48,10 @@ class Spaces:
 
 
 class Conv3x3(nn.Module):
-    """A 3×3 convolution with its weights prepared; `forward(x, residual)` adds the residual, and may write over it."""
+    """A 3×3 convolution with prepared weights. `forward(x, residual)` adds the residual and may write over it.
+
+    Without a residual the result lies neither in the memory of x nor in that of a tensor in `kept`.
+    """
 
     def __init__(self, prepared: PackedConv3x3, spaces: Spaces) -> None:
         super().__init__()
@@ -60,11 +67,12 @@ class Conv3x3(nn.Module):
 
 
 class FusedNorm(nn.Module):
-    """GroupNorm with SiLU behind it in one pass, its parameters in fp32 whatever the decoder's dtype."""
+    """GroupNorm followed by SiLU, in one pass. Its parameters are fp32 for every dtype of the decoder."""
 
     def __init__(self, norm: Norm, spaces: Spaces, backend: str) -> None:
         super().__init__()
-        self._affine = norm.weight.detach().float(), norm.bias.detach().float()  # no parameters: they stay fp32
+        # Not parameters of this module, so that `.to` leaves them fp32.
+        self._affine = norm.weight.detach().float(), norm.bias.detach().float()
         self._options = {"groups": norm.num_groups, "eps": norm.eps, "backend": backend}
         self._spaces = spaces
 
@@ -77,7 +85,7 @@ class FusedNorm(nn.Module):
 
 
 class InPlaceResnetBlock(nn.Module):
-    """A residual block whose branch is normalised in place, and whose second convolution adds to the shortcut."""
+    """A residual block that normalises its branch in place and whose second convolution adds the shortcut."""
 
     def __init__(self, block: ResnetBlock) -> None:
         super().__init__()
@@ -90,7 +98,7 @@ class InPlaceResnetBlock(nn.Module):
 
 
 def _replace(module: nn.Module, replacements: dict[type, Callable[[nn.Module], nn.Module]]) -> None:
-    """Every submodule of one of these types gives way to the prepared one made from it, then those within."""
+    """Replace every submodule of one of these types by the prepared module made from it, then do so inside of it."""
     for name, child in module.named_children():
         if type(child) in replacements:
             child = replacements[type(child)](child)
@@ -99,11 +107,11 @@ def _replace(module: nn.Module, replacements: dict[type, Callable[[nn.Module], n
 
 
 class InferenceDecoder:
-    """The decoder of `vqvae` in `dtype`, channels last; a copy of its weights as they are now.
+    """The decoder of `vqvae` in `dtype`, channels last. It holds a copy of the weights as they are now.
 
-    Any number of images; for up to `batch_size` at a time memory is allocated once, here. Calls from several threads, a
-    display of partial images say, wait for one another. `backend` serves every op (None: that of `vqvae`), but with
-    `pack=False` convolutions are the reference's.
+    A call takes any number of images. The memory for up to `batch_size` images at a time is allocated here, once.
+    Calls from several threads (for example, one that displays partial images) wait for one another. `backend` serves
+    every op; None means the backend of `vqvae`. With `pack=False` the reference computes the convolutions.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Zero-shot editing: in-painting, out-painting and class-conditional editing by keeping some of an image's tokens."""
+"""Zero-shot editing: in-painting, out-painting and class-conditional editing, which keep some of an image's tokens."""
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +10,15 @@ from ..model.vqvae import VQVAE
 from .generator import generate
 from .request import Generated, Kept
 
-_ALWAYS_KEPT = 3  # maps of at most so many tokens carry the global layout and are never edited
+_ALWAYS_KEPT = 3  # maps of at most 3 tokens carry the global layout, so their tokens are always kept
 
 
 def box_mask(schedule: ScaleSchedule, box: tuple[float, float, float, float], *, inside: bool) -> Tensor:
-    """Mask (side, side) of the last map: 1 keeps the given token. `box` is (y0, x0, y1, x1) in fractions of the side;
-    `inside` keeps the box (out-painting), otherwise its surroundings are kept (in-painting, class edit)."""
+    """Mask (side, side) of the last map, in which 1 keeps the given token.
+
+    `box` is (y0, x0, y1, x1) in fractions of the side. `inside=True` keeps the box (out-painting), `inside=False` keeps
+    its surroundings (in-painting, class edit).
+    """
     y0, x0, y1, x1 = box
     if not (0 <= y0 <= y1 <= 1 and 0 <= x0 <= x1 <= 1):
         raise ValueError(f"box: expected 0 ≤ y0 ≤ y1 ≤ 1 and 0 ≤ x0 ≤ x1 ≤ 1, got {box}")
@@ -26,7 +29,7 @@ def box_mask(schedule: ScaleSchedule, box: tuple[float, float, float, float], *,
 
 
 def kept_masks(schedule: ScaleSchedule, mask: Tensor) -> tuple[Tensor, ...]:
-    """The mask at every scale, flattened to bool (l_k,): bilinearly resized and thresholded at 0.5."""
+    """The mask of every scale as bool (l_k,): `mask`, resized bilinearly, is True where it is greater than 0.5."""
     if tuple(mask.shape) != (schedule.side, schedule.side):
         raise ValueError(f"mask: expected shape {(schedule.side, schedule.side)}, got {tuple(mask.shape)}")
     masks = []
@@ -39,11 +42,11 @@ def kept_masks(schedule: ScaleSchedule, mask: Tensor) -> tuple[Tensor, ...]:
 
 def edit(var: VAR, vqvae: VQVAE, images: Tensor, mask: Tensor, labels: Tensor | None = None, *,
          backend: str | None = None, **options) -> Generated:  # fmt: skip
-    """Regenerate the tokens where `mask` (side, side) is 0, keeping the images' own elsewhere.
+    """Generate new tokens where `mask` (side, side) is 0 and keep the tokens of the images elsewhere.
 
-    images (B, 3, H, W) in [−1, 1]; labels (B,) for a class edit, None for in- and out-painting (the unconditional
-    class). `backend` and the options are those of `var.generate`. Returned tokens are those sampled, before the
-    kept ones replace them.
+    images is (B, 3, H, W) in [−1, 1]. labels is (B,) for a class edit. None, for in- and out-painting, means the
+    unconditional class. `backend` and the options are those of `var.generate`. The returned tokens are the sampled
+    ones, before the kept tokens replace them.
     """
     masks = tuple(part.to(images.device) for part in kept_masks(var.config.schedule, mask))
     if labels is None:

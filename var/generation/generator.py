@@ -1,4 +1,4 @@
-"""The loop from labels to images: classifier-free guidance, sampling, and the scales one after the other."""
+"""The loop that turns labels into images, scale by scale, with classifier-free guidance and sampling."""
 
 from __future__ import annotations
 
@@ -21,30 +21,33 @@ from .transformer import InferenceTransformer
 
 
 def soft_codes(logits_BLV: Tensor, codebook_VC: Tensor, ratio: float, exponential_BLV: Tensor) -> Tensor:
-    """`more_smooth`: codes averaged with Gumbel-softmax weights, sharper from scale to scale (ratio = k/(K−1))."""
+    """The codes of `more_smooth`: averages with Gumbel-softmax weights, sharper at each scale (ratio = k/(K−1))."""
     temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
     weights = ((logits_BLV * (1 + ratio) - exponential_BLV.log()) / temperature).softmax(dim=-1)
     return weights @ codebook_VC
 
 
 class Generator:
-    """Images of a model, as fast as the machine allows: built once for a precision and a batch size, called often.
+    """Generates images of a model as fast as the machine allows. Build it once for a precision and a batch size, then
+    call it often.
 
-    Building copies the weights as they are now, on a CPU packed for the kernels, else the decoder's with its channels
-    last; `nbytes` says how much that is, with the KV cache. Later changes of the model do not show. With `pack=False`,
-    and with backend "reference", nothing is copied in fp32: projections are `F.linear`, and the model's own decoder
-    runs. Precision "bf16" holds
-    weights, activations of the projections, attention and the decoder in bfloat16; the residual stream, the norms, the
-    head and sampling stay fp32.
+    Building copies the weights as they are now, so later changes of the model have no effect. On a CPU the weights
+    are packed for the kernels. Elsewhere the decoder is copied with its channels last, and a projection is copied only
+    if the precision converts it. `nbytes` says how much memory the copies and the KV cache take. With `pack=False` or
+    backend "reference" nothing is copied in fp32: projections are `F.linear`, and the model's own decoder runs.
 
-    `graphs`: whether each scale is captured as a CUDA graph, once for each batch size and set of options; None: on
-    GPUs. Never verified on a GPU. Where a capture fails, a warning says why and the scales are launched as usual.
+    Precision "bf16" holds the weights, the activations of the projections, attention and the decoder in bfloat16. The
+    residual stream, the norms, the head and sampling stay fp32.
 
-    `backend` serves everything that is computed, but what has no kernel in it (`backends.SERVES`): that is PyTorch's
-    own. None: the backends of `var` and of `vqvae`, each for its part.
+    `graphs` says whether each scale is captured as a CUDA graph, once for each batch size and set of options. None
+    means: on GPUs only. Capturing has never been verified on a GPU. If a capture fails, a warning says why, and the
+    scales are launched as usual.
 
-    Raises ValueError for an unknown precision, a backend that is unknown or not available, a batch size below 1 and a
-    VQ-VAE of another schedule, vocabulary or width than the transformer's.
+    `backend` serves every op that it has kernels for (see `backends.SERVES`). PyTorch's own kernels serve the others.
+    None means the backend of `var` for the transformer and sampling, that of `vqvae` for the quantizer and the decoder.
+
+    Raises ValueError for an unknown precision, for a backend that is unknown or not available, for a batch size below
+    1, and for a VQ-VAE whose schedule, vocabulary or width differs from the transformer's.
     """
 
     def __init__(
@@ -84,7 +87,8 @@ class Generator:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes that this object holds beside the model: packed weights, the decoder with its activations, KV cache."""
+        """Bytes that this object holds in addition to the model: packed weights, the decoder with its activations, and
+        the KV cache."""
         return {
             "packed weights": self._transformer.packed_bytes,
             "decoder": self._decoder.nbytes if self._decoder else 0,
@@ -92,10 +96,10 @@ class Generator:
         }
 
     def stream(self, labels: Tensor, *, seeds: Sequence[int] | Tensor | None = None, **options) -> Iterator[Generated]:
-        """Generate any number of images, `batch_size` at a time, each group as soon as it is ready.
+        """Generate any number of images, `batch_size` at a time, and yield each group as soon as it is ready.
 
-        `seeds` has one seed for each label; options are those of a call. One `seed` is refused: groups would repeat
-        each other.
+        `seeds` has one seed for each label. The other options are those of a call, but a single `seed` is refused:
+        every group would draw the same numbers.
         """
         if "seed" in options:
             raise ValueError("seed: expected seeds, one for each image, got one seed for all groups")
@@ -109,20 +113,20 @@ class Generator:
         seeds: Sequence[int] | Tensor | None = None, more_smooth: bool = False, keep: Kept | None = None,
         on_scale: OnScale | None = None,
     ) -> Generated:
-        """One image for each of up to `batch_size` labels; the options are those of `generate`."""
+        """Generate one image for each of up to `batch_size` labels. The options are those of `generate`."""
         check_options(cfg, top_k, top_p)
         options, batch = Options(cfg, top_k, top_p), len(labels)
         labels = labels.to(self.device)
         if batch > self.batch_size:
             raise ValueError(f"labels: expected at most batch_size = {self.batch_size}, got {batch}")
         seeds = checked_seeds(seeds, seed, batch)
-        self._condition(labels)  # refuses bad labels
+        self._condition(labels)  # raises ValueError for bad labels
         if options.guided:
             labels = torch.cat((labels, torch.full_like(labels, self.config.num_classes)))
         with torch.autocast(self.device.type, enabled=False):
             if batch == 0:
                 return Generated(labels.new_zeros(0, self.config.schedule.length), self.decode(self.empty_features(0)))
-            # Seeds serve the kernel's own generator; `more_smooth` needs the numbers themselves.
+            # With seeds the kernel draws its own random numbers, but `more_smooth` needs the numbers here.
             from_noise = seeds is None or more_smooth
             noise = Noise(batch, self.config.vocab_size, self.device, seed, seeds) if from_noise else None
             seeds = None if from_noise else seeds.to(self.device)
@@ -152,10 +156,12 @@ class Generator:
         self, k: int, x_BLC: Tensor, f_hat: Tensor, options: Options, *, noise: Tensor | None = None,
         seeds: Tensor | None = None, gumbel: Tensor | None = None, given: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Scale k from its input and the features so far: tokens, new features, input of the next scale.
+        """Compute scale k from its input and the features so far: its tokens, the new features and the input of the
+        next scale, None after the last one.
 
-        Tensors in, tensors out, nothing read back: this is what is captured. `gumbel` makes the soft codes of
-        `more_smooth`; `given` holds tokens (B, l_k) and where (l_k,) they replace the sampled ones.
+        This is what a CUDA graph captures, so it takes and returns tensors and reads none of them back to the host.
+        `gumbel` makes the soft codes of `more_smooth`. `given` is a pair: tokens (B, l_k), and a mask (l_k,) that is
+        True where they replace the sampled ones.
         """
         schedule = self.config.schedule
         ratio = k / (schedule.num_scales - 1) if schedule.num_scales > 1 else 0.0
@@ -177,7 +183,7 @@ class Generator:
     def _captured_for(
         self, batch: int, options: Options, seeded: bool
     ) -> graph_capture.CapturedGeneration | None:
-        """The graphs for such a call, captured at the first one; None where nothing is captured."""
+        """The graphs for such a call, captured at the first one. None if this generator captures nothing."""
         if self._capture is None:
             return None
         key = (batch, options, seeded)
@@ -193,7 +199,7 @@ class Generator:
 
 
 def _check_backend(backend: str, device: torch.device) -> None:
-    """ValueError now, and not at the first scale, where a backend asked for by name is not available."""
+    """Raise ValueError if a named backend is not available: here, instead of at the first scale."""
     for op in backends.OPS:
         backends.resolve(op, backends.for_op(op, backend), device.type, torch.float32)
 
@@ -204,20 +210,20 @@ def generate(
     keep: Kept | None = None, on_scale: OnScale | None = None, precision: str | None = None, pack: bool = True,
     backend: str | None = None,
 ) -> Generated:
-    """Sample one image per label, coarse to fine. This builds a `Generator`; for more than one call keep one.
+    """Sample one image per label, coarse to fine. Every call builds a `Generator`: for many calls, build one yourself.
 
-    Guidance grows with the scale: t = cfg·k/(K−1); with cfg = 0 the unconditional half is not computed. One
-    `torch.Generator` is seeded with `seed` (fresh entropy if None) and drawn from once per scale, so a seed gives the
+    Guidance grows with the scale: t = cfg·k/(K−1). With cfg = 0 the unconditional half is not computed. `seed` seeds
+    one `torch.Generator` (None: from fresh entropy), which is drawn from once per scale, so that a seed gives the
     tokens of the official implementation. With `seeds`, one for each label, an image depends on its own seed and not
-    on its neighbours. `more_smooth` feeds Gumbel-softmax mixtures of codes forward (nicer pictures, no valid
-    likelihood); `keep` holds tokens that editing keeps. `on_scale(k, partial)` is called after each scale; `partial()`
-    decodes the images (B, 3, H, W) so far.
+    on its neighbours. `more_smooth` feeds Gumbel-softmax mixtures of codes forward, which gives nicer pictures, but no
+    valid likelihood. `keep` holds the tokens that editing keeps. `on_scale(k, partial)` is called after each scale;
+    `partial()` decodes the images (B, 3, H, W) so far.
 
-    `precision` is "fp32" or "bf16"; None: bf16 under bf16 autocast, else fp32. `pack` and `backend` as in
+    `precision` is "fp32" or "bf16". None means bf16 under bf16 autocast, else fp32. `pack` and `backend` are those of
     `Generator`.
 
-    Raises ValueError for labels outside [0, num_classes], top_p outside [0, 1], negative cfg or top_k, a backend that
-    is not available, and a VQ-VAE of another schedule, vocabulary or width.
+    Raises ValueError for labels outside [0, num_classes], for top_p outside [0, 1], for a negative cfg or top_k, for a
+    backend that is not available, and for a VQ-VAE of another schedule, vocabulary or width.
     """
     device = var.pos_1LC.device.type
     if precision is None:

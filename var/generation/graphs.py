@@ -1,6 +1,6 @@
 """CUDA graphs of a generation: each scale is captured once and replayed, so that it costs the host one launch.
 
-Captured on no GPU so far: the capture is tested with a recorder in its place, which replays the same operators on the
+No GPU has executed a capture so far. The tests put a recorder in its place, which replays the same operators on the
 same tensors as a graph would (tests/generation/test_graphs.py).
 """
 
@@ -19,11 +19,11 @@ from .request import Generated, OnScale, Options
 
 T = TypeVar("T")
 Capture = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
-_WARM_UP = 2  # calls before a capture, in which kernels are compiled and libraries take their workspaces
+_WARM_UP = 2  # calls before a capture: they compile kernels, and libraries allocate their workspaces
 
 
 class Engine(Protocol):
-    """What is captured: the parts of a generation, each from tensors to tensors."""
+    """The parts of a generation that are captured. Each one takes and returns tensors."""
 
     config: VARConfig
     device: torch.device
@@ -38,14 +38,14 @@ class Engine(Protocol):
         self, k: int, x_BLC: Tensor, f_hat: Tensor, options: Options, *, noise: Tensor | None = None,
         seeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-        """Tokens of scale k, the features with it, the input of the next scale."""
+        """The tokens of scale k, the features with this scale added, and the input of the next scale."""
 
     def decode(self, features: Tensor) -> Tensor:
-        """Images."""
+        """The images of these features."""
 
 
 def capture_cuda(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-    """What `function` returns, and a function that computes it again in the same tensors from those it has read."""
+    """The result of `function`, and a replay: it reads the same input tensors again and writes to the same results."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -61,7 +61,7 @@ def capture_cuda(function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
 class CapturedGeneration:
     """The generation of one batch size with fixed options: begin, K scales and the decoder, each captured once.
 
-    Labels, seeds and noise are copied into tensors of its own; what an option says is part of the graphs.
+    Labels, seeds and noise are copied into tensors that this object owns. The options are constants of the graphs.
     """
 
     def __init__(self, engine: Engine, batch: int, options: Options, seeded: bool, capture: Capture) -> None:
@@ -76,7 +76,7 @@ class CapturedGeneration:
 
         def captured(function: Callable[[], T]) -> T:
             outputs, replay = capture(function)
-            replay()  # a capture computes nothing, and the next one reads tokens that must be some
+            replay()  # capturing does not execute: replay once, so that the next capture indexes valid tokens
             self._replays.append(replay)
             return outputs
 

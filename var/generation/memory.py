@@ -1,4 +1,4 @@
-"""How much memory a generation takes, and how much there is: a batch that does not fit is refused beforehand."""
+"""How much memory a generation takes and how much is free, so that a batch that does not fit is refused in advance."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ if TYPE_CHECKING:
     import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
-DECODER_ACTIVATIONS = 3  # that live at once: input, branch, result of a convolution
-# Of the widest activation of the decoder: images are decoded in groups of that size. More would not stay in a common
-# last-level cache (32 MiB).
+DECODER_ACTIVATIONS = 3  # activations that are alive at the same time: input, branch, result of a convolution
+# Images are decoded in groups whose widest activation takes at most this many bytes (one image may take more). Larger
+# groups would not stay in a common last-level cache (32 MiB).
 _DECODE_BYTES = 24 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc's malloc keep what this process frees, for all of the process; whether it could be told so.
+    """Make glibc's malloc keep the memory that this process frees. Returns whether malloc accepts the setting.
 
-    As it is, malloc gives memory of more than 32 MiB back to the system at once, and every activation of that size
-    comes page by page again. `python -m var` calls this; a program that only uses the library may.
+    By default malloc returns a block of more than 32 MiB to the system as soon as it is freed, and the next activation
+    of that size is fetched again page by page. The setting is for the whole process, so only a program should choose
+    it: `python -m var` calls this function, and a program that uses the library may call it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
+    m_trim_threshold, m_mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
 
 
 def available_bytes(device: str | torch.device = "cpu") -> int | None:
-    """Bytes that a program may still take on this device; None where nobody says."""
+    """Bytes that a program may still allocate on this device. None if unknown."""
     if str(device).startswith("cuda"):
         import torch
 
@@ -52,7 +53,7 @@ def available_bytes(device: str | torch.device = "cpu") -> int | None:
 
 
 def _cgroup_room() -> int | None:
-    """What a container's limit leaves, where there is one."""
+    """Bytes that the limit of a container (cgroup) leaves. None if there is no limit."""
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
         return None if limit == "max" else max(0, int(limit) - int(used))
@@ -61,14 +62,14 @@ def _cgroup_room() -> int | None:
 
 
 def widest_activation(vqvae: VQVAEConfig) -> int:
-    """Elements of the decoder's widest activation of one image."""
+    """Number of elements of the decoder's widest activation, for one image."""
     widths, side = [vqvae.ch * mult for mult in vqvae.ch_mult], vqvae.image_size
-    # A level of the decoder begins with the width of the next coarser one.
+    # A level of the decoder begins with as many channels as the next coarser level has.
     return max(max(widths[i : i + 2]) * (side >> i) ** 2 for i in range(len(widths)))
 
 
 def decoded_at_a_time(vqvae: VQVAEConfig, itemsize: int) -> int:
-    """Images in a group of the decoder, so that memory does not grow with the batch."""
+    """How many images the decoder takes at a time. Groups keep its memory from growing with the batch."""
     return max(1, _DECODE_BYTES // (widest_activation(vqvae) * itemsize))
 
 
@@ -78,16 +79,16 @@ def cache_shape(var: VARConfig, rows: int) -> tuple[int, int, int, int]:
 
 
 def cache_bytes(var: VARConfig, rows: int, itemsize: int) -> int:
-    """Bytes of the KV cache of so many sequences: keys and values of all layers."""
+    """Bytes of the KV cache of `rows` sequences: keys and values of all layers."""
     return 2 * var.depth * math.prod(cache_shape(var, rows)) * itemsize
 
 
 def fixed_bytes(
     var: VARConfig, vqvae: VQVAEConfig, precision_bytes: int, device: str | torch.device = "cpu", backend: str = "auto"
 ) -> int:
-    """Bytes of the weights of a `Generator` of this backend beside the model's, whatever its batch size."""
+    """Bytes of the weights that a `Generator` of this backend holds in addition to the model, for any batch size."""
     if backend == "reference" and precision_bytes == 4:
-        return 0  # it uses the model's own
+        return 0  # the reference uses the model's own weights
 
     import torch
 
@@ -99,10 +100,10 @@ def fixed_bytes(
     width = var.width
     modulation = 6 * width * width * (1 if var.shared_aln else var.depth)
     per_block = (4 + 2 * var.mlp_ratio) * width * width
-    # What is not packed is the model's own where that has the same dtype, a converted copy where not.
+    # A projection that is not packed is the model's own weight if that has the same dtype, else a converted copy.
     linear, conv = (backends.for_op(op, backend) for op in ("packed_linear", "winograd_conv"))
     fp32_copied = backends.resolve("packed_linear", linear, torch.device(device).type, torch.float32) == "cpu"
-    packed = 4 * width * var.vocab_size if fp32_copied else 0  # the head
+    packed = 4 * width * var.vocab_size if fp32_copied else 0  # the head, which is fp32
     if precision_bytes != 4 or fp32_copied:
         packed += precision_bytes * (var.depth * per_block + modulation + 2 * width * width)
     with torch.device("meta"):
@@ -123,7 +124,7 @@ def fixed_bytes(
 def batch_bytes(var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes: int) -> int:
     """Bytes that a `Generator` takes for a batch: KV cache, activations of the largest scale and of the decoder.
 
-    Those of the largest scale are an upper bound: they do not all live at once.
+    The activations of the largest scale are an upper bound: they are not all alive at the same time.
     """
     rows, width, longest = 2 * batch, var.width, max(var.schedule.lengths)
     cache = cache_bytes(var, rows, precision_bytes)
@@ -139,7 +140,7 @@ def check_batch(
     var: VARConfig, vqvae: VQVAEConfig, batch: int, precision_bytes: int, device: str | torch.device,
     backend: str = "auto",
 ) -> None:
-    """ValueError, naming the largest batch that fits, where this one does not."""
+    """Raise ValueError if this batch does not fit into memory. The message names the largest batch that does."""
     room = available_bytes(device)
     if room is None:
         return

@@ -1,4 +1,4 @@
-"""The random numbers of a generation: Exp(1) variates, the same as those of the official implementation."""
+"""The random numbers of a generation: Exp(1) variates, equal to those of the official implementation."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from torch import Tensor
 
 @functools.cache
 def _exponential_composes() -> bool:
-    """Whether `exponential_` on a CPU is −log1p(−u) of the doubles of `uniform_`, as in PyTorch's plain kernel."""
+    """Whether `exponential_` on a CPU equals −log1p(−u) for the float64 numbers u of `uniform_`.
+
+    PyTorch's plain kernel computes this.
+    """
     expected = torch.empty(4099).exponential_(generator=torch.Generator().manual_seed(1))
     drawn = torch.empty(4099, dtype=torch.float64).uniform_(generator=torch.Generator().manual_seed(1))
     return torch.equal(drawn.neg_().log1p_().neg_().float(), expected)
 
 
 def fill_exponential(out: Tensor, generator: torch.Generator) -> None:
-    """`out.exponential_(generator=generator)` of a dense tensor, number for number; on a CPU in a quarter of the time.
+    """`out.exponential_(generator=generator)` for a dense tensor: the same numbers, on a CPU in a quarter of the time.
 
-    PyTorch draws and takes the logarithm one number after the other; only drawing has to be so.
+    PyTorch draws a number and takes its logarithm, one number after the other. Only the drawing has to be sequential,
+    so here the logarithms are vectorised.
     """
     if out.device.type != "cpu" or out.dtype != torch.float32 or not _exponential_composes():
         out.exponential_(generator=generator)
@@ -31,7 +35,7 @@ def fill_exponential(out: Tensor, generator: torch.Generator) -> None:
 
 
 class Noise:
-    """Exp(1) variates, (B, l, V) for one scale after the other, from one generator or one for each image."""
+    """Exp(1) variates (B, l, V), drawn scale by scale, from one generator for the batch or from one for each image."""
 
     def __init__(self, batch: int, vocab: int, device: torch.device, seed: int | None, seeds: Tensor | None) -> None:
         self._shape, self._device = (batch, vocab), device

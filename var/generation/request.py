@@ -1,4 +1,4 @@
-"""What is asked of a generation, with the checks of it, and what comes back."""
+"""The options of a generation with their checks, and its result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Generated(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Given tokens that editing keeps: `tokens` (B, L) and, per scale, a mask (l_k,) that is True where they stay."""
+    """Tokens that editing keeps: `tokens` (B, L) and, for each scale, a mask (l_k,) that is True where they stay."""
 
     tokens: Tensor
     masks: tuple[Tensor, ...]
@@ -29,7 +29,7 @@ OnScale = Callable[[int, Callable[[], Tensor]], None]
 
 
 class Options(NamedTuple):
-    """What a whole generation is done with; part of a captured graph."""
+    """The options that are the same for all scales. They are constants of a captured graph."""
 
     cfg: float
     top_k: int
@@ -41,7 +41,7 @@ class Options(NamedTuple):
 
 
 def check_options(cfg: float, top_k: int, top_p: float) -> None:
-    """ValueError for options outside their ranges."""
+    """Raise ValueError for an option outside of its range."""
     if not cfg >= 0 or cfg == float("inf"):
         raise ValueError(f"cfg: expected a finite number ≥ 0, got {cfg}")
     if top_k < 0:
@@ -51,7 +51,10 @@ def check_options(cfg: float, top_k: int, top_p: float) -> None:
 
 
 def checked_seeds(seeds: Sequence[int] | Tensor | None, seed: int | None, batch: int) -> Tensor | None:
-    """The seeds as a tensor (batch,) int64, or None; ValueError where there are others, or one seed as well."""
+    """The seeds as a tensor (batch,) int64, or None if there are none.
+
+    Raises ValueError for seeds of another shape or dtype, and if `seed` is given too.
+    """
     if seeds is None:
         return None
     if seed is not None:

@@ -1,4 +1,4 @@
-"""The transformer prepared for inference: weights packed once, a KV cache allocated once, nothing to train."""
+"""The transformer prepared for inference: weights packed once, a KV cache allocated once, without gradients."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from . import memory
 
 
 class _Layer(NamedTuple):
-    """One block: its projections, and the keys and values (rows, H, L, D) of all tokens so far."""
+    """One block: its projections, and the KV cache (rows, H, L, D) with the keys and values of all tokens so far."""
 
     qkv: PackedLinear
     proj: PackedLinear
     fc1: PackedLinear  # with GELU
     fc2: PackedLinear
-    q_factor: Tensor | None  # (H,), where queries and keys are normalised
+    q_factor: Tensor | None  # (H,); None if queries and keys are not normalised
     k: Tensor
     v: Tensor
 
 
 class InferenceTransformer:
-    """The transformer of `var` for up to `rows` sequences at a time, scale by scale.
+    """The transformer of `var`, computed scale by scale for up to `rows` sequences at a time.
 
-    `dtype` is that of the projections, of attention and of the KV cache; the residual stream, the norms, the embeddings
-    and the head are fp32. Weights are copied as they are now. `backend` serves every op (None: that of `var`), but with
-    `pack=False` projections are the reference's.
+    `dtype` is the dtype of the projections, of attention and of the KV cache. The residual stream, the norms, the
+    embeddings and the head are fp32. Weights are copied as they are now. `backend` serves every op; None means the
+    backend of `var`. With `pack=False` the reference computes the projections.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class InferenceTransformer:
         self._class_emb, self._pos_start = var.class_emb.weight.detach(), var.pos_start.detach()
         self._word_embed = var.word_embed.weight.detach(), var.word_embed.bias.detach()
         self._positions = var.positions().detach()
-        # (depth, rows, 6, C): gamma1, gamma2, scale1, scale2, shift1, shift2 of every block, read in place by the
-        # kernels; and (rows, 2, C): scale and shift of the head.
+        # `_modulation` (depth, rows, 6, C) holds gamma1, gamma2, scale1, scale2, shift1, shift2 of every block; the
+        # kernels read it in place. `_head_modulation` (rows, 2, C) holds scale and shift of the head.
         self._modulation = torch.zeros(config.depth, rows, 6, config.width, device=device)
         self._head_modulation = torch.zeros(rows, 2, config.width, device=device)
 
@@ -90,12 +90,15 @@ class InferenceTransformer:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the packed copies of weights, which the model holds as well."""
+        """Bytes of the packed or converted copies of weights, in addition to the weights of the model."""
         layers = [linear for layer in self._layers for linear in layer if isinstance(linear, PackedLinear)]
         return sum(linear.nbytes for linear in (*layers, *self._modulate, self._modulate_head, self._head))
 
     def begin(self, labels: Tensor) -> Tensor:
-        """Modulation of all blocks for these classes, for all scales; the input (rows, l_1, C) of the first one."""
+        """Compute the modulation of all blocks for these classes: it is the same at all scales.
+
+        Returns the input (rows, l_1, C) of the first scale.
+        """
         rows, width = len(labels), self.config.width
         cond = F.embedding(labels, self._class_emb)
         activated = F.silu(cond).to(self.dtype)
@@ -109,16 +112,20 @@ class InferenceTransformer:
         return cond.unsqueeze(1) + self._pos_start + self._positions[:, : self.config.schedule.lengths[0]]
 
     def embed(self, map_BLC: Tensor, k: int, guided: bool) -> Tensor:
-        """The input of scale k, (rows, l_k, C), from what the coarser scales add up to; twice over with guidance."""
+        """The input of scale k, (rows, l_k, C). `map_BLC` is the sum of the coarser scales, pooled to scale k.
+
+        With `guided` the rows are there twice, for the conditional and the unconditional half.
+        """
         start, length = self.config.schedule.starts[k], self.config.schedule.lengths[k]
         x_BLC = F.linear(map_BLC, *self._word_embed) + self._positions[:, start : start + length]
         return torch.cat((x_BLC, x_BLC)) if guided else x_BLC
 
     def step(self, x_BLC: Tensor, k: int, guidance: float | None = None) -> Tensor:
-        """Logits (rows, l_k, V), fp32, of scale k; its keys and values join those of the coarser scales.
+        """Logits (rows, l_k, V) of scale k in fp32. The keys and values of this scale are added to the KV cache.
 
-        With `guidance` t the second half of the rows is the unconditional one, and the result, of half as many rows,
-        (1 + t)·conditional − t·unconditional: combined in front of the head, which is linear.
+        With `guidance` t the second half of the rows is unconditional, and the result has half as many rows:
+        (1 + t)·conditional − t·unconditional. The halves are combined in front of the head: the head is linear, so the
+        result is the same for half of its products.
         """
         rows, length, width = x_BLC.shape
         config, start = self.config, self.config.schedule.starts[k]
@@ -139,7 +146,7 @@ class InferenceTransformer:
                 x_BLC, branch, p[:, 0:1], p[:, 3:4], p[:, 5:6], backend=self.backend
             )
             branch = layer.fc2(layer.fc1(y_BLC))
-            if layer is self._layers[-1]:  # for the head, which is fp32
+            if layer is self._layers[-1]:  # its result goes to the head, which is fp32
                 branch = branch.to(x_BLC.dtype)
             x_BLC, y_BLC = gated_residual_adaln(x_BLC, branch, p[:, 1:2], scale, shift, backend=self.backend)
         if guidance is not None:

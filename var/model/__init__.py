@@ -1,1 +1,1 @@
-"""The networks: configuration, VQ-VAE, transformer, and their files. It imports nothing of the other folders here."""
+"""The networks: configuration, VQ-VAE, transformer, and their files. This folder imports no other folder of `var`."""

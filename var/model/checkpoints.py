@@ -1,4 +1,4 @@
-"""Reading and writing weights: our safetensors files and released .pth files. No code is unpickled."""
+"""Reads and writes weights: our safetensors files and the released .pth files. No code is ever unpickled."""
 
 import json
 import os
@@ -23,7 +23,8 @@ def save(path: str | os.PathLike, model: VAR | VQVAE, metadata: dict[str, str] |
          dtype: torch.dtype | None = None) -> None:
     """Write weights, configuration and `metadata` to one safetensors file, atomically.
 
-    `dtype` (e.g. torch.float16) stores floating-point weights narrower; loading widens them to fp32 again.
+    `dtype` (for example torch.float16) is the dtype of the floating-point weights in the file; None keeps theirs.
+    Loading converts them to fp32.
     """
     state = {name: tensor.detach().cpu().to(dtype or tensor.dtype).contiguous()
              for name, tensor in model.state_dict().items()}
@@ -32,7 +33,7 @@ def save(path: str | os.PathLike, model: VAR | VQVAE, metadata: dict[str, str] |
 
 
 def load_model(path: str | os.PathLike, backend: str = "auto") -> VAR | VQVAE:
-    """The model of one file written by `save`; its configuration is in the file."""
+    """The model in a file written by `save`, which also holds the configuration."""
     state, header = read_state(path)
     kind = header.get("model")
     if kind not in _CONFIGS:
@@ -44,14 +45,14 @@ def load_model(path: str | os.PathLike, backend: str = "auto") -> VAR | VQVAE:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike) -> nn.Module:
-    """Load a released .pth or a .safetensors file into a model of known configuration, strictly."""
+    """Load a released .pth or a .safetensors file into a model of known configuration. All names must fit."""
     state, _ = read_state(path)
     _load_strictly(model, state, path)
     return model
 
 
 def read_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """State dict and metadata of a .safetensors or .pth file; pickles are read with weights_only=True."""
+    """State dict and metadata of a .safetensors or .pth file. Pickles are read with weights_only=True."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -73,7 +74,7 @@ def read_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def file_metadata(path: Path) -> dict[str, str]:
-    """Metadata in the header of a .safetensors file; none if there is no such file."""
+    """Metadata in the header of a .safetensors file. Empty if there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -84,7 +85,7 @@ def file_metadata(path: Path) -> dict[str, str]:
 
 
 def _load_strictly(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
-    """Every parameter exactly once, in its shape; the error lists all names that do not fit."""
+    """Load every parameter exactly once, in its shape. The ValueError lists all names that do not fit."""
     try:
         model.load_state_dict({name: value.float() if value.is_floating_point() else value
                                for name, value in state.items()}, strict=True, assign=_is_meta(model))
@@ -101,7 +102,7 @@ def _is_meta(model: nn.Module) -> bool:
 
 
 def without_init(kind: type, config, backend: str) -> nn.Module:
-    """A model whose parameters are about to be loaded: built on the meta device, so no time goes into random values."""
+    """A model whose parameters are loaded next. It is built on the meta device, which computes no random values."""
     with torch.device("meta"):
         model = kind(config, backend)
     if isinstance(model, VAR):

@@ -18,7 +18,7 @@ def _require(condition: bool, argument: str, expected: str, got: object) -> None
 
 @dataclass(frozen=True)
 class ScaleSchedule:
-    """The sides of the K square token maps, coarse to fine: what "next scale" means for one model."""
+    """The sides of the K square token maps, coarse to fine. They define the scales of a model."""
 
     patch_nums: tuple[int, ...]
 
@@ -31,17 +31,17 @@ class ScaleSchedule:
 
     @property
     def num_scales(self) -> int:
-        """K."""
+        """K, the number of scales."""
         return len(self.patch_nums)
 
     @property
     def side(self) -> int:
-        """Side of the last map, and of the latent feature map."""
+        """Side of the last map, which is also the side of the latent feature map."""
         return self.patch_nums[-1]
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens per scale; the `scale_lens` of block-causal attention."""
+        """Number of tokens of each scale: the `scale_lens` of block-causal attention."""
         return tuple(side * side for side in self.patch_nums)
 
     @property
@@ -51,20 +51,20 @@ class ScaleSchedule:
 
     @property
     def length(self) -> int:
-        """L, tokens per image."""
+        """L, the number of tokens of an image."""
         return sum(self.lengths)
 
 
 class _Serializable:
-    """Dictionary form of a configuration, for checkpoint metadata."""
+    """Converts a configuration to a dictionary and back, for the metadata of checkpoints."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, JSON-compatible."""
+        """All fields, as values that JSON can hold."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]):
-        """Inverse of `to_dict`; unknown or missing names are an error that lists them."""
+        """Inverse of `to_dict`. Missing names keep their defaults; unknown names raise a ValueError that lists them."""
         names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - names)
         _require(not unknown, cls.__name__, f"fields among {sorted(names)}", unknown)
@@ -73,9 +73,9 @@ class _Serializable:
 
 @dataclass(frozen=True)
 class VQVAEConfig(_Serializable):
-    """The multi-scale residual VQ-VAE. Defaults are the released tokenizer `vae_ch160v4096z32`.
+    """Configuration of the multi-scale residual VQ-VAE. The defaults are the released tokenizer `vae_ch160v4096z32`.
 
-    An image side is `2**(len(ch_mult) - 1)` times the last patch number.
+    The side of an image is `2**(len(ch_mult) - 1)` times the last patch number.
     """
 
     vocab_size: int = 4096
@@ -84,10 +84,10 @@ class VQVAEConfig(_Serializable):
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     patch_nums: tuple[int, ...] = PATCH_NUMS_256
     num_res_blocks: int = 2
-    num_phi: int = 4  # φ convolutions shared by the scales
+    num_phi: int = 4  # number of φ convolutions, which the scales share
     phi_ratio: float = 0.5
     beta: float = 0.25  # weight of the commitment loss
-    using_znorm: bool = False  # nearest code by cosine instead of squared distance
+    using_znorm: bool = False  # find the nearest code by cosine instead of squared distance
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "z_channels", "num_res_blocks", "num_phi"):
@@ -109,7 +109,7 @@ class VQVAEConfig(_Serializable):
 
 @dataclass(frozen=True)
 class VARConfig(_Serializable):
-    """The next-scale transformer. Width is 64·depth and heads = depth unless given."""
+    """Configuration of the next-scale transformer. By default width is 64·depth and heads is width / 64."""
 
     depth: int = 16
     num_classes: int = 1000
@@ -147,7 +147,7 @@ class VARConfig(_Serializable):
 
     @property
     def softmax_scale(self) -> float:
-        """1 where q and k are L2-normalised (a learned factor per head replaces it), else the released 0.25/sqrt(D)."""
+        """1 if q and k are L2-normalised: a learned factor per head replaces it. Else 0.25/sqrt(D), as released."""
         return 1.0 if self.attn_l2_norm else 0.25 / math.sqrt(self.head_dim)
 
 

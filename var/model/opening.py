@@ -1,4 +1,4 @@
-"""Opening a model by its name: the embedded one, a released one from a folder or the Hub, or one trained here."""
+"""Opens a model: the embedded one, a released one from a folder or the Hub, or one that you have trained."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class Pipeline(NamedTuple):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes; their numbers where the model carries none."""
+        """Names of the classes. Their numbers, as text, if the model has no names."""
         return self.var.config.class_names or tuple(str(label) for label in range(self.var.config.num_classes))
 
 
 def load(name: str = EMBEDDED, *, path: str | os.PathLike | None = None, backend: str = "auto",
          device: str | torch.device = "cpu") -> Pipeline:
-    """The embedded model (`"fashion"`), or a released one (`"d16"` … `"d36"`) from `path`, ready to generate.
+    """Load the embedded model (`"fashion"`), or a released one (`"d16"` … `"d36"`) from `path`, ready to generate.
 
-    `path`: a folder with `var_<name>.pth` (or .safetensors) and the tokenizer's `vae_ch160v4096z32.pth` (or
-    .safetensors), or a Hub id such as `"FoundationVision/var"`, whose files are downloaded once by huggingface_hub.
-    Models saved by `var.save` are a folder with `var.safetensors` and `vqvae.safetensors`; `name` is then ignored.
+    `path` is a folder with `var_<name>.pth` (or .safetensors) and the tokenizer's `vae_ch160v4096z32.pth` (or
+    .safetensors), or a Hub id such as `"FoundationVision/var"`, whose files huggingface_hub downloads once. It can also
+    be a folder with `var.safetensors` and `vqvae.safetensors`, written by `var.save`; `name` is then ignored.
 
-    Raises ValueError for an unknown name, a file with missing, unexpected or misshaped entries (they are named), or a
-    pickle that carries code; FileNotFoundError for a missing file.
+    Raises ValueError for an unknown name, for a file with missing, unexpected or misshaped entries (the message names
+    them), and for a pickle that carries code. Raises FileNotFoundError for a missing file.
     """
     if path is None:
         if name != EMBEDDED:
@@ -58,7 +58,7 @@ def load(name: str = EMBEDDED, *, path: str | os.PathLike | None = None, backend
 
 
 def _locate(path: str | os.PathLike, filename: str) -> Path:
-    """The file in a folder (as .pth or .safetensors), else from the Hub repository of that id."""
+    """Path of the file `filename` (or the same as .safetensors) in the folder `path`, else downloaded from the Hub."""
     folder = Path(path)
     if folder.is_dir():
         for candidate in (folder / filename, (folder / filename).with_suffix(".safetensors")):
@@ -67,13 +67,13 @@ def _locate(path: str | os.PathLike, filename: str) -> Path:
         raise FileNotFoundError(f"{folder}: expected {filename} (or .safetensors) in this folder")
     if str(path).count("/") != 1 or folder.is_absolute():
         raise FileNotFoundError(f"path: expected an existing folder or a Hub id 'owner/name', got {str(path)!r}")
-    from huggingface_hub import hf_hub_download  # only a download needs it, and importing it costs a second
+    from huggingface_hub import hf_hub_download  # imported here because it takes a second and only a download needs it
 
     return Path(hf_hub_download(repo_id=str(path), filename=filename))
 
 
 class OpenModel(NamedTuple):
-    """A pipeline with what its files say about it."""
+    """A pipeline with its name and the metadata of its file."""
 
     name: str
     pipeline: Pipeline
@@ -81,7 +81,7 @@ class OpenModel(NamedTuple):
 
 
 def open_model(model: str, path: str | None = None, backend: str = "auto", device: str = "cpu") -> OpenModel:
-    """The embedded model, a released one from `path`, or the one in the folder `model`; see `var.load`."""
+    """Open the embedded model, a released one from `path`, or the one in the folder `model`. See `var.load`."""
     if path is None and model in PRESETS:
         raise ValueError(
             f"path: the weights of {model} are not part of this package: name a folder with var_{model}.pth and "

@@ -1,4 +1,4 @@
-"""The next-scale transformer of VAR. Parameter names are those of the released files; every hot spot is one op."""
+"""The next-scale transformer of VAR. Parameters have the names of the released files; every hot spot is one op."""
 
 import math
 from typing import NamedTuple
@@ -24,7 +24,8 @@ class Modulation(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Block-causal multi-head attention; with attn_l2_norm q and k are unit vectors times a learned factor per head."""
+    """Block-causal multi-head attention. With attn_l2_norm, q and k are unit vectors, and q has a learned factor per
+    head."""
 
     def __init__(self, config: VARConfig, backend: str) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class FFN(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, FFN and the source of the six AdaLN parameters; the norms between them are fused in VAR._blocks."""
+    """Attention, FFN and the source of the six AdaLN parameters. `VAR._blocks` fuses the norms between them."""
 
     def __init__(self, config: VARConfig, backend: str) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class Block(nn.Module):
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
     def modulation(self, cond_BD: Tensor, shared_B16C: Tensor | None) -> Modulation:
-        """From the class embedding, or this block's offset on the shared parameters."""
+        """The AdaLN parameters: computed from the class embedding, or the shared ones plus this block's offset."""
         if shared_B16C is not None:
             parameters = self.ada_gss + shared_B16C
         else:
@@ -87,7 +88,7 @@ class Block(nn.Module):
 
 
 class AdaLNBeforeHead(nn.Module):
-    """Scale and shift of the last norm."""
+    """Computes scale and shift of the norm before the head from the class embedding."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -99,9 +100,11 @@ class AdaLNBeforeHead(nn.Module):
 
 
 class VAR(nn.Module):
-    """Visual autoregressive transformer (arXiv 2404.02905): all tokens of a scale in parallel, given all coarser ones.
+    """Visual autoregressive transformer (arXiv 2404.02905). It predicts all tokens of a scale in parallel, given all
+    coarser scales.
 
-    labels (B,) int64 in [0, num_classes]; num_classes is the unconditional class. `backend` is passed to every op.
+    labels is (B,) int64 in [0, num_classes], where num_classes is the unconditional class. `backend` is passed to every
+    op.
     """
 
     def __init__(self, config: VARConfig, backend: str = "auto") -> None:
@@ -123,7 +126,11 @@ class VAR(nn.Module):
         self.register_load_state_dict_pre_hook(_drop_derived_buffers)
 
     def forward(self, labels: Tensor, teacher_forcing_input: Tensor) -> Tensor:
-        """Logits (B, L, V), fp32; the input (B, L − l_1, z_channels) is what the coarser scales of it add up to."""
+        """Logits (B, L, V) in fp32.
+
+        `teacher_forcing_input` (B, L − l_1, z_channels) holds, for every scale after the first, the sum of the coarser
+        scales.
+        """
         schedule = self.config.schedule
         expected = (len(labels), schedule.length - schedule.lengths[0], self.config.z_channels)
         if tuple(teacher_forcing_input.shape) != expected:
@@ -135,7 +142,7 @@ class VAR(nn.Module):
         return self._blocks(x_BLC + self.positions(), self.modulations(cond_BD), schedule.lengths)
 
     def condition(self, labels: Tensor) -> Tensor:
-        """Class embeddings (B, C) of validated labels."""
+        """Class embeddings (B, C) of the labels, which are checked."""
         if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise ValueError(f"labels: expected a 1-D integer tensor, got shape {tuple(labels.shape)} {labels.dtype}")
         if not torch.compiler.is_compiling() and labels.numel():
@@ -145,7 +152,7 @@ class VAR(nn.Module):
         return self.class_emb(labels)
 
     def start(self, cond_BD: Tensor) -> Tensor:
-        """Input of the first scale before positions: the class embedding at every token of the map."""
+        """Input of the first scale, without positions: the class embedding at every token of the map."""
         return cond_BD.unsqueeze(1) + self.pos_start
 
     def positions(self) -> Tensor:
@@ -153,14 +160,14 @@ class VAR(nn.Module):
         return self.lvl_embed(self.levels) + self.pos_1LC
 
     def modulations(self, cond_BD: Tensor) -> tuple[list[Modulation], tuple[Tensor, Tensor]]:
-        """AdaLN parameters of all blocks and of the head: they depend on the class only, not on the scale."""
+        """AdaLN parameters of all blocks and of the head. They depend on the class, not on the scale."""
         shared = None
         if self.config.shared_aln:
             shared = self.shared_ada_lin(cond_BD).view(len(cond_BD), 1, 6, -1)
         return [block.modulation(cond_BD, shared) for block in self.blocks], self.head_nm(cond_BD)
 
     def _blocks(self, x_BLC: Tensor, modulations, scale_lens: tuple[int, ...]) -> Tensor:
-        """The transformer. Each gate, residual sum and following norm is one op, across the borders of the blocks."""
+        """The blocks and the head. Each gate, residual sum and following norm is one op, also between two blocks."""
         blocks, (head_scale, head_shift) = modulations
         following = [*((m.scale1, m.shift1) for m in blocks[1:]), (head_scale, head_shift)]
         y_BLC = adaln_layer_norm(x_BLC, blocks[0].scale1, blocks[0].shift1, backend=self.backend)
@@ -174,7 +181,7 @@ class VAR(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None, *, adaln: float = 0.5, gamma: float = 1e-5,
                      head: float = 0.02) -> None:
-        """Initialise for training as the paper's models: truncated normals of std sqrt(1/3C), small gates and head."""
+        """Initialise for training as in the paper: truncated normals of std sqrt(1/(3C)), small gates and head."""
         width, std = self.config.width, math.sqrt(1 / self.config.width / 3)
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -198,7 +205,7 @@ class VAR(nn.Module):
 
 
 def scale_of_token(schedule: ScaleSchedule) -> Tensor:
-    """(L,) int64: the index of each token's scale."""
+    """The index of each token's scale, (L,) int64."""
     lengths = torch.tensor(schedule.lengths)
     return torch.repeat_interleave(torch.arange(schedule.num_scales), lengths, output_size=schedule.length)
 
@@ -209,7 +216,7 @@ def _scale_gates(parameters: Tensor, gamma: float, adaln: float) -> None:
 
 
 def _drop_derived_buffers(module: VAR, state_dict: dict, prefix: str, *_: object) -> None:
-    """Released files carry buffers that follow from the configuration: they are compared with it and not kept."""
+    """Remove the buffers of released files that follow from the configuration, after comparing them with it."""
     schedule, width = module.config.schedule, module.config.width
     expected = {
         "lvl_1L": (1, schedule.length),

@@ -1,4 +1,4 @@
-"""The multi-scale residual VQ-VAE of VAR: image ↔ K token maps. Parameter names are those of the released files."""
+"""The multi-scale residual VQ-VAE of VAR: image ↔ K token maps. Parameters have the names of the released files."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from .config import VQVAEConfig
 
 
 class VQVAEOutput(NamedTuple):
-    """What the training forward returns."""
+    """Result of the forward pass for training."""
 
     reconstruction: Tensor  # (B, 3, H, W), not clamped
     vq_loss: Tensor  # scalar: β·commitment + codebook loss, mean over scales
@@ -20,7 +20,7 @@ class VQVAEOutput(NamedTuple):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm over 32 groups; `activated` is SiLU of it."""
+    """GroupNorm over 32 groups. `activated` applies SiLU to its result."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(32, channels, eps=1e-6)
@@ -55,14 +55,14 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        # One head as wide as the map has channels (up to 640): beyond our attention kernel, and off the hot path.
+        # The one head has all channels of the map, up to 640: too many for our attention kernel. This is no hot spot.
         q, k, v = self.qkv(self.norm(x_BCHW)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
         h_BLC = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
         return x_BCHW + self.proj_out(h_BLC.transpose(1, 2).reshape(x_BCHW.shape))
 
 
 class Downsample(nn.Module):
-    """Halves the side by a strided convolution, padded at the right and the bottom only."""
+    """Halves the side by a strided convolution, which is padded at the right and at the bottom only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the side by nearest neighbour, then a convolution."""
+    """Doubles the side by nearest neighbour, then applies a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of the encoder or decoder: residual blocks, attention at the coarsest, then the resampling."""
+    """One resolution of the encoder or decoder: residual blocks, attention (at the coarsest one), then resampling."""
 
     def __init__(self, in_channels: int, channels: int, blocks: int, attention: bool, **resample: nn.Module) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """Residual block, attention, residual block at the latent resolution."""
+    """A residual block, attention and another residual block at the latent resolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (B,3,H,W) to features (B, z_channels, H/f, W/f)."""
+    """Turns images (B, 3, H, W) into features (B, z_channels, H/f, W/f)."""
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features (B, z_channels, h, w) to an image (B,3,H,W), not clamped."""
+    """Turns features (B, z_channels, h, w) into images (B, 3, H, W), not clamped."""
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class Decoder(nn.Module):
 
 
 class QuantResi(nn.Module):
-    """Holder of the φ convolutions; the quantizer kernels apply them."""
+    """Holds the φ convolutions, which the kernels of the quantizer apply."""
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class QuantResi(nn.Module):
 
 
 class Quantizer(nn.Module):
-    """Codebook and φ convolutions with the three things done with them: quantize, accumulate a scale, look up."""
+    """The codebook and the φ convolutions. It quantizes features, and it adds the codes of a scale to features."""
 
     def __init__(self, config: VQVAEConfig, backend: str) -> None:
         super().__init__()
@@ -194,7 +194,10 @@ class Quantizer(nn.Module):
         return torch.stack([conv.weight for conv in convs]), torch.stack([conv.bias for conv in convs])
 
     def forward(self, f_BCHW: Tensor, backend: str | None = None):
-        """Multi-scale residual quantization: tokens, straight-through features, loss; `backend` None: its own."""
+        """Multi-scale residual quantization: tokens, straight-through features and loss.
+
+        `backend` None means the backend of this module.
+        """
         config = self.config
         weight, bias = self._phi()
         return multi_scale_quantize(
@@ -206,7 +209,7 @@ class Quantizer(nn.Module):
     def accumulate(
         self, f_hat_BCHW: Tensor, codes_BLC: Tensor, k: int, backend: str | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Add the codes of scale k to f_hat; also return f_hat pooled to the next map, (B, l_{k+1}, C)."""
+        """f_hat with the codes of scale k added, and that pooled to the next map, (B, l_{k+1}, C): None at the last."""
         weight, bias = self._phi()
         return next_scale_input(
             f_hat_BCHW, codes_BLC, weight, bias, self.config.patch_nums, k,
@@ -214,7 +217,7 @@ class Quantizer(nn.Module):
         )
 
     def empty_features(self, batch: int) -> Tensor:
-        """The f_hat before the first scale."""
+        """The features f_hat before the first scale: zeros."""
         side = self.config.schedule.side
         return self.embedding.weight.new_zeros(batch, self.config.z_channels, side, side)
 
@@ -222,8 +225,8 @@ class Quantizer(nn.Module):
 class VQVAE(nn.Module):
     """Multi-scale residual VQ-VAE (arXiv 2404.02905, algorithms 1 and 2).
 
-    Images are (B, 3, H, W) in [−1, 1] with H = W = config.image_size; tokens are (B, L) int64, scales concatenated
-    coarse to fine, row-major within a scale. `backend` is passed to every var_kernels op.
+    Images are (B, 3, H, W) in [−1, 1] with H = W = config.image_size. Tokens are (B, L) int64: the scales concatenated
+    from coarse to fine, row-major within a scale. `backend` is passed to every op of var_kernels.
     """
 
     def __init__(self, config: VQVAEConfig, backend: str = "auto") -> None:
@@ -238,16 +241,16 @@ class VQVAE(nn.Module):
 
     @property
     def backend(self) -> str:
-        """The backend of the quantizer, which is where the ops are."""
+        """The backend of the quantizer: only the quantizer calls ops of var_kernels."""
         return self.quantize.backend
 
     def forward(self, images: Tensor) -> VQVAEOutput:
-        """Training forward: reconstruction (not clamped), quantizer loss, tokens."""
+        """Forward pass for training: reconstruction (not clamped), loss of the quantizer, and tokens."""
         quantized = self.quantize(self.features(images))
         return VQVAEOutput(self._decode(quantized.f_hat), quantized.vq_loss, quantized.tokens)
 
     def features(self, images: Tensor) -> Tensor:
-        """Continuous features (B, z_channels, h, w) before quantization."""
+        """The continuous features (B, z_channels, h, w) of images, before quantization."""
         size = self.config.image_size
         if images.dim() != 4 or tuple(images.shape[1:]) != (3, size, size):
             raise ValueError(f"images: expected shape (B, 3, {size}, {size}), got {tuple(images.shape)}")
@@ -255,18 +258,18 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor, backend: str | None = None) -> Tensor:
-        """Tokens (B, L) of the images, by `backend`, or that of the model."""
+        """Tokens (B, L) of the images. `backend` None means the backend of the model."""
         return self.quantize(self.features(images), backend).tokens
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images in [−1, 1] from the tokens of all scales."""
+        """Images in [−1, 1], decoded from the tokens of all scales."""
         *_, (f_hat, _) = self._scales(tokens)
         return self.decode_features(f_hat)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:
-        """decode(encode(images))."""
+        """Images after the way through the tokenizer and back: decode(encode(images))."""
         return self.decode_features(self.quantize(self.features(images)).f_hat)
 
     @torch.no_grad()
@@ -276,7 +279,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def teacher_forcing_input(self, tokens: Tensor) -> Tensor:
-        """(B, L − l_1, z_channels): for every scale after the first, the features of all earlier ones, pooled to it."""
+        """(B, L − l_1, z_channels): for every scale after the first, the sum of all earlier scales, pooled to it."""
         maps = [following for _, following in self._scales(tokens) if following is not None]
         if not maps:
             return self.quantize.embedding.weight.new_zeros(len(tokens), 0, self.config.z_channels)
@@ -284,7 +287,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def decode_features(self, f_hat_BCHW: Tensor) -> Tensor:
-        """Images in [−1, 1] from accumulated features."""
+        """Images in [−1, 1], decoded from accumulated features."""
         return self._decode(f_hat_BCHW).clamp_(-1, 1)
 
     def _decode(self, f_hat_BCHW: Tensor) -> Tensor:
@@ -307,7 +310,7 @@ class VQVAE(nn.Module):
 
 
 def _drop_usage_buffer(module: VQVAE, state_dict: dict, prefix: str, *_: object) -> None:
-    """Released files carry the usage statistics of training; they are checked for shape and not kept."""
+    """Remove the usage statistics of training, which released files carry, after checking their shape."""
     name = f"{prefix}quantize.ema_vocab_hit_SV"
     buffer = state_dict.pop(name, None)
     expected = (module.config.schedule.num_scales, module.config.vocab_size)

@@ -1,4 +1,4 @@
-"""Which weights a network has, as a hash."""
+"""A hash that identifies the weights of a network."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Progress of a training: a live bar on a terminal, plain lines elsewhere, and a JSON-lines log for curves."""
+"""Shows the progress of a training: a bar on a terminal, plain lines elsewhere, and a JSON-lines log for curves."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def format_duration(seconds: float) -> str:
 
 
 def format_metrics(record: dict[str, float]) -> str:
-    """`name value` pairs, four significant digits, rates grouped by thousands."""
+    """`name value` pairs with four significant digits. Values from 10,000 on are whole numbers with commas."""
     return "  ".join(f"{key} {value:,.0f}" if abs(value) >= 1e4 else f"{key} {value:.4g}"
                      for key, value in record.items())  # fmt: skip
 
 
 class TrainingDisplay:
-    """Shows `title` with step, metrics and time left; a context manager.
+    """A context manager that shows `title` with step, metrics and time left.
 
-    On a terminal one live line is redrawn; elsewhere every record becomes a line of text on `stream` (default stderr).
+    On a terminal it redraws one line; elsewhere it writes each record as a line of text to `stream` (default stderr).
     """
 
     def __init__(self, title: str, total: int, stream: IO[str] | None = None) -> None:
@@ -53,7 +53,7 @@ class TrainingDisplay:
             self._progress.stop()
 
     def update(self, step: int, record: dict[str, float], seconds_left: float | None = None) -> None:
-        """Metrics at `step`; `seconds_left` adds the time that remains at the present speed."""
+        """Shows the metrics at `step` and, if given, the time left at the present speed."""
         text = format_metrics(record)
         if seconds_left is not None:
             text += f"  {format_duration(seconds_left)} left"
@@ -63,12 +63,12 @@ class TrainingDisplay:
             self.note(f"step {step}/{self.total}  {text}")
 
     def advance(self, step: int) -> None:
-        """Moves the bar of a terminal; prints nothing elsewhere."""
+        """Moves the bar on a terminal. Elsewhere it prints nothing."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
     def note(self, message: str) -> None:
-        """One permanent line, above the bar on a terminal."""
+        """Prints one permanent line, which is above the bar on a terminal."""
         line = Text(f"{self.title}: {message}")
         if self._progress is not None:
             self._progress.console.print(line, soft_wrap=True)
@@ -77,7 +77,7 @@ class TrainingDisplay:
 
 
 class JsonLinesLog:
-    """Appends one JSON object a line to `path`, each flushed, so that curves can be drawn while training runs."""
+    """Appends JSON objects to `path`, one a line, each flushed, so that curves can be drawn while training runs."""
 
     def __init__(self, path: Path, keep_until_step: int | None = None) -> None:
         """Starts an empty log, or keeps the records up to `keep_until_step`: a resumed run repeats the later ones."""
@@ -92,7 +92,7 @@ class JsonLinesLog:
 
 
 class StepMeter:
-    """Steps per second since the last call of `rate`, and seconds since construction."""
+    """Measures steps per second since the last call of `rate`, and seconds since construction."""
 
     def __init__(self, step: int) -> None:
         self._step, self._time = step, time.monotonic()
@@ -109,7 +109,7 @@ class StepMeter:
 
 
 def read_log(path: str | Path) -> list[dict[str, float]]:
-    """Records of a training log; a missing file is an empty log, a last line cut short by a crash is left out."""
+    """Records of a training log. A missing file gives no records. A last line that a crash cut short is left out."""
     path = Path(path)
     if not path.exists():
         return []

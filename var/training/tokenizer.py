@@ -1,11 +1,12 @@
-"""Training of the multi-scale VQ-VAE (the tokenizer) and the care of its codebook.
+"""Training of the multi-scale VQ-VAE (the tokenizer), with measures that keep its codes in use.
 
-Loss: ``mse + l1_weight·l1 + vq_weight·vq_loss``. There is no perceptual or adversarial term, so nothing but images is
-needed; the price is slightly soft texture.
+The loss is ``mse + l1_weight·l1 + vq_weight·vq_loss``. There is no perceptual or adversarial term, so training needs
+nothing but images; the price is slightly soft texture.
 
 Vector quantization with a plain loss uses a small part of its codebook: a code that no vector picks gets no gradient
-and stays dead. Two measures against it, both in `CodebookCare`: the codes start as cluster centres of what the
-untrained encoder emits, and codes that fall out of use in the first part of the training move to where the error is.
+and stays dead. `CodebookCare` takes two measures against this. The codes start as cluster centres of the features of
+the untrained encoder. And in the first part of the training, codes that are no longer used move to where the error is
+large.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ class TokenizerTraining(TrainingOptions):
     vq_weight: float = 1.0
     random_crop: bool = False  # folders of images only
     flip: bool = False  # folders of images only
-    init_images: int = 256  # images whose features give the first codebook
+    init_images: int = 256  # images whose features are clustered into the first codebook
     restart_every: int = 50  # steps between revivals of dead codes
-    restart_until: float = 0.7  # fraction of max_steps after which codes are left alone
+    restart_until: float = 0.7  # fraction of max_steps after which dead codes are not revived any more
     restart_threshold: float = 0.1  # a code is dead below this fraction of the mean number of hits
 
 
 def train_tokenizer(options: TokenizerTraining) -> TrainingResult:
-    """Trains a tokenizer; writes ``checkpoint.pt``, ``log.jsonl`` and ``vqvae.safetensors`` to `options.output`.
+    """Trains a tokenizer and writes ``checkpoint.pt``, ``log.jsonl`` and ``vqvae.safetensors`` to `options.output`.
 
-    Raises `var.data.DataError` for unusable data and `var.training.TrainingError` when training cannot start or go on.
+    Raises `var.data.DataError` for unusable data, and `var.training.trainer.TrainingError` if training cannot start or
+    go on.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -72,7 +74,7 @@ class _TokenizerRun:
             extra={"code_hits": hits},
         )
         self.care = CodebookCare(self.vqvae, self.trainer, hits)
-        self.images: Tensor | None = None  # of the newest step, for the revival of codes
+        self.images: Tensor | None = None  # those of the newest step, which the revival of codes looks at
 
     def run(self) -> TrainingResult:
         if self.trainer.step == 0:
@@ -111,7 +113,7 @@ class _TokenizerRun:
     def _validate(self) -> dict[str, float]:
         values, hits = [], torch.zeros(self.options.model.vocab_size, dtype=torch.int64)
         for indices in self.val_indices.split(self.options.batch_size):
-            # In fp32 whatever the training precision: as the tokenizer will be used.
+            # In fp32 for every precision of the training, because the tokenizer is used in fp32.
             images = self._batch(indices, 0, augment=False)
             reconstruction, _, tokens = self.vqvae(images)
             values.append(psnr(reconstruction, images).cpu())
@@ -129,8 +131,8 @@ class _TokenizerRun:
 class CodebookCare:
     """Keeps the codes of a multi-scale tokenizer in use.
 
-    `hits` (V,) is a running mean of how often each code is picked in a batch, relative to the mean over all codes: 1 is
-    a code of average popularity.
+    `hits` (V,) is a running mean of how often each code is picked in a batch, relative to the mean over all codes: a
+    code that is picked as often as the average has 1.
     """
 
     _MOMENTUM = 0.98
@@ -148,14 +150,16 @@ class CodebookCare:
         self.hits.lerp_(picked * (len(self.hits) / tokens.numel()), 1 - self._MOMENTUM)
 
     def used_fraction(self) -> Tensor:
-        """Fraction of the codes above the threshold of death."""
+        """Fraction of the codes that are not dead, which means that they reach `restart_threshold`."""
         return (self.hits >= self.trainer.options.restart_threshold).float().mean()
 
     @torch.no_grad()
     def initialise(self, images: Tensor, generator: torch.Generator, iterations: int = 6) -> None:
-        """First codebook: Lloyd's algorithm on what the quantizer looks up, empty clusters moved to the worst errors.
+        """Make the first codebook by Lloyd's algorithm on the vectors that the quantizer looks up.
 
-        The vectors of later scales are residuals, hence depend on the codes; they are recomputed every iteration.
+        Empty clusters move to vectors with large errors.
+
+        The vectors of later scales are residuals, so they depend on the codes and are recomputed in every iteration.
         """
         pooled = self._pooled_features(images).flatten(0, 1)
         chosen = torch.randint(len(pooled), (len(self.codebook),), generator=generator)
@@ -173,13 +177,13 @@ class CodebookCare:
 
     @torch.no_grad()
     def revive(self, images: Tensor, generator: torch.Generator) -> int:
-        """Moves every dead code onto a badly represented vector of `images`; returns how many moved."""
+        """Moves every dead code onto a vector of `images` with a large error. Returns how many codes moved."""
         dead = self.hits < self.trainer.options.restart_threshold
         count = int(dead.sum())
         if count:
             queries, tokens = self._queries(images)
             self._move(dead, queries, tokens, generator)
-            # Average popularity gives a moved code some batches to find its use before it can be called dead again.
+            # With average hits, a moved code has some batches in which to be picked before it can count as dead again.
             self.hits[dead] = 1.0
             for moment in ("exp_avg", "exp_avg_sq"):
                 if self.codebook in self.trainer.optimizer.state:
@@ -189,12 +193,12 @@ class CodebookCare:
         return count
 
     def _move(self, rows: Tensor, queries: Tensor, tokens: Tensor, generator: torch.Generator) -> None:
-        """codebook[rows] <- queries drawn with probability ∝ squared quantization error, plus 1 % noise."""
+        """Sets codebook[rows] to queries, drawn with probability ∝ squared quantization error, plus 1 % noise."""
         count = int(rows.sum())
         if count == 0:
             return
         error = (queries - self.codebook[tokens]).square().sum(1).double().cpu()
-        # Fewer distinct vectors than codes can only happen with toy data; repeats differ by their noise.
+        # Only toy data has fewer vectors than codes. Vectors are then drawn repeatedly, and their noise differs.
         weights = error + error.mean() * 1e-3 + 1e-30
         chosen = torch.multinomial(weights, count, replacement=count > len(weights), generator=generator)
         vectors = queries[chosen.to(queries.device)]
@@ -208,10 +212,10 @@ class CodebookCare:
         return torch.cat([F.adaptive_avg_pool2d(features, side).flatten(2).mT for side in sides], 1)
 
     def _queries(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Vectors (B·L, C) that the quantizer looks up at all scales, and the codes (B·L,) it gives them.
+        """Vectors (B·L, C) that the quantizer looks up at all scales, and the codes (B·L,) that it finds.
 
-        The query of scale k is the pooled residual. Pooling is linear, so it is pool(f) − pool(f_hat of the scales
-        before), and the second term is exactly the teacher-forcing input of scale k.
+        The query of scale k is the pooled residual. Pooling is linear, so the query is pool(f) − pool(f_hat of the
+        earlier scales), and the second term is exactly the teacher-forcing input of scale k.
         """
         pooled = self._pooled_features(images)
         tokens = self.vqvae.encode(images)

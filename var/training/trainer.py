@@ -1,9 +1,10 @@
 """The training loop that the tokenizer and the transformer share.
 
-Given a model and a function ``loss(step) -> {"loss": tensor, …}`` it does the rest: AdamW with linear warm-up and
+It takes a model and a function ``loss(step) -> {"loss": tensor, …}`` and does the rest: AdamW with linear warm-up and
 cosine decay, gradient clipping, an exponential moving average (EMA) of the weights, bf16 autocast, progress and curves,
-atomic checkpoints, resuming and interruption. A resumed run computes bit for bit what the uninterrupted one would have:
-data order and all randomness of the losses are functions of (seed, step), everything else is in the checkpoint.
+atomic checkpoints, resuming and interruption. A resumed run computes bit for bit the same as an uninterrupted one: the
+order of the data and all random numbers of the losses are functions of (seed, step), and the checkpoint holds
+everything else.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from .progress import JsonLinesLog, StepMeter, TrainingDisplay
 CHECKPOINT_NAME = "checkpoint.pt"
 LOG_NAME = "log.jsonl"
 _CHECKPOINT_FORMAT = 1
-# A resumed run with another value of one of these would not be the same run.
+# A resumed run must have the same values of these options, else it would not be the same run.
 _FIXED_ON_RESUME = ("batch_size", "seed", "val_images", "ema_decay")
-# These do not reach the losses (or, like the model and the tokenizer, are compared in full); a change of any other
-# option is pointed out.
+# A resumed run may change these without a message: they do not influence the losses, or they are compared elsewhere
+# (the model and the tokenizer). If it changes any other option, a message names the change.
 _FREE_ON_RESUME = frozenset({
     "output", "data", "resume", "device", "backend", "val_every", "log_every", "checkpoint_minutes", "max_minutes",
     "model", "tokenizer", "encode_batch",
@@ -41,12 +42,12 @@ _FREE_ON_RESUME = frozenset({
 
 
 class TrainingError(RuntimeError):
-    """Training cannot start or go on; the message says why and what is left on disk."""
+    """Training cannot start or go on. The message says why, and what is left on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """Options common to both trainings. Step counts are optimizer steps; the schedule always spans `max_steps`."""
+    """Options common to both trainings. Steps are optimizer steps. The learning-rate schedule spans `max_steps`."""
 
     output: Path  # run directory: checkpoint.pt, log.jsonl and the exported weights
     data: Path | None = None  # see var.data.open_dataset
@@ -55,19 +56,19 @@ class TrainingOptions:
     lr: float = 1e-3  # peak learning rate
     min_lr: float = 1e-5  # learning rate of the last step
     warmup_steps: int = 200
-    weight_decay: float = 0.05  # on weights of Linear and convolution layers only
+    weight_decay: float = 0.05  # for the weights of Linear and convolution layers only
     beta1: float = 0.9
     beta2: float = 0.95
-    grad_clip: float = 1.0  # maximum global gradient norm; 0 = no clipping
-    ema_decay: float = 0.999  # 0 = no average: the raw weights are exported
+    grad_clip: float = 1.0  # largest global norm of the gradient; 0 = no clipping
+    ema_decay: float = 0.999  # 0 = no average, so the weights themselves are exported
     precision: str = "fp32"  # "fp32" or "bf16" (autocast)
     device: str = "cpu"
     seed: int = 0
-    val_images: int = 2000  # held out of the training split
+    val_images: int = 2000  # training images that are held out for validation
     val_every: int = 1000  # steps between validations; 0 = at the end only
     log_every: int = 50
     checkpoint_minutes: float = 5.0
-    max_minutes: float | None = None  # stop after this long, with a checkpoint; `resume` goes on
+    max_minutes: float | None = None  # stop after this time and write a checkpoint; `resume` continues from it
     resume: bool = False
     backend: str = "auto"  # of the var_kernels ops
 
@@ -94,7 +95,7 @@ class TrainingResult:
     checkpoint: Path
     weights: Path
     seconds: float
-    validation: dict[str, float]  # figures of the last validation
+    validation: dict[str, float]  # results of the last validation
 
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
@@ -112,7 +113,8 @@ def learning_rate(step: int, options: TrainingOptions) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights of Linear and convolution layers decay; biases, norms, embeddings and bare parameters do not."""
+    """Parameter groups for AdamW: only weights of Linear and convolution layers decay, not biases, norms, embeddings
+    and parameters that belong to no layer."""
     decayed, kept = [], []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -123,14 +125,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class StopSignal:
-    """While active, the first SIGINT or SIGTERM sets `requested`; a second SIGINT interrupts as usual."""
+    """Context manager: the first SIGINT or SIGTERM sets `requested`, and a second SIGINT interrupts as usual."""
 
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        # Python allows signal handlers in the main thread only; a training in another thread is stopped by its owner.
+        # Python allows signal handlers in the main thread only. The program must stop a training in another thread.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
@@ -147,10 +149,10 @@ class StopSignal:
 
 
 def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
-    """``torch.save`` to a temporary name beside `path`, flushed to the disk, then renamed over it.
+    """Saves to a temporary file in the folder of `path`, flushes it to the disk, then renames it to `path`.
 
-    On any failure (a full disk, a missing directory) the temporary file is removed, a previous `path` stays as it was,
-    and `TrainingError` says so.
+    If this fails (for example because the disk is full), the temporary file is removed, a previous `path` stays as it
+    was, and the `TrainingError` says so.
     """
 
     def write(temporary: str) -> None:
@@ -162,13 +164,13 @@ def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     try:
         write_atomically(path, write)
     except (OSError, RuntimeError) as error:
-        # torch's archive writer reports a failed write as RuntimeError.
+        # torch.save reports a failed write as RuntimeError.
         left = "the previous checkpoint is intact" if path.exists() else "there is no earlier checkpoint"
         raise TrainingError(f"could not write {path}: {error}; {left}") from error
 
 
 def read_checkpoint(path: Path, title: str, mmap: bool = False) -> dict[str, Any]:
-    """The checkpoint of a run of `title` ("tokenizer" or "transformer"); with `mmap` its tensors stay in the file."""
+    """The checkpoint of a run named `title` ("tokenizer" or "transformer"). With `mmap` tensors stay in the file."""
     if not path.exists():
         raise TrainingError(f"resume: no checkpoint at {path}")
     try:
@@ -181,7 +183,7 @@ def read_checkpoint(path: Path, title: str, mmap: bool = False) -> dict[str, Any
 
 
 def saved_options(output: str | Path, title: str) -> dict[str, Any]:
-    """Options of the run in `output` by name, with the sizes of its model: what a resumed run should not change."""
+    """The options of the run in `output` by name, with the sizes of its model. A resumed run should not change them."""
     state = read_checkpoint(Path(output).expanduser() / CHECKPOINT_NAME, title, mmap=True)
     return state["config"] | {name: value for name, value in state["options"].items() if name != "model"}
 
@@ -189,8 +191,8 @@ def saved_options(output: str | Path, title: str) -> dict[str, Any]:
 class Trainer:
     """Trains `model` for `options.max_steps` steps.
 
-    `config` (a dict of plain values) identifies the model: a checkpoint of another configuration is refused. `extra`
-    are tensors that belong to the run besides the weights; they change in place and travel with the checkpoint.
+    `config` (a dict of plain values) identifies the model: a checkpoint with another configuration is refused. `extra`
+    holds further tensors of the run. They are changed in place, and the checkpoint contains them.
     """
 
     def __init__(
@@ -209,7 +211,7 @@ class Trainer:
         self.step, self.seconds = 0, 0.0
         self.validation: dict[str, float] = {}
         self._window: dict[str, list[float]] = {}
-        self._changed: list[str] = []  # options that a resumed run changes
+        self._changed: list[str] = []  # the options that differ from those of the resumed run
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         betas = (options.beta1, options.beta2)
         groups = parameter_groups(model, options.weight_decay)
@@ -234,7 +236,7 @@ class Trainer:
             raise TrainingError(f"output: {self.checkpoint_path} exists: resume it, or choose another directory")
 
     def save(self) -> None:
-        """Writes checkpoint.pt: weights, average, optimizer, step, random state and the unfinished log window."""
+        """Writes checkpoint.pt: weights, their average, optimizer, step, random state and metrics not yet logged."""
         options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.options).items()}
         payload = {
             "format": _CHECKPOINT_FORMAT,
@@ -254,7 +256,7 @@ class Trainer:
         write_checkpoint(self.checkpoint_path, payload)
 
     def restore(self) -> None:
-        """Reads checkpoint.pt back; refuses another model, and options that would change the data order."""
+        """Reads checkpoint.pt. Raises `TrainingError` for another model and for options that must stay the same."""
         path = self.checkpoint_path
         state = read_checkpoint(path, self.title)
         options = dataclasses.asdict(self.options)
@@ -285,14 +287,14 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------------- steps
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 autocast, or nothing, as `precision` says."""
+        """bf16 autocast if `precision` is "bf16", else a context that does nothing."""
         if self.options.precision == "bf16":
             return torch.autocast(torch.device(self.options.device).type, torch.bfloat16)
         return nullcontext()
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the model holds the EMA weights (nothing changes without EMA)."""
+        """A context in which the model holds the averaged (EMA) weights. Without EMA nothing changes."""
         raw = {name: self.parameters[name].detach().clone() for name in self.ema}
         self._set_parameters(self.ema)
         try:
@@ -308,7 +310,7 @@ class Trainer:
     @torch.no_grad()
     def _update_ema(self) -> None:
         if self.ema:
-            # The ramp keeps the random initialisation from dominating the average of a short run.
+            # The decay starts small, else the random initialisation would dominate the average of a short run.
             decay = min(self.options.ema_decay, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
 
@@ -342,10 +344,11 @@ class Trainer:
         after_step: Callable[[int], None] | None = None,
         validate: Callable[[], dict[str, float]] | None = None,
     ) -> TrainingResult:
-        """Runs until `max_steps`, the time limit or a signal; then writes the checkpoint and exports averaged weights.
+        """Trains until `max_steps`, the time limit or a signal. Then it writes the checkpoint and the averaged weights.
 
-        `after_step(step)` runs after optimizer step number `step` (counted from 1); `validate()` runs on the averaged
-        weights in evaluation mode; `export(weights)` writes the model as it is then: averaged.
+        `after_step(step)` is called after optimizer step number `step`, counted from 1. `validate()` is called in
+        evaluation mode and sees the averaged weights. `export(weights)` writes the model to that path, while it holds
+        the averaged weights.
         """
         try:
             with TrainingDisplay(self.title, self.options.max_steps) as display, StopSignal() as stop:
@@ -373,7 +376,7 @@ class Trainer:
         after_step: Callable[[int], None] | None,
         validate: Callable[[], dict[str, float]] | None,
     ) -> str:
-        """Steps until the end, the time limit or a signal; returns which."""
+        """Trains until the last step, the time limit or a signal. Returns the reason why it ended."""
         options = self.options
         log = JsonLinesLog(options.output / LOG_NAME, self.step if options.resume else None)
         meter = StepMeter(self.step)
@@ -425,6 +428,6 @@ class Trainer:
 
 
 def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` as a checkpoint gives them back: tuples become lists, paths strings."""
+    """`values` with tuples as lists and paths as strings, so that they compare equal to those of a checkpoint."""
     convert = {tuple: list, **{kind: str for kind in (type(Path()), Path)}}
     return {key: convert.get(type(value), lambda v: v)(value) for key, value in values.items()}

@@ -1,8 +1,8 @@
 """Training of the next-scale transformer on the tokens of a trained tokenizer.
 
-All training images are tokenized once, before the first step; a step then touches no pixels. Loss: cross-entropy, mean
-over all tokens of all scales. Classifier-free guidance needs an unconditional model, so a label becomes the extra class
-`num_classes` with probability `label_dropout`.
+All training images are tokenized once, before the first step, so a step uses no pixels. The loss is the cross-entropy,
+its mean over all tokens of all scales. Classifier-free guidance needs an unconditional model, so a label becomes the
+extra class `num_classes` with probability `label_dropout`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class TransformerTraining(TrainingOptions):
     tokenizer: Path  # weights written by train_tokenizer
     model: VARConfig
     label_dropout: float = 0.1
-    random_crop: bool = False  # folders of images only; every view draws other crops
-    flip: bool = False  # folders of images only; every view draws other flips
-    views: int = 1  # tokenized copies of the training set, each with its own augmentation
+    random_crop: bool = False  # folders of images only; each view has other crops
+    flip: bool = False  # folders of images only; each view has other flips
+    views: int = 1  # number of tokenized copies of the training set, each with its own augmentation
     encode_batch: int = 128
 
     def __post_init__(self) -> None:
@@ -55,10 +55,10 @@ class TransformerTraining(TrainingOptions):
 
 
 def train_transformer(options: TransformerTraining) -> TrainingResult:
-    """Trains a transformer; writes ``checkpoint.pt``, ``log.jsonl``, ``var.safetensors`` and the token cache
-    ``tokens-<hash>.npy`` to `options.output`.
+    """Trains a transformer and writes ``checkpoint.pt``, ``log.jsonl``, ``var.safetensors``, a copy of the tokenizer
+    ``vqvae.safetensors`` and the token cache ``tokens-<hash>.npy`` to `options.output`.
 
-    Raises `DataError` for unusable data and `TrainingError` when training cannot start or go on.
+    Raises `DataError` for unusable data and `TrainingError` if training cannot start or go on.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -112,7 +112,7 @@ class _TransformerRun:
 
     def _metrics(self, labels: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         with torch.autocast(tokens.device.type, enabled=False):
-            features = self.vqvae.teacher_forcing_input(tokens)  # (B, L − l_1, C): exact, as in sampling
+            features = self.vqvae.teacher_forcing_input(tokens)  # (B, L − l_1, C), in fp32 as in sampling
         logits = self.model(labels, features).float()  # (B, L, V)
         loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
         last = tokens.shape[1] - self.options.model.schedule.lengths[-1]
@@ -133,7 +133,7 @@ class _TransformerRun:
 
     def _export(self, path: Path) -> None:
         metadata = {"data": describe(self.data), "seed": str(self.options.seed), "step": str(self.trainer.step)}
-        # Both halves in one directory are what var.load() takes.
+        # var.load() takes a folder with both networks.
         checkpoints.save(path.with_name(TOKENIZER_NAME), self.vqvae, {"source": str(self.options.tokenizer)})
         checkpoints.save(path, self.model, metadata)
 
@@ -162,10 +162,10 @@ def _check_match(config: VARConfig, vqvae: VQVAE) -> None:
 
 
 def cached_tokens(vqvae: VQVAE, data: ImageData, options: TransformerTraining) -> np.ndarray:
-    """Tokens (views, N, L) of the whole data set, uint16 or int32; read from the run directory when already there.
+    """Tokens (views, N, L) of the whole data set, uint16 or int32. If the run directory has them, they are read.
 
-    The file name carries a hash of the tokenizer's weights, the data set and the augmentation, so stale tokens are
-    never used.
+    The name of the file contains a hash of the tokenizer's weights, the data set and the augmentation, so that tokens
+    of another tokenizer or data set are never used.
     """
     vocab_size, length = vqvae.config.vocab_size, vqvae.config.schedule.length
     dtype = np.uint16 if vocab_size <= 2**16 else np.int32
@@ -199,7 +199,7 @@ def cached_tokens(vqvae: VQVAE, data: ImageData, options: TransformerTraining) -
 
 def _save_array(path: Path, array: np.ndarray) -> None:
     def write(temporary: str) -> None:
-        with open(temporary, "wb") as file:  # a name would get .npy behind it
+        with open(temporary, "wb") as file:  # np.save would append .npy to a name
             np.save(file, array)
 
     try:
