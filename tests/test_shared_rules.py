@@ -4,13 +4,14 @@ The cuts of the attention's tiles, which exist in both as well, are compared in 
 """
 
 import ctypes
+import importlib
 import math
 
 import host_code
 import pytest
 import torch
 
-from var_kernels import _build, block_causal_attention, packed_linear, winograd_conv
+from var_kernels import _build, packed_linear, winograd_conv
 
 HEADERS = ("cpu/packed_linear.h", "cpu/winograd_conv.h")
 # Of files that only a CUDA compiler or one for a single instruction set takes.
@@ -97,7 +98,8 @@ def test_winograd_conv(cpp):
 
 
 def test_widest_head_of_the_attention(cpu):
-    widest = block_causal_attention.MAX_HEAD_DIM
+    # The attribute of this name of the package is the function.
+    widest = importlib.import_module("var_kernels.block_causal_attention").MAX_HEAD_DIM
     raw = torch.ops.var_kernels._block_causal_attention
     fits, wider = torch.zeros(1, 1, 1, widest), torch.zeros(1, 1, 1, widest + 1)
     assert raw(fits, fits, fits, [1], 1.0, 0, False)[0].shape == fits.shape
