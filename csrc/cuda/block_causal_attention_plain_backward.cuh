@@ -28,6 +28,24 @@ struct PlainExponent {
 // How many columns a lane has. To compare with this one number leaves registers that as many columns would take.
 __device__ __forceinline__ int plain_columns(int lane, int dim) { return (dim - lane + 7) / 8; }
 
+// x·yᵀ and z·wᵀ of a thread's rows `row`, `row` + 1 of tiles x and z with every eighth row of blocks y and w.
+__device__ __forceinline__ void plain_products(float (&xy)[2][2], float (&zw)[2][2], const float* x, const float* z,
+                                               const float* y, const float* w, int row, int lane, int dim) {
+  const int pitch = plain_pitch(dim);
+  for (int d = 0; d < dim; ++d) {
+    const float x0 = x[row * pitch + d], x1 = x[(row + 1) * pitch + d];
+    const float z0 = z[row * pitch + d], z1 = z[(row + 1) * pitch + d];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float yj = y[(lane + 8 * j) * pitch + d], wj = w[(lane + 8 * j) * pitch + d];
+      xy[0][j] = fmaf(x0, yj, xy[0][j]);
+      xy[1][j] = fmaf(x1, yj, xy[1][j]);
+      zw[0][j] = fmaf(z0, wj, zw[0][j]);
+      zw[1][j] = fmaf(z1, wj, zw[1][j]);
+    }
+  }
+}
+
 // acc += weights · block, where the lanes of a row hold its weights; they pass through its line of shared memory.
 template <int kDim>
 __device__ __forceinline__ void plain_accumulate(float (&acc)[2][kDim / 8], const float (&weights)[2][2], float* lines,
@@ -73,53 +91,6 @@ __device__ __forceinline__ float plain_delta(const T* out, const T* dout, bool e
   return sum;
 }
 
-// Shared memory: a tile of two tensors' rows (keys), a block of two others', and the lines of weights.
-template <class T>
-struct PlainStages {
-  float *x_tile, *z_tile, *y_block, *w_block, *lines;
-  int dim;
-
-  __device__ __forceinline__ PlainStages(unsigned char* shared, int dim)
-      : x_tile(reinterpret_cast<float*>(shared)), z_tile(x_tile + kPlainTile * plain_pitch(dim)),
-        y_block(z_tile + kPlainTile * plain_pitch(dim)), w_block(y_block + kPlainBlock * plain_pitch(dim)),
-        lines(w_block + kPlainBlock * plain_pitch(dim)), dim(dim) {}
-
-  __device__ __forceinline__ void load_tiles(const HeadRows& x, const HeadRows& z, int batch, int head, int first,
-                                             int end) const {
-    load_plain<T, kPlainTile>(x_tile, head_of<const T>(x, batch, head), x.row, first, end, dim);
-    load_plain<T, kPlainTile>(z_tile, head_of<const T>(z, batch, head), z.row, first, end, dim);
-  }
-
-  // All threads together, which are done with the last block.
-  __device__ __forceinline__ void load_blocks(const HeadRows& y, const HeadRows& w, int batch, int head, int first,
-                                              int end) const {
-    __syncthreads();
-    load_plain<T, kPlainBlock>(y_block, head_of<const T>(y, batch, head), y.row, first, end, dim);
-    load_plain<T, kPlainBlock>(w_block, head_of<const T>(w, batch, head), w.row, first, end, dim);
-    __syncthreads();
-  }
-};
-
-// x·yᵀ and z·wᵀ of a thread's rows `row`, `row` + 1 of tiles x and z with every eighth row of blocks y and w.
-template <class T>
-__device__ __forceinline__ void plain_products(float (&xy)[2][2], float (&zw)[2][2], const PlainStages<T>& stages,
-                                               int row, int lane) {
-  const int dim = stages.dim, pitch = plain_pitch(dim);
-  const float *const x = stages.x_tile, *const z = stages.z_tile, *const y = stages.y_block, *const w = stages.w_block;
-  for (int d = 0; d < dim; ++d) {
-    const float x0 = x[row * pitch + d], x1 = x[(row + 1) * pitch + d];
-    const float z0 = z[row * pitch + d], z1 = z[(row + 1) * pitch + d];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const float yj = y[(lane + 8 * j) * pitch + d], wj = w[(lane + 8 * j) * pitch + d];
-      xy[0][j] = fmaf(x0, yj, xy[0][j]);
-      xy[1][j] = fmaf(x1, yj, xy[1][j]);
-      zw[0][j] = fmaf(z0, wj, zw[0][j]);
-      zw[1][j] = fmaf(z1, wj, zw[1][j]);
-    }
-  }
-}
-
 template <class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, 1)
     plain_attention_backward_queries_kernel(const __grid_constant__ AttentionBackward a) {
@@ -127,10 +98,15 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   const AttentionProblem& p = a.problem;
   const AttentionPlace place = my_place(p);
   const AttentionTile tile = place.tile;
-  const int batch = place.pair / p.heads, head = place.pair % p.heads, dim = p.dim;
+  const int batch = place.pair / p.heads, head = place.pair % p.heads, dim = p.dim, pitch = plain_pitch(dim);
   const int row = int(threadIdx.x) / 8 * 2, lane = int(threadIdx.x) % 8, end = tile.first + tile.count;
-  const PlainStages<T> stages(shared, dim);
-  stages.load_tiles(a.q, a.dout, batch, head, tile.first, end);
+  float* const q = reinterpret_cast<float*>(shared);
+  float* const dout = q + kPlainTile * pitch;
+  float* const keys = dout + kPlainTile * pitch;
+  float* const values = keys + kPlainBlock * pitch;
+  float* const lines = values + kPlainBlock * pitch;
+  load_plain<T, kPlainTile>(q, head_of<const T>(a.q, batch, head), a.q.row, tile.first, end, dim);
+  load_plain<T, kPlainTile>(dout, head_of<const T>(a.dout, batch, head), a.dout.row, tile.first, end, dim);
 
   int visible[2];
   float lse[2], delta[2];
@@ -148,9 +124,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   const PlainExponent exponent[2] = {PlainExponent(lse[0]), PlainExponent(lse[1])};
   float acc[2][kDim / 8] = {};
   for (int first = 0; first < tile.limit; first += kPlainBlock) {
-    stages.load_blocks(a.k, a.v, batch, head / p.group, first, tile.limit);
+    __syncthreads();
+    load_plain<T, kPlainBlock>(keys, head_of<const T>(a.k, batch, head / p.group), a.k.row, first, tile.limit, dim);
+    load_plain<T, kPlainBlock>(values, head_of<const T>(a.v, batch, head / p.group), a.v.row, first, tile.limit, dim);
+    __syncthreads();
     float s[2][2] = {}, ds[2][2] = {};
-    plain_products(s, ds, stages, row, lane);
+    plain_products(s, ds, q, dout, keys, values, row, lane, dim);
 #pragma unroll
     for (int r = 0; r < 2; ++r)
 #pragma unroll
@@ -158,7 +137,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
         const float e = first + lane + 8 * j < visible[r] ? exponent[r](s[r][j], a.scale_log2) : -INFINITY;
         ds[r][j] = exp2f(e) * (ds[r][j] - delta[r]);
       }
-    plain_accumulate<kDim>(acc, ds, stages.lines, stages.y_block, row, lane, dim);
+    plain_accumulate<kDim>(acc, ds, lines, keys, row, lane, dim);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r)
@@ -174,18 +153,26 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   const AttentionProblem& p = a.problem;
   const AttentionPlace place = my_place(p);
   const AttentionTile tile = place.tile;
-  const int batch = place.pair / p.heads, kv_head = place.pair % p.heads, dim = p.dim;
+  const int batch = place.pair / p.heads, kv_head = place.pair % p.heads, dim = p.dim, pitch = plain_pitch(dim);
   const int row = int(threadIdx.x) / 8 * 2, lane = int(threadIdx.x) % 8, end = tile.first + tile.count;
-  const PlainStages<T> stages(shared, dim);
-  stages.load_tiles(a.k, a.v, batch, kv_head, tile.first, end);
+  float* const k = reinterpret_cast<float*>(shared);
+  float* const v = k + kPlainTile * pitch;
+  float* const queries = v + kPlainTile * pitch;
+  float* const douts = queries + kPlainBlock * pitch;
+  float* const lines = douts + kPlainBlock * pitch;
+  load_plain<T, kPlainTile>(k, head_of<const T>(a.k, batch, kv_head), a.k.row, tile.first, end, dim);
+  load_plain<T, kPlainTile>(v, head_of<const T>(a.v, batch, kv_head), a.v.row, tile.first, end, dim);
 
   float dk[2][kDim / 8] = {}, dv[2][kDim / 8] = {};
   for (int head = kv_head * p.group; head < (kv_head + 1) * p.group; ++head) {
     const int64_t statistics = (int64_t(batch) * p.heads * p.group + head) * p.queries;
     for (int first = tile.limit; first < p.queries; first += kPlainBlock) {
-      stages.load_blocks(a.q, a.dout, batch, head, first, p.queries);
+      __syncthreads();
+      load_plain<T, kPlainBlock>(queries, head_of<const T>(a.q, batch, head), a.q.row, first, p.queries, dim);
+      load_plain<T, kPlainBlock>(douts, head_of<const T>(a.dout, batch, head), a.dout.row, first, p.queries, dim);
+      __syncthreads();
       float weights[2][2] = {}, ds[2][2] = {};
-      plain_products(weights, ds, stages, row, lane);
+      plain_products(weights, ds, k, v, queries, douts, row, lane, dim);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int query = first + lane + 8 * j;
@@ -200,8 +187,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
           ds[r][j] = weights[r][j] * (ds[r][j] - delta);
         }
       }
-      plain_accumulate<kDim>(dv, weights, stages.lines, stages.w_block, row, lane, dim);
-      plain_accumulate<kDim>(dk, ds, stages.lines, stages.y_block, row, lane, dim);
+      plain_accumulate<kDim>(dv, weights, lines, douts, row, lane, dim);
+      plain_accumulate<kDim>(dk, ds, lines, queries, row, lane, dim);
     }
   }
 #pragma unroll
