@@ -107,7 +107,7 @@ template <>
 struct Operands<bf16> {
   static constexpr int64_t kTileRows = 96, kUnit = kStep;  // sums over rows go in whole steps
   using KeyColumns = TransposedBlocks<kBlock>;
-  int64_t dim, padded, words;                                   // padded: dim up to 16; words: pairs of a row, up to steps
+  int64_t dim, padded, words;  // padded: dim rounded up to 16; words: pairs of a row, up to whole steps
   Pair *keys, *values, *key_columns;                            // (keys, words); blocks of (padded, keys)
   float *dk, *dv;                                               // (keys, padded)
   Pair *query_columns, *dout_columns, *query_pairs, *dout_pairs;  // [words][lanes]; [lanes / 2][padded]
