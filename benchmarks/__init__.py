@@ -1,1 +1,1 @@
-"""Benchmarks as data, run by ``pytest benchmarks/ --benchmark-only``; see docs/benchmarks.md."""
+"""The benchmarks, written as data and run by ``pytest benchmarks/ --benchmark-only``; see docs/benchmarks.md."""

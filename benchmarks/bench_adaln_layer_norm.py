@@ -16,7 +16,7 @@ from .table import Work
 
 
 class Inputs(NamedTuple):
-    """What the op takes, and the gradients of its outputs: empty in forward cases."""
+    """The arguments of the op, and the gradients of its outputs, which are empty in forward cases."""
 
     tensors: tuple[torch.Tensor, ...]
     douts: tuple[torch.Tensor, ...]
@@ -31,7 +31,7 @@ def make_inputs(batch, length, channels, dtype, gated, backward) -> Inputs:
 
 
 def timed(function, inputs: Inputs) -> Call:
-    """One call of `function(*tensors)`: its outputs, and its gradients where the case has a backward."""
+    """One call of `function(*tensors)`: its outputs, and its gradients if the case has a backward."""
     if not inputs.douts:
         return torch.no_grad()(lambda: function(*inputs.tensors))
 
@@ -72,7 +72,7 @@ def torch_compile(inputs: Inputs) -> Call:
 
 @only_on("cuda")
 def liger(inputs: Inputs) -> Call:
-    """Its LayerNorm with unit weight and zero bias, modulated by PyTorch: it has no modulated one."""
+    """Liger's LayerNorm with unit weight and zero bias, modulated by PyTorch, because Liger has no modulated one."""
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
     x = inputs.tensors[0]
@@ -109,8 +109,8 @@ def judge(inputs: Inputs) -> Judge:
 
 def case(tier, shape, dtype, *, gated=False, backward=False, **options) -> Case:
     batch, length, channels = shape
-    # Tensors of x's size that are read or written once; forward: x and y, or x, branch, residual and y; backward: dy, x
-    # and dx, or dresidual, dy, residual, branch, dx and dbranch.
+    # The number of tensors of x's size that are read or written once. In the forward they are x and y, or x, branch,
+    # residual and y; in the backward dy, x and dx, or dresidual, dy, residual, branch, dx and dbranch.
     streams = (4 if gated else 2) + ((6 if gated else 3) if backward else 0)
     op = "gated_residual_adaln" if gated else "adaln_layer_norm"
     return Case(

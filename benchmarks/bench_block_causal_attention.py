@@ -1,4 +1,4 @@
-"""Attention under the block-causal mask of next-scale prediction, against every way to get it from PyTorch."""
+"""Attention with the block-causal mask of next-scale prediction, beside every way to compute it with PyTorch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .table import Work
 
 
 class Inputs(NamedTuple):
-    """`dout` is None in forward cases. q holds the last Lq tokens; `visible` is (Lq, Lk), None where it is all true."""
+    """q has the last Lq tokens; `visible` is (Lq, Lk), None if all are visible; `dout` is None in forward cases."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -40,7 +40,7 @@ def make_inputs(batch, heads, head_dim, lens, dtype, backward, queries=None) -> 
 
 
 def timed(attention, inputs: Inputs) -> Call:
-    """One call of `attention(q, k, v)`: its output, and its gradients where the case has a backward."""
+    """One call of `attention(q, k, v)`: its output, and its gradients if the case has a backward."""
     q, k, v = inputs.q, inputs.k, inputs.v
     if inputs.dout is None:
         return torch.no_grad()(lambda: attention(q, k, v))
@@ -66,13 +66,13 @@ def sdpa_additive(inputs: Inputs) -> Call:
 
 
 def _spans(lens) -> list[tuple[int, int]]:
-    """First row and end of every scale."""
+    """The first row and the end of every scale."""
     ends = list(accumulate(lens))
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def prefix_calls(inputs: Inputs) -> Call:
-    """One plain attention call per scale over its prefix: exact, no mask, nothing invisible is computed."""
+    """One plain attention call per scale over its prefix: exact, without a mask, and nothing invisible is computed."""
     spans = _spans(inputs.lens)
 
     def attention(q, k, v):
@@ -85,7 +85,7 @@ def prefix_calls(inputs: Inputs) -> Call:
 
 @only_on("cuda")
 def flash_attn_prefix_calls(inputs: Inputs) -> Call:
-    """The same with the flash-attn package, whose layout is (B, L, H, D); fp16 and bf16 only."""
+    """The same calls with the flash-attn package, whose layout is (B, L, H, D). It has fp16 and bf16 only."""
     from flash_attn import flash_attn_func
 
     spans = _spans(inputs.lens)
@@ -150,17 +150,18 @@ STEP_PROVIDERS = {
     "torch.compile of it": torch_compile,
     "FlexAttention, compiled": flex,
 }
-# The composition holds (L, L) tensors per head: several gigabytes at 1024 px.
+# The eager composition has an (L, L) tensor for each head, which takes several gigabytes at 1024 px.
 LONG_PROVIDERS = {name: PROVIDERS[name] for name in (*_OURS, "masked SDPA, bool", "K prefix SDPA calls")}
 LONG_MISSING = {name: "left out at this length" for name, provider in PROVIDERS.items()
                 if name not in LONG_PROVIDERS and not hasattr(provider, "device")}  # fmt: skip
 
 
 def recomputed(inputs: Inputs) -> tuple[torch.Tensor, ...]:
-    """Forward and backward in matrix products that recompute the probabilities as exp(scores - lse), in fp32 or fp64.
+    """Forward and backward by matrix products that recompute the probabilities as exp(scores - lse), in fp32 or fp64.
 
-    The formula of every backward without an (L, L) tensor. Rounding the scores and lse, of size 10, costs several
-    times what a saved softmax loses, so a kernel is compared with this and not with whoever keeps the softmax.
+    Every backward without an (L, L) tensor uses this formula. Rounding the scores and lse, which are about 10, loses
+    several times as much accuracy as rounding a saved softmax. The error of a kernel is therefore compared with that of
+    this formula, not with that of a backward that keeps the softmax.
     """
     q, k, v, dout = (t.detach().to(torch.promote_types(t.dtype, torch.float32))
                      for t in (inputs.q, inputs.k, inputs.v, inputs.dout))  # fmt: skip
@@ -169,7 +170,7 @@ def recomputed(inputs: Inputs) -> tuple[torch.Tensor, ...]:
     if inputs.visible is not None:
         scores = scores.masked_fill(~inputs.visible, -torch.inf)
     p = torch.exp(scores - scores.logsumexp(dim=-1, keepdim=True))
-    out = (p @ v).to(inputs.q.dtype).to(p.dtype)  # a backward is given the output as it was rounded
+    out = (p @ v).to(inputs.q.dtype).to(p.dtype)  # a backward gets the rounded output
     ds = p * (dout @ v.mT - (dout * out).sum(dim=-1, keepdim=True)) * scale
     return tuple(t.to(inputs.q.dtype) for t in (out, ds @ k, ds.mT @ q, p.mT @ dout))
 
@@ -186,9 +187,11 @@ def judge(inputs: Inputs) -> Judge:
 
     exact = results(inputs, torch.float64)
     with stated_order():
-        if inputs.dout is not None:  # of all heads: which rows of dq and dk cancel differs from one to the next
+        # For gradients all heads are computed, because heads differ in which rows of dq and dk cancel.
+        if inputs.dout is not None:
             return judge_floats(exact, results(inputs, inputs.q.dtype))
-        # At most 1024 queries of one head, on the CPU, where attention has a stated order.
+        # For outputs at most 1024 queries of one head are enough. They are on the CPU, where attention has a stated
+        # order.
         some = slice(1), slice(1), slice(None, None, -(-inputs.q.shape[2] // 1024))
         visible = None if inputs.visible is None else inputs.visible[some[2]].cpu()
         k, v = (t[:1, :1].cpu() for t in (inputs.k, inputs.v))
@@ -200,7 +203,7 @@ def case(tier, lens, dtype, *, batch=2, heads=16, head_dim=64, backward=False, q
     pairs = sum(length * end for length, end in zip(lens, accumulate(lens), strict=True))
     if queries is not None:
         pairs = queries * sum(lens)
-    # Two products forward; five backward, one of which recomputes the scores.
+    # The forward has two products; the backward has five, one of which recomputes the scores.
     flops = 2 * pairs * batch * heads * head_dim * (7 if backward else 2)
     length = f"L{sum(lens)}" if queries is None else f"Lq{queries} of Lk{sum(lens)}"
     providers = PROVIDERS if queries is None else STEP_PROVIDERS

@@ -21,12 +21,12 @@ _OPS = (
 )  # fmt: skip
 _OPTIONS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}  # the published protocol
 _SEED = 0
-# Two fp32 computations of one logit differ by less than 1e-5 of it: closer draws may go to either token.
+# Two fp32 computations of one logit differ by less than 1e-5 of it, so if two scores are closer either token may win.
 _TIE = 1e-5
 
 
 class Inputs(NamedTuple):
-    """The model by name, and the labels."""
+    """The name of the model, and the labels."""
 
     model: str
     labels: torch.Tensor
@@ -48,8 +48,8 @@ def load(model: str, backend: str, device: torch.device) -> var.Pipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vqvae, transformer = var.VQVAE(vqvae_config, backend), var.VAR(var_config, backend)
-        # Gates and a head of the size that training gives them: with those of the initialisation every block would
-        # be the identity, and every token equally likely.
+        # Gates and head get the size that training gives them. With those of the initialisation every block would be
+        # the identity, and every token equally likely.
         transformer.init_weights(torch.Generator().manual_seed(0), gamma=1.0, head=1.0)
     return var.Pipeline(vqvae.to(device).eval(), transformer.to(device).eval())
 
@@ -59,8 +59,8 @@ def _engine(inputs: Inputs, backend: str, precision: str = "fp32") -> Call:
     generator = var.Generator(
         pipeline.var, pipeline.vqvae, batch_size=len(inputs.labels), precision=precision
     )
-    # One seed reproduces the tokens of plain PyTorch. With a seed for each image, as on the command line, the kernel
-    # draws its own numbers: in bf16, where the tokens are not to be the same.
+    # In fp32 one seed reproduces the tokens of plain PyTorch. In bf16 the tokens need not be the same, so each image
+    # has its own seed, as on the command line, and the kernel draws its own numbers.
     seeds = {"seed": _SEED} if precision == "fp32" else {"seeds": range(len(inputs.labels))}
     return lambda: tuple(generator(inputs.labels, **seeds, **_OPTIONS))
 
@@ -100,7 +100,7 @@ BF16_PROVIDERS = {
 
 
 def _decoded(inputs: Inputs, tokens: torch.Tensor) -> torch.Tensor:
-    """The images of tokens by a float64 decoder."""
+    """The images of tokens, decoded in float64."""
     with torch.inference_mode():
         vqvae = load(inputs.model, "auto", inputs.labels.device).vqvae
         f_hat = list(vqvae._scales(tokens))[-1][0]
@@ -119,7 +119,11 @@ def _check_shapes(tokens: torch.Tensor, images: torch.Tensor, *expected: torch.T
 def _compare_tokens(
     found: torch.Tensor, expected: torch.Tensor, ties: NearTies, starts: tuple[int, ...]
 ) -> torch.Tensor:
-    """Which images have the expected tokens. Others may differ from the first scale on where a near tie explains it."""
+    """Which images have the expected tokens.
+
+    Another image may differ from some scale on if near ties explain all differences in that scale; otherwise this
+    raises AssertionError.
+    """
     same = (found == expected).all(dim=1)
     for image in (~same).nonzero().flatten().tolist():
         wrong = (found[image] != expected[image]).nonzero().flatten()
@@ -132,7 +136,9 @@ def _compare_tokens(
 
 
 def judge_fp32(inputs: Inputs) -> Judge:
-    """The same tokens from the same seed, but for near ties; images as near to a float64 decoder's as plain ones."""
+    """Requires the tokens of plain PyTorch from the same seed, except near ties, and images that are as near to those
+    of a float64 decoder as plain PyTorch's.
+    """
     scales: list[NearTies] = []
     pipeline = load(inputs.model, "auto", inputs.labels.device)
     tokens, plain = PlainVAR(pipeline)(inputs.labels, seed=_SEED, ties=scales, **_OPTIONS)
@@ -144,19 +150,21 @@ def judge_fp32(inputs: Inputs) -> Judge:
         _check_shapes(found, images, tokens, plain)
         same = _compare_tokens(found, tokens, ties, pipeline.var.config.schedule.starts)
         if not same.any():
-            raise AssertionError("tokens: no image is plain PyTorch's")
-        # Plain PyTorch in the order of the host: d16's 197 billion products an image take minutes in the stated one.
-        # Slack as for peers: oneDNN adds up the products of a convolution in one chain where channels are last.
+            raise AssertionError("tokens: no image has the tokens of plain PyTorch")
+        # Plain PyTorch sums in the order of the host here: in the stated order the 197 billion products of a d16 image
+        # take minutes. The slack is that of peers: oneDNN adds up the products of a channels-last convolution in one
+        # chain.
         return judge_floats({"images": exact[same]}, {"images": plain[same]})(images[same], peer=True)
 
     return judge
 
 
 def judge_bf16(inputs: Inputs) -> Judge:
-    """As many tokens of fp32 as autocast gives, and images as near to a float64 decoder's as autocast's are.
+    """Requires about as many tokens of fp32 as autocast gives, and images at most twice as far from those of a float64
+    decoder as autocast's.
 
-    What bf16 does to the logits is tested in tests/generation/test_generator.py; here a token that differs changes what
-    follows.
+    tests/generation/test_generator.py tests how bf16 changes the logits. Here every token that differs changes all
+    later ones.
     """
     pipeline = load(inputs.model, "auto", inputs.labels.device)
     generator = var.Generator(pipeline.var, pipeline.vqvae, batch_size=len(inputs.labels))
@@ -170,14 +178,18 @@ def judge_bf16(inputs: Inputs) -> Judge:
     def judge(results, peer: bool = False) -> float:
         found, images = results
         _check_shapes(found, images, tokens, plain)
-        wrong = min(int((found != expected).sum()) for expected in (fp32, ours_fp32))  # by a generator, by seeds
+        # The provider was run with one seed (the first) or with a seed for each image (the second).
+        wrong = min(int((found != expected).sum()) for expected in (fp32, ours_fp32))
         if 1 - wrong / found.numel() < 0.8 * agreement:
             raise AssertionError(f"tokens: {wrong} of {found.numel()} differ from those of fp32")
         if not images.isfinite().all():
             raise AssertionError("images: not finite")
         wrong = float((images - _decoded(inputs, found)).abs().max())
         if wrong > 2 * error:
-            raise AssertionError(f"images: off by {wrong:.1e} from a float64 decoder's, autocast's by {error:.1e}")
+            raise AssertionError(
+                f"images: expected an error of at most {2 * error:.1e} against a float64 decoder, twice that of "
+                f"autocast, got {wrong:.1e}"
+            )
         return wrong
 
     return judge

@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
 
 def make_inputs(batch, codes, channels, patch_nums) -> Inputs:
     side = patch_nums[-1]
-    # Codes shrink as the residual does in a trained tokenizer, whose codebook serves every scale.
+    # Codes have different lengths, as in a trained tokenizer: its codebook serves every scale, and residuals shrink.
     spread = torch.linspace(0.1, 1, codes)[:, None]
     return Inputs(
         randn(batch, channels, side, side, seed=0),
@@ -49,7 +49,7 @@ def ours(inputs: Inputs, backend: str) -> Call:
 
 
 def composition(patch_nums):
-    """The loop as models write it: pool, search by addmm and argmax, gather, bicubic, convolution, accumulate."""
+    """The loop as models write it: pooling, search by addmm and argmax, gather, bicubic, convolution, accumulation."""
     indices = [phi_index(k, len(patch_nums), 4) for k in range(len(patch_nums))]
 
     def quantize(f, codebook, half_norms, phi_weight, phi_bias):
@@ -97,7 +97,7 @@ MISSING = {
 
 
 def judge(inputs: Inputs) -> Judge:
-    """The tokens of float64, all of them: a different token changes every later scale."""
+    """Requires all tokens of float64, because a different token changes every later scale."""
     wide = Inputs(*(tensor.double() for tensor in inputs[:4]), inputs.patch_nums)
     tokens, exact = eager(wide)()
     with stated_order():
@@ -119,7 +119,7 @@ def judge(inputs: Inputs) -> Judge:
 def case(tier, batch, codes, schedule, channels=32, **options) -> Case:
     patch_nums = SCHEDULES[schedule]
     length, area, scales = sum(side**2 for side in patch_nums), patch_nums[-1] ** 2, len(patch_nums)
-    # Search, 3×3 convolution of every scale, bicubic (16 taps) of all scales but the last.
+    # The terms are the search, the 3×3 convolution of every scale, and bicubic (16 taps) of all scales but the last.
     per_image = 2 * channels * (length * codes + scales * area * 9 * channels + (scales - 1) * area * 16)
     return Case(
         group="multi_scale_quantize encode",

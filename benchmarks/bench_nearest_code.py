@@ -1,4 +1,4 @@
-"""Nearest codebook entry by squared distance: the step of every VQ tokenizer that materialises an N×V matrix."""
+"""Nearest codebook entry by squared distance, the step of VQ tokenizers that usually materialises an N×V matrix."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def faiss_flat(inputs: Inputs) -> Call:
 
 
 def vector_quantize(inputs: Inputs) -> Call:
-    """The whole eval forward of its module, which also gathers the codes: it has no search of its own to call."""
+    """The whole eval forward of its module, which also gathers the codes, because it has no separate search to call."""
     from vector_quantize_pytorch import VectorQuantize
 
     codes, channels = inputs.codebook.shape
@@ -86,7 +86,7 @@ PROVIDERS = {
 
 
 def judge(inputs: Inputs) -> Judge:
-    """Whoever breaks near-ties in another way is right as long as the code is as near as eager's, up to rounding."""
+    """Accepts any code that is as near as eager's up to rounding, because near-ties may be broken in different ways."""
     distances = torch.cdist(inputs.z.double(), inputs.codebook.double()).square()
     nearest = distances.amin(dim=-1)
 

@@ -17,8 +17,8 @@ from var_kernels.testing import randn, stated_order
 from .harness import OURS, Call, Case, Judge, Unavailable, judge_floats, plain_part
 from .table import Work
 
-# Of VAR d16 one block holds 24 MiB in bf16; several, as many as exceed a common last-level cache (32 MiB), are called
-# in turn, so that weights come from where they come from in generation.
+# One block of VAR d16 has 24 MiB of weights in bf16. Several blocks, more than fit a common last-level cache (32 MiB),
+# are called in turn, so that weights come from memory, as in generation.
 _CYCLED_BYTES = 96 << 20
 
 
@@ -37,7 +37,7 @@ def make_inputs(rows, width, dtype) -> Inputs:
 
 
 def _calls(inputs: Inputs, layer) -> Call:
-    """One block in each call, the next one in the next call."""
+    """A function that computes one block in each call, and the next block in the next call."""
     turn = itertools.cycle([[layer(weight, gelu=i == 2) for i, weight in enumerate(block)] for block in inputs.blocks])
 
     def call():
@@ -80,7 +80,7 @@ def _plain(inputs: Inputs, dtype: torch.dtype | None = None) -> Call:
 def _judge(inputs: Inputs) -> Judge:
     names = ("qkv", "proj", "fc2 of fc1")
     exact = _plain(inputs, torch.float64)()
-    some = slice(None, None, -(-len(inputs.x) // 64))  # rows, which do not depend on one another
+    some = slice(None, None, -(-len(inputs.x) // 64))  # some rows are enough: they do not depend on one another
     with stated_order():
         parts = _plain(Inputs(inputs.x[some], inputs.blocks[:1]))()
     plain = [plain_part(*tensors, some) for tensors in zip(exact, parts, strict=True)]

@@ -16,7 +16,7 @@ from .plain_var import restrict
 from .table import Work
 
 _BYTES = {torch.float32: 4, torch.bfloat16: 2}
-_START = 424  # rows of the cache before the last scale of VAR at 256 px
+_START = 424  # the rows of the cache before the last scale of VAR at 256 px
 
 # ---- qk_norm_cache ---------------------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ def logits(batch, length, vocab) -> Logits:
 
 
 def by_sorting(conditional, unconditional, noise):
-    """Guidance, topk, sort, cumsum, scatter, softmax, and the race of given noise."""
+    """Guidance, topk, sort, cumsum, scatter, softmax, and the draw by the given noise."""
     guided = (1 + _GUIDANCE) * conditional - _GUIDANCE * unconditional
     return (restrict(guided, _TOP_K, _TOP_P).softmax(dim=-1) / noise).argmax(dim=-1)
 
@@ -131,7 +131,7 @@ def _compiled_sorting(inputs: Logits) -> Call:
 
 
 def _judge_tokens(inputs: Logits) -> Judge:
-    """The tokens of float64, but for draws between scores that are equal to 1e-5."""
+    """Requires the tokens of float64, except for draws between scores that are equal to 1e-5."""
     conditional, unconditional, noise = (tensor.double() for tensor in inputs)
     guided = (1 + _GUIDANCE) * conditional - _GUIDANCE * unconditional
     scores = restrict(guided, _TOP_K, _TOP_P).softmax(dim=-1) / noise
@@ -145,7 +145,10 @@ def _judge_tokens(inputs: Logits) -> Judge:
             raise AssertionError(f"tokens: expected 0 to {scores.shape[-1] - 1}, got {found.min()} to {found.max()}")
         short = float((1 - scores.gather(-1, found.unsqueeze(-1)).squeeze(-1) / best).max())
         if short > 1e-5:
-            raise AssertionError(f"tokens: {int((found != tokens).sum())} differ from float64's, scores by {short:.1e}")
+            wrong = int((found != tokens).sum())
+            raise AssertionError(
+                f"tokens: {wrong} of {tokens.numel()} differ from float64, by up to {short:.1e} of a score"
+            )
         return short
 
     return judge

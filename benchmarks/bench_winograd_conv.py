@@ -1,4 +1,4 @@
-"""3×3 convolutions of the decoder of VAR at 256 px, beside oneDNN's."""
+"""3×3 convolutions of the decoder of VAR at 256 px, beside those of oneDNN."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def _direct(inputs: Inputs, dtype: torch.dtype | None = None) -> Call:
 
 
 def _summed_taps(inputs: Inputs) -> Call:
-    """Doubling and a 3×3 convolution as a transposed 4×4 one of stride 2, with 4 products for 9.
+    """Doubling and a 3×3 convolution as one transposed 4×4 convolution of stride 2, with 4 products instead of 9.
 
-    Output pixel 2i + a sees input rows i − 1, i (a = 0) or i, i + 1 (a = 1) only: taps that fall on the same row are
-    added up beforehand, in each direction: (w2, w1 + w2, w0 + w1, w0).
+    Output pixel 2i + a sees only the input rows i − 1 and i (a = 0) or i and i + 1 (a = 1). Taps that fall on the same
+    row are added up beforehand, in each direction: (w2, w1 + w2, w0 + w1, w0).
     """
     x, weight, bias, _ = inputs
     taps = weight.double()
@@ -66,7 +66,7 @@ def _summed_taps(inputs: Inputs) -> Call:
 
 def _judge(inputs: Inputs) -> Judge:
     exact = _direct(inputs, torch.float64)()
-    rows = min(8, inputs.x.shape[2])  # of each image; the one below them belongs to the window of the last
+    rows = min(8, inputs.x.shape[2])  # rows of each image; the window of the last one also needs the row below
     some = slice(rows * exact.shape[2] // inputs.x.shape[2])
     with stated_order():
         part = _direct(inputs._replace(x=inputs.x[:, :, : rows + 1]))()[:, :, some]

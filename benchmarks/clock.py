@@ -1,4 +1,4 @@
-"""How a call is timed on a device: wall-clock seconds on the CPU, seconds between events on a GPU."""
+"""The clocks that time a call: wall-clock seconds on the CPU, seconds between events on a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from var_kernels.testing import GPU_CACHE_BYTES, gpu_seconds
 
 
 class CpuClock:
-    """Inputs stay where they are, and warm."""
+    """Times calls on the CPU. Inputs stay where they are, and may be in the caches."""
 
     device = "cpu"
 
@@ -36,10 +36,10 @@ class CpuClock:
 
 
 class CudaClock:
-    """Events around the call on the current stream, after a write that evicts the inputs from the L2 cache.
+    """Times calls by events on the current stream, after a write that evicts the inputs from the L2 cache.
 
-    The write also keeps the GPU busy while the host launches what follows, so the launch cost of the first kernel is
-    hidden, and that of later ones counts where the host is slower than the kernels, as it does for users.
+    The write also keeps the GPU busy while the host launches the call. This hides the launch cost of the first kernel;
+    the launch cost of later kernels counts if the host is slower than the kernels, as it does for users.
     """
 
     device = "cuda"

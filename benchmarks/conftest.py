@@ -1,5 +1,7 @@
-"""Options and the restart in fair mode. What needs torch is in plugin.py: importing it costs seconds, and this process
-may be replaced first."""
+"""The options of the benchmarks, and the restart with fair allocation.
+
+Code that needs torch is in plugin.py, because importing torch takes seconds and the restart comes first.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     option = config.option
     if not hasattr(option, "smoke"):
-        return  # found while collecting some other directory: too late for options, and no benchmark was asked for
+        # pytest found this file while it collected another directory: options are fixed, and no benchmark was asked
+        # for.
+        return
     if option.full and option.smoke:
         raise pytest.UsageError("--full and --smoke exclude each other")
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install 'var-kernels[bench]'")
     if option.device == "cpu":
         fair_malloc.restart_if_needed(config)
-    # The table here says more than pytest-benchmark's own, which is needed only for what this one lacks.
+    # The table of the benchmarks says more than pytest-benchmark's, which is needed only for these options.
     if not (option.benchmark_histogram or option.benchmark_compare or option.benchmark_cprofile):
         option.benchmark_quiet = True
     from .plugin import BenchmarkPlugin

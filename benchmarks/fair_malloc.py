@@ -1,8 +1,9 @@
-"""Fair allocation: one setting of the C library's malloc, under which page faults are not counted as kernel speed.
+"""Fair allocation: a setting of the C library's malloc with which page faults do not count as speed of kernels.
 
 By default glibc returns large freed blocks to the system, so every call that allocates a large temporary pays for
-faulting its pages in again: a cost of the allocator's settings, largest for whoever has the most temporaries. With
-large thresholds memory is kept and reused. Malloc reads them when a process starts, hence the re-execution.
+faulting its pages in again. This cost belongs to the allocator's settings, and is largest for the provider with the
+most temporaries. With large thresholds memory is kept and reused. Malloc reads the thresholds when a process starts, so
+pytest must be restarted with them.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ def is_fair() -> bool:
 
 
 def mode() -> str:
-    """How this process allocates, in words for the table."""
+    """A phrase for the table that says how this process allocates."""
     if is_fair():
         return "fair allocation (freed memory is kept: " + ":".join(TUNABLES) + ")"
     return "plain allocation (page faults of temporaries are part of the times)"
 
 
 def fair_environment() -> dict[str, str]:
-    """This environment with the thresholds added to whatever tunables the user has set."""
+    """This environment with the thresholds added to the tunables that the user has set."""
     others = [item for item in os.environ.get(_VARIABLE, "").split(":") if item and item not in TUNABLES]
     return {**os.environ, _VARIABLE: ":".join([*others, *TUNABLES])}
 
@@ -46,10 +47,11 @@ def plain_environment() -> dict[str, str]:
 
 
 def restart_if_needed(config: pytest.Config) -> None:
-    """Replace this process by the same pytest command in fair mode, once: the new process finds the thresholds set.
+    """Replaces this process by the same pytest command with fair allocation.
 
-    Left out where it has no effect (not glibc), would measure nothing (--collect-only, --help), or would restart
-    something other than pytest (a worker, a program that calls pytest.main); the table then says "plain allocation".
+    This happens once, because the new process finds the thresholds set. It does not happen if it would have no effect
+    (not glibc), if nothing will be measured (--collect-only, --help), or if it would restart something other than
+    pytest (a worker, a program that calls pytest.main); the table then says "plain allocation".
     """
     option = config.option
     if is_fair() or platform.libc_ver()[0] != "glibc" or option.collectonly or getattr(option, "help", False):
@@ -58,14 +60,14 @@ def restart_if_needed(config: pytest.Config) -> None:
         return
     capture = config.pluginmanager.getplugin("capturemanager")
     if capture is not None:
-        capture.stop_global_capturing()  # else the new process would inherit, and lose, the captured descriptors
+        capture.stop_global_capturing()  # otherwise the output of the new process would go to the captured descriptors
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], fair_environment())
 
 
 def faults_per_call(function, calls: int = 5) -> float:
-    """Minor page faults of the whole process per call."""
+    """Minor page faults of the whole process per call, over a few calls."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(calls):
         function()

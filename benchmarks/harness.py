@@ -1,9 +1,11 @@
-"""Cases as data, and the one way in which each is judged and timed.
+"""Cases as data, and the one way in which every case is checked and timed.
 
-A :class:`Case` names inputs, providers, the judge of their results, and the work to be done. ``conftest.py`` makes one
-test of every pair of case and provider, the providers of a case one after another. Each test judges first and times
-after: a wrong result is a failed test without a time. Every timed round runs the case's baseline and then the provider,
-so whatever else the machine does hits both, and the ratio is the median of the ratios of these pairs.
+A :class:`Case` names inputs, providers, the judge of their results, and the work to be done. A provider is one
+implementation of that work; a judge is a function that compares a result with float64 and raises AssertionError if it
+is wrong. ``plugin.py`` makes one test for every pair of case and provider, with the providers of a case one after
+another. Each test first checks the result and then times: a wrong result is a failed test without a time. Every timed
+round runs the case's baseline and then the provider, so whatever else the machine does affects both, and the ratio is
+the median of the ratios of these pairs.
 """
 
 from __future__ import annotations
@@ -27,27 +29,28 @@ OURS = "var_kernels"
 TIERS = ("smoke", "quick", "full")
 
 Call = Callable[[], Any]
-Provider = Callable[[Any], Call]  # the case's inputs -> the function to be timed
-Judge = Callable[..., float]  # judge(result, peer=False) -> its largest error; AssertionError if it is wrong
+Provider = Callable[[Any], Call]  # takes the inputs of the case and returns the function to be timed
+Judge = Callable[..., float]  # judge(result, peer=False) returns the largest error; AssertionError if it is too large
 
-# A sum of n terms, one after another, is off by about sqrt(n) roundings, where eager's sums by halves are off by
-# sqrt(log2(n)): eight times less for the 680 tokens over which gradients are summed. A peer that sums naively is less
-# accurate, as its row shows, but not wrong; wrong results are off by orders of magnitude more.
+# A sum of n terms, one after another, is off by about sqrt(n) roundings. Eager PyTorch sums by halves, which is off by
+# sqrt(log2(n)): eight times less for the 680 tokens over which gradients are summed. A peer that sums one term after
+# another is less accurate, as its row shows, but not wrong; wrong results are off by orders of magnitude more.
 PEER_SLACK = 8
 
 
 class Unavailable(Exception):
-    """Why a provider cannot run here; becomes its row in the table."""
+    """A provider cannot run here. The message says why, and becomes its row in the table."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One piece of work that several providers do.
 
-    `tier` is the smallest run that includes the case ("smoke" cases belong to ``--smoke`` alone). `op` is the one whose
-    GPU backends the case compares ("": it is not about one op). `inputs` makes the
-    inputs, once, on the CPU; `judge`, given them, makes the judge of results. `missing` says why a known peer is no
-    provider. `devices` are those on which it is worth its time.
+    `tier` is the smallest run that includes the case ("smoke" cases belong to ``--smoke`` alone). `inputs` makes the
+    inputs, once, on the CPU. `providers` maps names to providers, and `baseline` is the name of the one to which ratios
+    refer. `judge` takes the inputs and returns the judge of results. `headline` cases are measured again without fair
+    allocation. `missing` says why a known peer is no provider. `devices` are those for which the case has a useful
+    size. `op` is the one whose GPU backends the case compares; it is empty if the case is not about one op.
     """
 
     group: str
@@ -74,16 +77,16 @@ class Case:
         return f"{self.group}, {self.name}"
 
     def runs_in(self, tier: str, device: str = "cpu") -> bool:
-        """Whether a run of `tier` on `device` includes this case: the full run has the quick cases as well."""
+        """Whether a run of `tier` on `device` includes this case. The full run includes the quick cases."""
         return device in self.devices and (self.tier == tier or (tier == "full" and self.tier == "quick"))
 
     def providers_on(self, device: str) -> list[str]:
-        """The providers that exist on `device`, by name."""
+        """The names of the providers that exist on `device`."""
         return [name for name, provider in self.providers.items() if getattr(provider, "device", device) == device]
 
 
 def compiled(provider: Provider) -> Provider:
-    """Marks a provider that compiles at its first call, which ``--smoke`` leaves out."""
+    """Marks a provider that compiles at its first call; ``--smoke`` leaves it out."""
     provider.compiles = True
     return provider
 
@@ -99,8 +102,10 @@ def only_on(device: str) -> Callable[[Provider], Provider]:
 
 
 def kernel_backend(op: str, device: str | torch.device) -> str:
-    """The backend that "auto" takes for `op` on `device`; Unavailable where that is the reference, which is never timed
-    under our name."""
+    """The backend that "auto" takes for `op` on `device`.
+
+    Raises Unavailable if that is the reference, which is never timed under our name.
+    """
     reasons = []
     device_type = torch.device(device).type
     for name in backends.auto_order(op, device_type):
@@ -113,7 +118,7 @@ def kernel_backend(op: str, device: str | torch.device) -> str:
 
 
 def by_backend(backend: str) -> str:
-    """The name of our provider that runs one GPU backend, whatever "auto" takes."""
+    """The name of our provider for one GPU backend, independent of what "auto" takes."""
     return f"{OURS} ({backend})"
 
 
@@ -121,7 +126,10 @@ OUR_PROVIDERS = (OURS, *map(by_backend, backends.GPU_BACKENDS))
 
 
 def our_providers(ours: Callable[[Any, str], Call], *ops: str) -> dict[str, Provider]:
-    """`ours(inputs, backend)` as providers: what "auto" takes for these ops and, on a GPU, each backend by name."""
+    """Providers that call `ours(inputs, backend)`: one for "auto" and, on a GPU, one for each backend by name.
+
+    `ops` are the ops that must have a kernel.
+    """
 
     def auto(inputs):
         (device,) = {leaf.device for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)}
@@ -142,10 +150,12 @@ def our_providers(ours: Callable[[Any, str], Call], *ops: str) -> dict[str, Prov
 
 
 def judge_floats(exact: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Tensor]) -> Judge:
-    """Judges a tuple of tensors, named as in `exact` (float64), by the error of plain PyTorch's in the same dtype.
+    """A judge that compares a tuple of tensors, named as in `exact`, with those of float64.
 
-    `plain` is computed inside :func:`var_kernels.testing.stated_order`, so that a host's libraries set no bound.
-    Our kernels by :func:`var_kernels.testing.assert_accurate` as it is, peers with :data:`PEER_SLACK` times that error.
+    `plain` has the results of plain PyTorch in the same dtype, whose error sets the bound. They are computed inside
+    :func:`var_kernels.testing.stated_order`, so that the bound does not depend on the libraries of the host. Results of
+    our kernels must pass :func:`var_kernels.testing.assert_accurate`. For peers the error of plain PyTorch counts
+    :data:`PEER_SLACK` times.
     """
 
     def judge(results, peer: bool = False) -> float:
@@ -153,21 +163,22 @@ def judge_floats(exact: Mapping[str, torch.Tensor], plain: Mapping[str, torch.Te
         if len(results) != len(exact):
             raise AssertionError(f"expected the results {', '.join(exact)}, got {len(results)} of them")
         for (name, reference), result in zip(exact.items(), results, strict=True):
-            yardstick = plain[name]
+            same_dtype = plain[name]
             if peer:
-                yardstick = (reference + PEER_SLACK * (yardstick.double() - reference)).to(yardstick.dtype)
-            assert_accurate(result, yardstick, reference, name=name)
+                same_dtype = (reference + PEER_SLACK * (same_dtype.double() - reference)).to(same_dtype.dtype)
+            assert_accurate(result, same_dtype, reference, name=name)
         return max(max_error(result, reference) for result, reference in zip(results, exact.values(), strict=True))
 
     return judge
 
 
 def plain_part(exact: torch.Tensor, part: torch.Tensor, *index: slice) -> torch.Tensor:
-    """A yardstick of which only `part`, at `index`, was computed; the rest is `exact`, rounded.
+    """A plain result of which only `part`, at `index`, was computed; the rest is `exact`, rounded.
 
-    Its largest error is that of the part. All elements of a result are judged by it, but the stated order, at two
-    billion products a second, need not sum all of them: a judge must not take longer than what it judges. Not for
-    results in some rows of which everything cancels: what is no part would have a bound there.
+    Its largest error is that of the part, and it sets the bound for all elements of a result. The stated order computes
+    two billion products a second, and the check must not take longer than the work that it checks. This does not suit
+    results with rows in which everything cancels: outside of the part such rows would get a bound that they cannot
+    keep.
     """
     whole = exact.to(part.dtype)
     whole[index] = part.to(whole.device)
@@ -175,7 +186,7 @@ def plain_part(exact: torch.Tensor, part: torch.Tensor, *index: slice) -> torch.
 
 
 def prepare(case: Case, provider: str, inputs: Any, *, smoke: bool = False) -> Call:
-    """The provider's function; Unavailable with the reason where it cannot run."""
+    """The provider's function. Raises Unavailable with the reason if the provider cannot run."""
     if smoke and getattr(case.providers[provider], "compiles", False):
         raise Unavailable("compiles at its first call: left out of --smoke")
     try:
@@ -185,7 +196,10 @@ def prepare(case: Case, provider: str, inputs: Any, *, smoke: bool = False) -> C
 
 
 def first_result(case: Case, provider: str, call: Call) -> Any:
-    """The result to be judged. A peer that cannot do this case says why; our own failure is a failure."""
+    """The result of the first call, which is then checked.
+
+    If a peer fails, it cannot do this case, and Unavailable says why. A failure of ours or of the baseline is an error.
+    """
     try:
         return call()
     except Unavailable:
@@ -199,7 +213,7 @@ def first_result(case: Case, provider: str, call: Call) -> Any:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every round, of the provider and of the baseline that ran just before it, and page faults per call."""
+    """The seconds of every round, for the provider and for the baseline before it, and page faults per call."""
 
     seconds: tuple[float, ...]
     baseline: tuple[float, ...]
@@ -215,9 +229,10 @@ class Timing:
 
 
 def rounds_for(seconds_per_round: float, budget: float) -> int:
-    """As many rounds as fit the budget, at most 300, and at least 7: the median of fewer is noise.
+    """The number of rounds that fit the budget in seconds: at most 300, and at least 7, because the median of fewer is
+    noise.
 
-    Of calls that take seconds 3 do: what disturbs a machine for milliseconds is averaged within each.
+    For rounds of 2 seconds or more, 3 are enough: disturbances of milliseconds average out within each call.
     """
     return max(7 if seconds_per_round < 2 else 3, min(300, int(budget / max(seconds_per_round, 1e-9))))
 
@@ -232,9 +247,9 @@ def measure(call: Call, baseline: Call, budget: float) -> Timing:
 
 
 def measure_with(benchmark, call: Call, baseline: Call, budget: float, clock: Clock) -> Timing | None:
-    """The same rounds, the provider's part timed and recorded by pytest-benchmark; None where it may not time.
+    """The same rounds, with the provider's part timed and recorded by pytest-benchmark; None if that is disabled.
 
-    On a GPU pytest-benchmark records what the host saw, and the clock's figures count.
+    On a GPU pytest-benchmark records the time of the host, and the figures of `clock` count.
     """
     if benchmark.disabled:
         benchmark.pedantic(call)
@@ -250,7 +265,7 @@ def measure_with(benchmark, call: Call, baseline: Call, budget: float, clock: Cl
 
 
 class Duel:
-    """Judges and times one provider after the other; keeps what the providers of one case share."""
+    """Checks and times one provider after another, and keeps what the providers of one case share."""
 
     def __init__(self, *, tier: str, budget: float, clock: Clock | None = None) -> None:
         self.tier = tier
@@ -288,7 +303,7 @@ class Duel:
             raise
         timing = measure_with(benchmark, call, self._baseline, self.budget, self.clock)
         if timing is None:
-            row = Row(provider, error=error, note="judged right; not timed")
+            row = Row(provider, error=error, note="the result is right; not timed")
         else:
             row = Row(provider, timing.seconds, timing.ratio, error, timing.faults)
         rows.append(row)

@@ -1,6 +1,6 @@
 // The arithmetic limits of this machine: loops that touch nothing but registers.
 //
-// Compiled by peaks.py with -march=native when the benchmarks start; plain C interface, called through ctypes.
+// peaks.py compiles this file with -march=native when the benchmarks start, and calls its C interface through ctypes.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -28,9 +28,9 @@ constexpr int kFloats = 4;
 #endif
 typedef float Vector __attribute__((vector_size(kFloats * 4)));
 
-// Latency (4 to 6 cycles) times instructions per cycle (2) of current cores is at most 12; AVX2 has 16 registers.
+// On current cores latency (4 to 6 cycles) times instructions per cycle (2) is at most 12, and AVX2 has 16 registers.
 constexpr int kChains = 12;
-// Unknown to the compiler: chains that start alike would be computed once for all.
+// The compiler must not know these values: it would compute chains that start alike only once.
 volatile float start_values[kChains] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12};
 
 __attribute__((noinline)) float fma_loop(int64_t rounds) {
@@ -60,7 +60,8 @@ __attribute__((noinline)) float bf16_loop(int64_t rounds) {
 #endif
 
 #if defined(HAS_TILES)
-// Six chains hide the latency (52 cycles, one instruction in 16); two registers hold the operands, all zeros.
+// Six chains hide the latency (52 cycles, with one instruction in 16 cycles). Two registers hold the operands, all
+// zeros.
 __attribute__((noinline)) float tile_loop(int64_t rounds) {
   struct alignas(64) {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -79,7 +80,8 @@ __attribute__((noinline)) float tile_loop(int64_t rounds) {
 #endif
 
 // GFLOP/s of `loop` on all threads together, from the first start to the last end. A machine that also does other work
-// gives all cores at once only for moments: the best of many runs of 2 ms, shorter than a scheduler's time slice.
+// has all cores free only for moments, so this takes the best of many runs of 2 ms, which is shorter than a time slice
+// of the scheduler.
 template <class Loop>
 double best_rate(Loop loop, double flops_per_round, int threads) {
   using Clock = std::chrono::steady_clock;
@@ -111,7 +113,7 @@ double best_rate(Loop loop, double flops_per_round, int threads) {
 
 extern "C" double peak_fp32(int threads) { return best_rate(fma_loop, 2.0 * kFloats * kChains, threads); }
 
-// Of the faster of the two instructions that multiply bf16; 0 where the machine has neither.
+// GFLOP/s of the faster of the two instructions that multiply bf16; 0 if the machine has neither.
 extern "C" double peak_bf16(int threads) {
   double best = 0.0;
 #if defined(__AVX512BF16__)

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured in the same session as the kernels that are compared with it."""
+"""The limits of this machine, measured in the same session as the kernels that are compared with them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from var_kernels.native import build
 from .clock import Clock, CpuClock
 
 _SOURCE = Path(__file__).with_name("peaks.cpp")
-_BEYOND_CACHE = 256 << 20  # bytes read; twice this in flight is larger than any last-level cache of a desktop
+_BEYOND_CACHE = 256 << 20  # bytes read; with the bytes written, this exceeds any last-level cache of a desktop
 
 
 @dataclass(frozen=True)
 class Peak:
-    """A limit: `value` in GFLOP/s or GB/s, and what was run to find it."""
+    """A limit: `value` in GFLOP/s or GB/s, and `how` it was measured."""
 
     value: float
     how: str
@@ -36,10 +36,10 @@ class Peaks:
         self._copies: dict[int, Peak] = {}
 
     def get(self, name: str, copied_bytes: int = 0) -> Peak:
-        """`name` is "fp32" or "bf16" (GFLOP/s), or "copy" (GB/s, read plus written) of `copied_bytes` in all.
+        """The limit `name`: "fp32" or "bf16" (GFLOP/s), or "copy" (GB/s, read plus written) of `copied_bytes` in all.
 
-        A copy of the same size as the kernel's traffic has the same share of it in caches, so that a share of the peak
-        means the same for small and for large tensors.
+        A copy of the same size as the traffic of a kernel has the same share of its data in caches. A share of this
+        limit therefore means the same for small and for large tensors.
         """
         if name == "copy":
             size = copied_bytes // 2 or _BEYOND_CACHE
@@ -54,7 +54,7 @@ class Peaks:
         return self._found[name]
 
     def as_dict(self) -> dict[str, dict]:
-        """All limits, the copy beyond the caches among them."""
+        """All limits by name; the copy is the one that exceeds the caches."""
         named = {name: self.get(name) for name in ("fp32", "bf16", "copy")}
         return {name: {"value": peak.value, "how": peak.how} for name, peak in named.items()}
 
@@ -81,7 +81,7 @@ def _arithmetic_peaks(threads: int) -> dict[str, Peak]:
 
 
 def _matmul_peaks(clock: Clock, size: int, how: str) -> dict[str, Peak]:
-    """What torch's own matrix product reaches, in fp32 as the caller's settings say: a lower bound of the limit."""
+    """The rates of torch's own matrix product, with the caller's precision settings: lower bounds of the limits."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     return {name: Peak(_matmul_rate(dtype, size, clock), how) for name, dtype in dtypes.items()}
 

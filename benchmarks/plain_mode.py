@@ -1,8 +1,8 @@
-"""Times headline cases in a process of its own, which has the system's own malloc settings.
+"""Times headline cases with plain allocation: in a process of its own that has the default settings of malloc.
 
-``python -m benchmarks.plain_mode SECONDS THREADS MODULE TITLE [MODULE TITLE ...]`` prints one JSON object: per title
-the medians, the paired ratio and the page faults per call of ours and of the baseline. Nothing is judged here: the
-calling session has judged the same functions on the same inputs.
+``python -m benchmarks.plain_mode SECONDS THREADS MODULE TITLE [MODULE TITLE ...]`` prints one JSON object, which has
+for each title the medians, the paired ratio and the page faults per call of ours and of the baseline. It checks no
+results: the calling session has checked the same functions on the same inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .table import format_seconds
 
 
 def run(cases: Iterable[tuple[str, Case]], *, budget: float, threads: int) -> dict[str, dict]:
-    """The results of (module, case) pairs, from a subprocess without the thresholds."""
+    """The results for (module, case) pairs, from a subprocess without the thresholds of fair allocation."""
     arguments = [part for module, case in cases for part in (module, case.title)]
     if not arguments:
         return {}
@@ -36,7 +36,7 @@ def run(cases: Iterable[tuple[str, Case]], *, budget: float, threads: int) -> di
 
 
 def line(result: dict, baseline: str) -> str:
-    """One line for the table."""
+    """The line of the table that shows a result."""
     ours, base = result["ours"], result["baseline"]
     return (
         f"  plain allocation: {OURS} {format_seconds(ours['median'])}, {ours['faults']:.0f} faults/call; {baseline} "

@@ -1,8 +1,8 @@
-"""VAR written plainly in PyTorch, as one writes it without our ops: the rival of whole generations.
+"""VAR in plain PyTorch, as it is written without our ops: the baseline for whole generations.
 
-The architecture and the parameters are those of `var.VAR` and `var.VQVAE`; nothing of var_kernels runs in it. A scale's
-queries see all keys so far, so no mask is needed; the KV cache grows by `torch.cat`; the modulation of a block is
-computed where it is used, in every scale; projections are `F.linear`; top-p sorts the vocabulary.
+The architecture and the parameters are those of `var.VAR` and `var.VQVAE`, and no op of var_kernels runs in it. The
+queries of a scale see all keys so far, so no mask is needed. The KV cache grows by `torch.cat`, the modulation of a
+block is computed in every scale where it is used, projections are `F.linear`, and top-p sorts the vocabulary.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def block_forward(
 
 
 def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Top-k, and top-p by sorting, of (B, l, V) logits."""
+    """The (B, l, V) logits after top-k, and after top-p by sorting."""
     if 0 < top_k < logits.shape[-1]:
         threshold = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -67,14 +67,20 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 class NearTies(NamedTuple):
-    """For every token (B, L): the one that nearly won the draw in its place, and by how much less, relative."""
+    """For every token (B, L): the token with the second-best score in the draw, and how much lower its score is.
+
+    `margin` is relative to the best score.
+    """
 
     runner_up: Tensor
     margin: Tensor
 
 
 def near_ties(probabilities: Tensor, generator: torch.Generator) -> NearTies:
-    """What `torch.multinomial` with this generator will nearly draw; the generator stays as it was."""
+    """The second-best tokens of the draw that `torch.multinomial` will make with this generator.
+
+    The state of the generator is restored.
+    """
     state = generator.get_state()
     scores = probabilities / torch.empty_like(probabilities).exponential_(generator=generator)
     generator.set_state(state)
@@ -91,7 +97,7 @@ class PlainVAR:
         self.block: Callable = block_forward
         self.decode: Callable = self.vqvae.decode_features
         if compiled:
-            # One graph for each scale: more than the limit that guards against accidental recompilation.
+            # There is one graph for each scale, more than the default limit against accidental recompilation allows.
             torch._dynamo.config.recompile_limit = 64
             self.block = torch.compile(block_forward, dynamic=False)
             self.decode = torch.compile(self.vqvae.decode_features)
@@ -136,7 +142,7 @@ class PlainVAR:
             return self.transformer.head(h.float())
 
     def _next_scale(self, f_hat: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
-        """f_hat with scale k, and the input of the next one."""
+        """f_hat with scale k added, and the input of the next scale (None after the last)."""
         config, quantize = self.vqvae.config, self.vqvae.quantize
         sides = config.patch_nums
         codes = quantize.embedding(tokens).transpose(1, 2).unflatten(2, (sides[k], sides[k]))
@@ -151,7 +157,7 @@ class PlainVAR:
         return f_hat, pooled.flatten(2).transpose(1, 2)
 
     def _phi_of(self, k: int) -> int:
-        """The φ whose tick is nearest to k / (K − 1)."""
+        """The index of the φ whose tick is nearest to k / (K − 1)."""
         count, scales = self.vqvae.config.num_phi, len(self.vqvae.config.patch_nums)
         edge = 1 / 3 / count if count == 4 else 1 / 2 / count
         ticks = torch.linspace(edge, 1 - edge, count, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""One test per case and provider, and the table at the end."""
+"""The pytest plugin of the benchmarks: one test for each case and provider, and the table at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .harness import OURS, Case, Duel, Unavailable
 from .peaks import Peaks
 from .table import case_lines
 
-_SECONDS = {"smoke": 0.1, "quick": 1.0, "full": 3.0}  # per provider, for its rounds and the baseline's
+_SECONDS = {"smoke": 0.1, "quick": 1.0, "full": 3.0}  # for each provider, with the baseline's part of its rounds
 
 
 class BenchmarkPlugin:
@@ -23,7 +23,8 @@ class BenchmarkPlugin:
 
     def __init__(self, config: pytest.Config) -> None:
         option = config.option
-        # A refused provider never reaches its timer, and the compiler's trace would bury the refusal.
+        # A refused provider is never timed, so pytest would warn; and traces of torch's compiler would hide the
+        # refusal.
         config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
         logging.getLogger("torch.__trace").propagate = False
         if option.bench_threads:
@@ -35,12 +36,12 @@ class BenchmarkPlugin:
         self.duel_of_session = Duel(tier=self.tier, budget=_SECONDS[self.tier], clock=clock_for(self.device))
         self.peaks = Peaks(self.duel_of_session.clock)
         self.no_record = "--smoke" if option.smoke else "--no-record" if option.no_record else None
-        self.cases: list[Case] = []  # of this run, whether or not their tests are selected
-        self.modules: dict[str, str] = {}  # by title of the case
+        self.cases: list[Case] = []  # all cases of this run, whether or not their tests are selected
+        self.modules: dict[str, str] = {}  # the module of each case, by its title
         self.plain: dict[str, dict] = {}
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Every (case, provider) of the module's CASES that belongs to this run, providers of one case in a row."""
+        """Makes a test for every (case, provider) of the module's CASES in this run; those of one case are in a row."""
         cases = getattr(metafunc.module, "CASES", None)
         if cases is None or "duel" not in metafunc.fixturenames:
             return
@@ -52,7 +53,7 @@ class BenchmarkPlugin:
 
     @pytest.fixture
     def duel(self, request: pytest.FixtureRequest, benchmark):
-        """A function that judges and times the (case, provider) of this test."""
+        """A function that checks and times the (case, provider) of this test."""
         case, provider = request.param
         self.modules[case.title] = request.module.__name__
 
@@ -66,7 +67,7 @@ class BenchmarkPlugin:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
-        """The headline cases once more, as they are without fair allocation."""
+        """Measures the headline cases once more without fair allocation."""
         if self.device != "cpu" or not fair_malloc.is_fair():
             return
         duel = self.duel_of_session
@@ -101,7 +102,7 @@ class BenchmarkPlugin:
         duel, reporter = self.duel_of_session, terminalreporter
         if not duel.rows:
             return
-        reporter.section("side by side (results are judged before they are timed)")
+        reporter.section("side by side (results are checked before they are timed)")
         reporter.line(f"torch {torch.__version__} on {self._device_name()}")
         if self.device == "cpu":
             reporter.line(fair_malloc.mode())

@@ -1,7 +1,8 @@
-"""Which of our GPU backends is the fastest, op by op, and the file that tells later processes.
+"""Ranks our GPU backends op by op, and writes the ranking to the file that later processes read.
 
-An op is ranked if all of its cases in the run were timed with each GPU backend: by the geometric mean over the cases of
-the ratios to the baseline, each a median over pairs. Between two backends the baseline cancels.
+An op is ranked if all of its cases in the run were timed with each GPU backend. Its backends are ranked by the
+geometric mean, over the cases, of the ratios to the baseline, each of which is a median over pairs. In a comparison of
+two backends the baseline cancels.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from .table import Row
 
 
 def rank(cases: Iterable[Case], rows: Mapping[str, Sequence[Row]]) -> tuple[dict[str, Speeds], dict[str, str]]:
-    """The speeds of each op that was measured, and of each that has none the reason; `rows` by the cases' titles."""
+    """The speeds of each op that is ranked, and for each other op that was measured the reason why it is not.
+
+    `rows` has the rows of each case by its title.
+    """
     titles: dict[str, list[str]] = {}
     for case in cases:
         titles.setdefault(case.op, []).append(case.title)
@@ -41,11 +45,11 @@ def rank(cases: Iterable[Case], rows: Mapping[str, Sequence[Row]]) -> tuple[dict
 
 
 def record(ranked: Mapping[str, Speeds]) -> str:
-    """Adds the speeds to the file of this GPU, and says so, or why not."""
+    """Adds the speeds to the file of this GPU. Returns a sentence that says so, or why it was not possible."""
     device = torch.cuda.get_device_name()
     try:
         known = speeds.read(device, backends.GPU_BACKENDS)
-    except ValueError:  # damaged: rewritten
+    except ValueError:  # the file is damaged and will be replaced
         known = {}
     try:
         path = speeds.write(device, known | ranked)
@@ -55,7 +59,7 @@ def record(ranked: Mapping[str, Speeds]) -> str:
 
 
 def lines(ranked: Mapping[str, Speeds], unranked: Mapping[str, str]) -> Iterator[str]:
-    """One line per op, below a header."""
+    """The lines of the report: a header, then one line for each op."""
     yield f"our GPU backends, by op: geometric mean of × over its cases; above {MARGIN:.0%} the order of auto changes"
     major = torch.cuda.get_device_capability()[0]
     for op, found in ranked.items():

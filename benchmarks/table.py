@@ -1,4 +1,4 @@
-"""The table at the end of a run, and the arithmetic in it."""
+"""The table at the end of a run, and the calculation of its figures."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from .peaks import Peaks
 
 @dataclass(frozen=True)
 class Work:
-    """What one call does: `amount` of `unit` ("FLOP", "B" or "images"), limited by the peak named `limit`, if any.
+    """The work of one call: `amount` of `unit` ("FLOP", "B" or "images"), and the name of the peak that limits it, if
+    any.
 
     FLOP and bytes are those that the task needs (visible pairs only, every tensor read or written once), not those that
-    a provider spends, so a higher rate is always a shorter time.
+    a provider spends, so a higher rate always means a shorter time.
     """
 
     amount: float
@@ -36,7 +37,7 @@ class Work:
         return self.amount / seconds / (1 if self.unit == "images" else 1e9)
 
     def share(self, seconds: float, peaks: Peaks) -> float | None:
-        """The fraction of the measured limit that was reached; None if no limit is named."""
+        """The fraction of the measured limit that was reached; None if there is no limit."""
         if self.limit is None:
             return None
         return self.rate(seconds) / peaks.get(self.limit, int(self.amount)).value
@@ -44,7 +45,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Row:
-    """One provider's line: seconds of each round, paired ratio to the baseline, error, faults per call; or a note."""
+    """One provider's line: seconds of each round, paired ratio to the baseline, error, and page faults per call.
+
+    A provider that was not timed has a note instead.
+    """
 
     provider: str
     seconds: tuple[float, ...] = ()
@@ -66,7 +70,7 @@ class Row:
         return high - low
 
     def as_dict(self, work: Work) -> dict:
-        """For pytest-benchmark's JSON file."""
+        """The figures for pytest-benchmark's JSON file."""
         known = {"ratio": self.ratio, "max_error": self.error, "faults_per_call": self.faults, "note": self.note}
         if self.seconds:
             known[work.rate_unit] = work.rate(self.median)
@@ -74,7 +78,7 @@ class Row:
 
 
 def format_seconds(seconds: float) -> str:
-    """Three to four digits in s, ms or µs."""
+    """The time with three to four digits, in s, ms or µs."""
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
         if seconds * factor >= 1:
             return f"{seconds * factor:.4g} {unit}"
@@ -91,7 +95,7 @@ def _limit(work: Work, peaks: Peaks) -> str:
 def case_lines(
     title: str, baseline: str, work: Work, rows: Iterable[Row], peaks: Peaks, missing: Iterable[tuple[str, str]] = ()
 ) -> list[str]:
-    """The table of one case: header, a line per provider from fast to slow, then those without a time."""
+    """The table of one case: a header, a line for each provider from fast to slow, then those without a time."""
     rows = [*rows, *(Row(name, note=f"not measured: {why}") for name, why in missing)]
     timed = sorted((row for row in rows if row.seconds), key=lambda row: row.median)
     width = max(len(row.provider) for row in rows)

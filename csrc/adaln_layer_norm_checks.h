@@ -1,4 +1,4 @@
-// What every door of adaln_layer_norm and gated_residual_adaln demands of its arguments.
+// The checks of the arguments of adaln_layer_norm and gated_residual_adaln, for the entry functions of CPU and CUDA.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -25,7 +25,7 @@ inline torch::stable::Tensor with_dense_rows(const torch::stable::Tensor& tensor
   return tensor.size(2) <= 1 || tensor.stride(2) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
-// (B, L, C) like x, as rows that need no more than a dense last dimension.
+// A tensor of shape (B, L, C) like x and of this dtype, as rows whose last dimension is dense; copied if it is not.
 inline torch::stable::Tensor token_rows(const char* name, const torch::stable::Tensor& tensor,
                                         const torch::stable::Tensor& x, torch::headeronly::ScalarType dtype) {
   check_like(name, tensor, x, dtype);
@@ -38,7 +38,7 @@ inline torch::stable::Tensor token_rows(const char* name, const torch::stable::T
   return token_rows(name, tensor, x, x.scalar_type());
 }
 
-// The branch, whose dtype is that of x or, beside fp32, one of 16 bits; y will have it as well.
+// The branch. Its dtype is that of x or, if x is fp32, also one of 16 bits; y has the dtype of the branch.
 inline torch::stable::Tensor branch_rows(const torch::stable::Tensor& branch, const torch::stable::Tensor& x) {
   using torch::headeronly::ScalarType;
   const ScalarType dtype = branch.scalar_type();
@@ -47,7 +47,7 @@ inline torch::stable::Tensor branch_rows(const torch::stable::Tensor& branch, co
   return token_rows("branch", branch, x, mixed ? dtype : x.scalar_type());
 }
 
-// (B, 1, C), (1, 1, C) or (B, L, C).
+// A modulation tensor of shape (B, 1, C), (1, 1, C) or (B, L, C), with a dense last dimension.
 inline torch::stable::Tensor modulation_rows(const char* name, const torch::stable::Tensor& tensor,
                                              const torch::stable::Tensor& x) {
   check_like(name, tensor, x, x.scalar_type());
@@ -57,7 +57,7 @@ inline torch::stable::Tensor modulation_rows(const char* name, const torch::stab
   return with_dense_rows(tensor);
 }
 
-// mean or rstd, (B, L) fp32.
+// mean or rstd, which is (B, L) fp32; dense in the result.
 inline torch::stable::Tensor statistic(const char* name, const torch::stable::Tensor& tensor,
                                        const torch::stable::Tensor& x) {
   VAR_CHECK(tensor.scalar_type() == torch::headeronly::ScalarType::Float, name, "Float",

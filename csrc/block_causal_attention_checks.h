@@ -1,4 +1,4 @@
-// What the doors of block_causal_attention demand of their arguments.
+// The checks of the arguments of block_causal_attention, for the entry functions of CPU and CUDA.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,7 +11,7 @@
 
 namespace var_kernels {
 
-// (B, `heads`, `length`, D) with the batch, D and dtype of q, and dense rows.
+// Checks that x is (B, heads, length, D) with the batch, D and dtype of q, and that its last dimension is dense.
 inline void check_attention_tensor(const char* name, const torch::stable::Tensor& x, const torch::stable::Tensor& q,
                                    int64_t heads, int64_t length) {
   VAR_CHECK(x.dim() == 4 && x.size(0) == q.size(0) && x.size(1) == heads && x.size(2) == length &&
@@ -23,7 +23,7 @@ inline void check_attention_tensor(const char* name, const torch::stable::Tensor
             x.stride(3));
 }
 
-// The log-sum-exp or its gradient, (B, H, Lq), in float32; dense, by a copy where it is not.
+// The log-sum-exp or its gradient, which is (B, H, Lq) in float32. A tensor that is not dense is copied.
 inline torch::stable::Tensor checked_statistics(const char* name, const torch::stable::Tensor& x,
                                                 const torch::stable::Tensor& q) {
   using torch::headeronly::ScalarType;

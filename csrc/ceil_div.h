@@ -1,4 +1,5 @@
-// Quotients rounded up, for code on the host; `*.isa.cpp` has its own in isa.h, compiled for each instruction set.
+// Quotients rounded up, for host code. The `*.isa.cpp` files have their own in isa.h, compiled for each instruction
+// set.
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,6 @@
-// The one check of the native code: a violated precondition becomes a Python RuntimeError that names the argument,
-// what was expected and what came. The Python door has validated user input already; these guard the raw ops.
+// VAR_CHECK, with which the native code checks arguments: a violated precondition becomes a Python RuntimeError that
+// names the argument, what was expected and what came. The public Python functions have already checked the arguments
+// of users; these checks protect the raw ops.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
@@ -13,7 +14,7 @@
 
 namespace var_kernels {
 
-// 0, 1, 2 for fp32, bf16, fp16, in whose order the tables of kernels are; no other dtype is accepted.
+// 0, 1, 2 for fp32, bf16, fp16, which is the order of the tables of kernels. No other dtype is accepted.
 inline int dtype_index(const char* argument, const torch::stable::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case torch::headeronly::ScalarType::Float: return 0;
@@ -24,7 +25,7 @@ inline int dtype_index(const char* argument, const torch::stable::Tensor& tensor
   VAR_CHECK(false, argument, "float32, bfloat16 or float16", torch::headeronly::toString(tensor.scalar_type()));
 }
 
-// What a check of a shape says.
+// The text for a shape in the message of a check.
 inline std::string shape_text(const std::vector<int64_t>& sizes) {
   std::string text = "shape (";
   for (size_t d = 0; d < sizes.size(); ++d) text += (d == 0 ? "" : ", ") + std::to_string(sizes[d]);

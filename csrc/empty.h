@@ -1,4 +1,4 @@
-// Allocation for the doors.
+// Allocation of tensors in the entry functions of the ops.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -8,8 +8,8 @@
 
 namespace var_kernels {
 
-// A dense tensor with unspecified contents. Straight from the C shim: torch::stable::new_empty looks its operator up by
-// name on every call, which cost four of the seven microseconds of an op on one token.
+// A dense tensor with unspecified contents. This calls the C shim directly: torch::stable::new_empty looks its operator
+// up by name on every call, which took four of the seven microseconds of an op on one token.
 inline torch::stable::Tensor empty_dense(std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType dtype,
                                          int32_t device_type, int32_t device_index) {
   constexpr size_t kMaxDims = 5;

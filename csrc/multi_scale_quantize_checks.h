@@ -1,4 +1,4 @@
-// What the doors of multi_scale_quantize demand of their arguments.
+// The checks of the arguments of multi_scale_quantize, for the entry functions of CPU and CUDA.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -35,7 +35,7 @@ inline void check_phi_index(const Sizes& phi_index, size_t scales, int64_t convo
     VAR_CHECK(i >= 0 && i < convolutions, "phi_index", "an index of phi_weight", i);
 }
 
-// The maps of a schedule, the last of which is the full one.
+// Checks the sizes of the maps of a schedule; the last map must have the full size.
 inline void check_sizes(const Sizes& heights, const Sizes& widths, int64_t height, int64_t width) {
   VAR_CHECK(!heights.empty() && heights.size() == widths.size(), "heights, widths", "one entry per scale",
             heights.size(), " and ", widths.size());
@@ -45,7 +45,7 @@ inline void check_sizes(const Sizes& heights, const Sizes& widths, int64_t heigh
             heights.back(), " and ", widths.back());
 }
 
-// The map that is added and those before and after it; no next map has height 0.
+// Checks one step: the codes of a scale, its size, and the size of the next map, which is 0 if there is no next map.
 inline void check_step(const Tensor& codes, int64_t batch, int64_t channels, int64_t height, int64_t width,
                        int64_t next_height, int64_t next_width) {
   check_float(codes, "codes", 3);

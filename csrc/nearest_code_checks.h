@@ -1,4 +1,4 @@
-// What the doors of nearest_code demand of their arguments.
+// The checks of the arguments of nearest_code, for the entry functions of CPU and CUDA.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

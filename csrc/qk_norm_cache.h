@@ -1,4 +1,4 @@
-// The arguments of qk_norm_cache; without torch, for code that is compiled without its headers.
+// The arguments of qk_norm_cache as the kernels see them. The kernels are compiled without torch's headers.
 #pragma once
 #include <cstdint>
 

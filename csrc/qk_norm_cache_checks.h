@@ -1,4 +1,4 @@
-// What the doors of qk_norm_cache demand of their arguments, and how kernels address them.
+// The checks of the arguments of qk_norm_cache, for the entry functions of CPU and CUDA, and how kernels address them.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,7 +8,7 @@
 
 namespace var_kernels {
 
-// The arguments with every pointer but that of q, which the door allocates. `qkv` has a dense last dimension.
+// The arguments with every pointer except that of q, which the caller allocates. `qkv` has a dense last dimension.
 inline QkNormCache check_qk_norm_cache(const torch::stable::Tensor& qkv, const torch::stable::Tensor& q_factor,
                                        const torch::stable::Tensor& k_cache, const torch::stable::Tensor& v_cache,
                                        int64_t start) {

@@ -1,10 +1,10 @@
-// How kernels address (B, L, C) tensors; without torch, for code that is compiled without its headers.
+// How kernels address (B, L, C) tensors. The kernels are compiled without torch's headers.
 #pragma once
 #include <cstdint>
 
 namespace var_kernels {
 
-// Rows of dense elements, addressed by sample and token. A stride is in elements; 0 broadcasts.
+// Rows of dense elements, addressed by sample and token. Strides are in elements; a stride of 0 broadcasts.
 struct Rows {
   const void* data;
   int64_t per_sample, per_token;

@@ -1,4 +1,4 @@
-// What the doors of sample_tokens demand of their arguments.
+// The checks of the arguments of sample_tokens, for the entry functions of CPU and CUDA.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,13 +10,13 @@
 
 namespace var_kernels {
 
-// A tensor whose last dimension is dense, as every (B, L, V) argument has to be.
+// The tensor, copied if its last dimension is not dense, as that of every (B, L, V) argument has to be.
 inline torch::stable::Tensor dense_last(const torch::stable::Tensor& tensor) {
   return tensor.dim() == 3 && (tensor.size(2) <= 1 || tensor.stride(2) == 1) ? tensor
                                                                              : torch::stable::contiguous(tensor);
 }
 
-// The arguments with every pointer but that of the tokens, which the door allocates. Logits have a dense last
+// The arguments with every pointer except that of the tokens, which the caller allocates. Logits have a dense last
 // dimension; noise and seeds are dense.
 inline SampleTokens check_sample_tokens(const torch::stable::Tensor& conditional,
                                         const std::optional<torch::stable::Tensor>& unconditional, double guidance,

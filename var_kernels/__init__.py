@@ -1,4 +1,4 @@
-"""Kernels for next-scale image generation: block-causal attention, AdaLN-modulated LayerNorm, nearest code.
+"""Kernels for next-scale image generation: attention, AdaLN, vector quantization, sampling, and layers for inference.
 
 Importing this package is inert: no kernel is loaded, built or run until the first call of an op.
 """

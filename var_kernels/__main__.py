@@ -28,7 +28,7 @@ def main() -> int:
         _print_installation(console, load.native_library())
         _print_backends(console)
         _print_gpu_order(console)
-    except ValueError as error:  # of a setting, or a damaged file of measurements
+    except ValueError as error:  # an invalid setting, or a damaged file of measurements
         print(error, file=sys.stderr)
         return 1
     return _print_self_check(console)
@@ -60,12 +60,15 @@ def _print_installation(console: Console, status: load.NativeStatus) -> None:
     toolkit = build.find_nvcc()
     rows["CUDA toolkit"] = f"{'.'.join(map(str, toolkit.release))} in {toolkit.toolkit}" if toolkit else "none found"
     for name, value in rows.items():
-        # Not a table: a path must stay on one line to be copied.
+        # These lines are no table, because a path must stay on one line to be copied.
         console.print(Text(f"{name:<16}", style="bold") + Text(value), soft_wrap=True)
 
 
 def _print_backends(console: Console) -> None:
-    """A row per op with the backend of "auto" on each device; below it, once each, why a backend does not serve."""
+    """Prints the backend that "auto" takes for each op on each device, and below the table why others do not serve.
+
+    Each reason is printed once, with all the ops that it concerns.
+    """
     devices = {"cpu": "on cpu", "cuda": "on cuda" if torch.cuda.is_available() else "on cuda (no GPU here)"}
     table = _table("Backend that serves each op", "op", *devices.values())
     refused: dict[tuple[str, str, str], list[str]] = {}
@@ -87,7 +90,7 @@ def _print_backends(console: Console) -> None:
 
 
 def _print_gpu_order(console: Console) -> None:
-    """Which GPU backend "auto" tries first, and why: on this GPU, or on any where there is none."""
+    """Prints which GPU backend "auto" tries first and why: on this GPU or, if there is none, on every kind of GPU."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     choices: dict[tuple[str, backends.Choice], list[str]] = {}
     for op in backends.GPU_OPS:
@@ -102,7 +105,10 @@ def _print_gpu_order(console: Console) -> None:
         line = f"auto on cuda tries {choice.first} first for {', '.join(ops)}{where}: {choice.why}"
         console.print(Text(line), soft_wrap=True)
     into = f", into {speeds.path_of(device)}" if device else ""
-    line = f"(not measured unless it says so; pytest benchmarks/ --benchmark-only --device cuda measures{into})"
+    line = (
+        "(a reason is measured only if it says so; pytest benchmarks/ --benchmark-only --device cuda "
+        f"measures{into})"
+    )
     console.print(Text(line), soft_wrap=True)
 
 

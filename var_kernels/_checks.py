@@ -1,4 +1,4 @@
-"""Validation at the door of every public function: one message format, the same exceptions everywhere."""
+"""Validation of the arguments of every public function: one message format, the same exceptions everywhere."""
 
 from collections.abc import Sequence
 
@@ -8,13 +8,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check(condition: bool, argument: str, expected: str, got: object) -> None:
-    """Raise ValueError `<argument>: expected <expected>, got <got>` unless the condition holds."""
+    """Raises ValueError `<argument>: expected <expected>, got <got>` unless the condition holds."""
     if not condition:
         raise ValueError(f"{argument}: expected {expected}, got {got}")
 
 
 def check_tensor(argument: str, tensor: object, *, rank: int | None = None) -> None:
-    """TypeError unless `tensor` is a floating-point tensor of a supported dtype; ValueError for a wrong rank."""
+    """Raises TypeError unless `tensor` is a floating-point tensor of a supported dtype, ValueError for a wrong rank."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{argument}: expected a torch.Tensor, got {type(tensor).__name__}")
     if rank is not None and tensor.dim() != rank:
@@ -23,13 +23,16 @@ def check_tensor(argument: str, tensor: object, *, rank: int | None = None) -> N
 
 
 def check_dtype(argument: str, dtype: torch.dtype) -> None:
-    """TypeError unless it is a supported floating-point dtype."""
+    """Raises TypeError unless `dtype` is one of :data:`FLOATS`."""
     if dtype not in FLOATS:
         raise TypeError(f"{argument}: expected float32, bfloat16, float16 or float64, got {dtype}")
 
 
 def check_same(reference: str, first: torch.Tensor, **others: torch.Tensor) -> None:
-    """Every other tensor has the dtype and the device of the first."""
+    """Raises TypeError unless every other tensor has the dtype of `first`, ValueError unless it has its device.
+
+    `reference` is the name of `first` in the messages.
+    """
     for argument, tensor in others.items():
         if tensor.dtype != first.dtype:
             raise TypeError(f"{argument}: expected {first.dtype} like {reference}, got {tensor.dtype}")
@@ -38,7 +41,7 @@ def check_same(reference: str, first: torch.Tensor, **others: torch.Tensor) -> N
 
 
 def same_floats(first: object, *others: object) -> bool:
-    """Whether all are tensors of one supported dtype and one device: then nothing else need be asked of either."""
+    """Whether all are tensors of one supported dtype on one device: no further check of dtype or device is needed."""
     if not isinstance(first, torch.Tensor):
         return False
     dtype, device = first.dtype, first.device
@@ -51,7 +54,10 @@ def same_floats(first: object, *others: object) -> bool:
 
 
 def check_image_out(out: object, shape: Sequence[int], like: torch.Tensor) -> None:
-    """`out`, which images are written to: of this shape, dtype and device of `like`, dense with its channels last."""
+    """Checks `out`, to which images are written: `shape`, the dtype and device of `like`, and dense with channels last.
+
+    Raises TypeError for a wrong dtype, ValueError for the rest.
+    """
     check_tensor("out", out)
     check_shape("out", out, shape)
     check_same("the result", like, out=out)
@@ -60,18 +66,18 @@ def check_image_out(out: object, shape: Sequence[int], like: torch.Tensor) -> No
 
 
 def refuse_gradients(name: str, *tensors: torch.Tensor | None) -> None:
-    """RuntimeError where a gradient of `name` with respect to one of these tensors would be needed."""
+    """Raises RuntimeError if autograd would need a gradient of the op `name` with respect to one of these tensors."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise RuntimeError(f"{name}: has no gradient; call it under torch.no_grad() or torch.inference_mode()")
 
 
 def check_shape(argument: str, tensor: torch.Tensor, *shapes: Sequence[int]) -> None:
-    """The tensor has exactly one of the given shapes."""
+    """Raises ValueError unless the tensor has one of the given shapes."""
     if tuple(tensor.shape) not in {tuple(shape) for shape in shapes}:
         expected = " or ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"{argument}: expected shape {expected}, got {tuple(tensor.shape)}")
 
 
 def unit_inner_stride(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if its last dimension is dense (any other strides are fine for the kernels), else one copy."""
+    """The tensor itself if its last dimension is dense, else a copy. The kernels take any strides of the others."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

@@ -1,8 +1,8 @@
 """A check of every op against its reference, small enough to run at any time: ``python -m var_kernels`` prints it.
 
-Each op runs forward and, where it has one, backward on random inputs, and is judged by
-:func:`var_kernels.testing.assert_accurate`: against the float64 reference, by the error that plain PyTorch makes in the
-same dtype. Token indices must be the reference's own, or name codes that are as near within that bound.
+Each op runs on random inputs: forward and, if it has gradients, backward. :func:`var_kernels.testing.assert_accurate`
+compares the results with the float64 reference; the error that plain PyTorch makes in the same dtype sets the bound.
+Token indices must equal those of the reference, or name codes that are as near within that bound.
 """
 
 import textwrap
@@ -34,9 +34,10 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One op on one backend, device and dtype: the largest error against float64, or why it failed (None: it passed).
+    """The check of one op on one backend, device and dtype.
 
-    `backward` says whether gradients were part of the check.
+    `error` is the largest absolute difference from float64, `failure` says why the check failed (None if it passed),
+    and `backward` whether gradients were part of it.
     """
 
     op: str
@@ -49,7 +50,7 @@ class CheckResult:
 
 
 def run() -> Iterator[CheckResult]:
-    """Checks every op with each of its backends, and with the reference where there is no other, on each device."""
+    """Checks every op on each device with each of its backends, or with the reference if there is no other."""
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for op in backends.OPS:
             for dtype in DTYPES:
@@ -79,13 +80,16 @@ def _check(op: str, backend: str, device: str, dtype: torch.dtype) -> CheckResul
             elif not torch.equal(tensor, exact[name]):
                 different = int((tensor != exact[name]).sum())
                 raise AssertionError(f"{name}: {different} of {tensor.numel()} indices differ from the reference")
-    except Exception as problem:  # whatever goes wrong in one op, the others are still checked, and it is reported
+    except Exception as problem:  # the failure of one op is reported, and the others are still checked
         failure = textwrap.shorten(f"{type(problem).__name__}: {problem}", 300)
     return CheckResult(op, backend, device, dtype, backward, error, failure)
 
 
 def _outputs_and_gradients(call: Callable, inputs: Tensors, dtype: torch.dtype, backend: str) -> Tensors:
-    """The outputs of `call` by name, and the gradient of each input under fixed cotangents of `dtype`'s precision."""
+    """The outputs of `call` by name, and the gradient of each input.
+
+    The gradients of the outputs that start the backward are fixed numbers, rounded to `dtype`.
+    """
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
     outputs = call(backend=backend, **leaves)
     roots = [tensor for tensor in outputs.values() if tensor.requires_grad]
@@ -101,7 +105,10 @@ def _outputs_and_gradients(call: Callable, inputs: Tensors, dtype: torch.dtype, 
 
 
 def _assert_as_near(actual: torch.Tensor, exact: torch.Tensor, z: torch.Tensor, codebook: torch.Tensor) -> None:
-    """The chosen codes' scores are the best ones, up to the error of the fp32 scores (two codes may be that close)."""
+    """Raises AssertionError unless the chosen codes have the best scores, up to the error of scores in fp32.
+
+    Two codes may be so close that this error decides between them.
+    """
     scores, wide = (a @ b.mT - b.square().sum(-1) / 2 for a, b in ((z.float(), codebook.float()),
                                                                    (z.double(), codebook.double())))  # fmt: skip
     best = exact.unsqueeze(-1)
@@ -109,8 +116,8 @@ def _assert_as_near(actual: torch.Tensor, exact: torch.Tensor, z: torch.Tensor, 
     assert_accurate(chosen.flatten(), scores.gather(-1, best).flatten(), wide.gather(-1, best).flatten(), name="tokens")
 
 
-# The sizes below cross tile and vector widths: lengths and channels are no multiples of 16, heads are grouped, the
-# modulation is a chunk view per sample (gate: per token).
+# The sizes below cross the widths of tiles and vectors: lengths and channels are no multiples of 16. Heads are grouped,
+# and the modulation is a `chunk` view with one row per sample; the gate has one row per token.
 
 
 def _attention() -> tuple[Callable, Tensors]:
@@ -182,7 +189,7 @@ def _sample() -> tuple[Callable, Tensors]:
     def call(conditional, unconditional, backend):
         seeds = torch.arange(3, device=conditional.device)
         options = {"guidance": 1.5, "top_k": 90, "top_p": 0.9, "seeds": seeds, "offset": 5}
-        # A rounding of the logits may change a draw: all precisions draw from the same ones.
+        # Rounding the logits may change a draw, so all precisions draw from the same logits, rounded to bf16.
         logits = [tensor.detach().bfloat16().to(tensor.dtype) for tensor in (conditional, unconditional)]
         return {"tokens": sample_tokens(*logits, **options, backend=backend)}
 

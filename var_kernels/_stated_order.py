@@ -1,7 +1,7 @@
-"""Plain PyTorch with its sums in one stated order, the same on every host: what kernels are measured against.
+"""Plain PyTorch with its sums in one stated order, the same on every host: kernels are compared with its error.
 
-In which order a matrix product is summed is the choice of MKL, oneDNN, OpenBLAS or cuBLAS, and theirs depends on the
-processor, the shape and the threads. A bound made of their error holds on one host and fails on another.
+MKL, oneDNN, OpenBLAS or cuBLAS chooses the order in which a matrix product is summed, and the choice depends on the
+processor, the shape and the number of threads. A bound made from their error holds on one host and fails on another.
 """
 
 from __future__ import annotations
@@ -14,32 +14,35 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_CHAIN = 1024  # terms of a matrix product that are added one after another
-_FEW = 16  # terms of any other sum that are
-_AT_ONCE = 32000  # sums that grow together: they stay in the caches, and are too few for PyTorch to wake its threads
+_CHAIN = 1024  # how many terms of a matrix product are added one after another
+_FEW = 16  # how many terms of any other sum are added one after another
+# How many sums grow together. So many stay in the caches, and are too few for PyTorch to wake its threads.
+_AT_ONCE = 32000
 
 aten = torch.ops.aten
 
 
 def stated_order() -> TorchDispatchMode:
-    """Inside, PyTorch sums float32, bfloat16 and float16 in the order below. float64 and all else is left as it is.
+    """A context in which PyTorch sums float32, bfloat16 and float16 in the order below; it leaves float64 as it is.
 
     - **Matrix products** (``mm``, ``bmm``, ``addmm``, ``mv``, …): each product of two elements is rounded to float32,
-      1024 of them are added one after another in float32, then those sums one after another, then the bias. A result
-      of 16 bits, whose products are exact, is rounded once, at the end.
-    - **Two-dimensional convolutions** and their backward: likewise, but all terms in one chain. They are ordered by
-      channel, then by tap; those of the gradient of the weight by image, then by pixel.
-    - **Other sums** (``sum``, ``mean``, ``mse_loss``, ``softmax``, ``logsumexp``, norms, ``group_norm``): 16 terms one
-      after another, then 16 of those sums, and so on, in float32. PyTorch's own cascade is like it, but threads cut it
-      where their number wants. A variance is the mean of squares of what is left without the mean.
+      1024 of them are added one after another in float32, then those sums one after another, then the bias. Products
+      of 16-bit operands are exact, and a 16-bit result is rounded once, at the end.
+    - **Two-dimensional convolutions** and their backward: likewise, but all terms form one chain. The terms are ordered
+      by channel, then by tap; for the gradient of the weight they are ordered by image, then by pixel.
+    - **Other sums** (``sum``, ``mean``, ``mse_loss``, ``softmax``, ``logsumexp``, norms, ``group_norm``): 16 terms are
+      added one after another, then 16 of those sums, and so on, in float32. PyTorch's own cascade is similar, but it
+      is cut among threads, so its order depends on their number. A variance is the mean of the squared differences
+      from the mean.
     - **Attention** (``scaled_dot_product_attention`` on a CPU): these products and sums in float32, but probabilities,
       and in the backward gradients of scores, are rounded to the dtype before they are multiplied, as in every kernel.
 
     All sums are made of elementwise operations that IEEE 754 rounds in one way. Functions such as exp and tanh, and
-    interpolation, remain PyTorch's, which are off by a few roundings on every host.
+    interpolation, remain those of PyTorch, which are off by a few roundings on every host.
 
-    Why these lengths: a judge that is more accurate than a reasonable kernel of some host fails right results there.
-    Largest errors, as multiples of that of chains of 512 terms, for 9 rows of x and 560 columns of W, 1024 terms:
+    Why these lengths: if these sums were more accurate than those of a reasonable kernel on some host, right results
+    would fail there. The table has largest errors, as multiples of the error of chains of 512 terms, for 9 rows of x
+    and 560 columns of W, with sums of 1024 terms:
 
     =======================================  ====
     MKL, AVX-512                             0.27
@@ -50,13 +53,14 @@ def stated_order() -> TorchDispatchMode:
     a chain of 1024                          2.23
     =======================================  ====
 
-    With 4096 terms oneDNN reaches 1.7, chains of 1024 reach 1.6 to 2. Its convolutions of channels-last images over
-    2880 terms have 1.3 times the error of one chain of all of them, and 1.8 times that of chains of 1024, too near to
-    the factor two of :func:`var_kernels.testing.assert_accurate`. Sums in bfloat16 instead of float32 are 65536 times
-    less accurate, and one forgotten term of 4096 is a hundred times the bound.
+    With 4096 terms oneDNN reaches 1.7, and chains of 1024 reach 1.6 to 2. oneDNN's convolutions of channels-last
+    images over 2880 terms have 1.3 times the error of one chain of all the terms. They have 1.8 times the error of
+    chains of 1024, which is too near to the factor two of :func:`var_kernels.testing.assert_accurate`; so convolutions
+    use one chain. Sums in bfloat16 instead of float32 are 65536 times less accurate, and one forgotten term of 4096 is
+    a hundred times the bound.
 
-    NotImplementedError for a product that has no stated order (convolutions in one or three dimensions, in groups or
-    transposed, complex dtypes, …): it never falls back to the host's.
+    Raises NotImplementedError for a product that has no stated order (convolutions in one or three dimensions, in
+    groups or transposed, complex dtypes, …); it never falls back to the order of the host.
     """
     return _StatedOrder()
 
@@ -69,7 +73,7 @@ class _StatedOrder(TorchDispatchMode):
         packet = func.overloadpacket
         if packet in _ORDERS:
             return _ORDERS[packet](*args, **kwargs)
-        with self:  # inference_mode shows operations that are made of others
+        with self:  # under inference_mode composite operations arrive here; decomposing shows what they are made of
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
@@ -88,7 +92,7 @@ def _is_rounded(args: Sequence[Any]) -> bool:
 
 def _product(a: torch.Tensor, b: torch.Tensor, chain: int = _CHAIN) -> torch.Tensor:
     """a (..., M, K) times b (..., K, N), in float32: chains of at most `chain` terms, then their sum."""
-    if b.shape[-1] < a.shape[-2]:  # the longer side is the inner one, which vector instructions like; no bit changes
+    if b.shape[-1] < a.shape[-2]:  # the longer side becomes the inner one, for vector instructions; no bit changes
         return _product(b.mT, a.mT, chain).mT
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     (rows, terms), columns = a.shape[-2:], b.shape[-1]
@@ -111,18 +115,19 @@ def _product(a: torch.Tensor, b: torch.Tensor, chain: int = _CHAIN) -> torch.Ten
 
 
 def _sum_of_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """One product after another along dimension 0."""
+    """The sum of a·b along dimension 0, one product after another."""
     (first, *others), (b_first, *b_others) = a.unbind(), b.unbind()
     sums = first * b_first
     term = torch.empty_like(sums)
     for x, y in zip(others, b_others, strict=True):
-        torch.mul(x, y, out=term)  # two operations, for in one of them the product is rounded on some hosts only
+        # Two operations: a fused multiply-add rounds the product on some hosts only.
+        torch.mul(x, y, out=term)
         sums.add_(term)
     return sums
 
 
 def _chain(terms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One after another."""
+    """The sum of the terms, one after another."""
     total = terms[0]
     for term in terms[1:]:
         total = total + term
@@ -130,7 +135,7 @@ def _chain(terms: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _sum(x: torch.Tensor, dim: Sequence[int] | int | None = None, keepdim: bool = False) -> torch.Tensor:
-    """Sum of float32 along dimensions, 16 terms at a time; the first of `dim` is the slowest."""
+    """The float32 sum along dimensions, 16 terms at a time; the first of `dim` varies slowest in the order of terms."""
     dims = range(x.dim()) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
     dims = sorted(d % x.dim() for d in dims) if x.dim() else []
     kept = [size for d, size in enumerate(x.shape) if d not in dims]
@@ -157,7 +162,7 @@ _ORDERS: dict[Any, Callable] = {}
 
 
 def _serves(*packets: Any) -> Callable:
-    """Registers what is called in place of these operations."""
+    """A decorator that registers a function to be called in place of these operations."""
 
     def register(function: Callable) -> Callable:
         _ORDERS.update(dict.fromkeys(packets, function))
@@ -309,7 +314,7 @@ def _attention_backward(dout, q, k, v, out, lse, dropout_p, is_causal, *, attn_m
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-# Products that PyTorch leaves to a library of the host, or to a kernel with an order of its own.
+# PyTorch leaves these products to a library of the host, or to a kernel with its own order.
 _WITHOUT_ORDER = {
     getattr(aten, name)
     for name in (

@@ -1,8 +1,8 @@
 """AdaLN-modulated LayerNorm, and the gated residual sum fused in front of it.
 
 Next-scale transformers modulate each LayerNorm by a scale and a shift that depend on the condition, and gate each
-branch before it joins the residual stream (AdaLN-zero). Composed of framework calls that is six passes over memory
-for the norm and about ten for gate, sum and norm; the kernels here need two and four.
+branch before it joins the residual stream (AdaLN-zero). With framework calls the norm takes six passes over memory, and
+gate, sum and norm take about ten; the kernels here need two and four.
 """
 
 import torch
@@ -15,8 +15,9 @@ from .reference import adaln_layer_norm as _reference
 
 _FLOAT32_BRANCHES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Raw ops take modulation (scale, shift, gate) as 3-D views of shape (B or 1, L or 1, C). mean and rstd are (B, L) fp32.
-# A gradient of modulation has the shape of that view; shift itself is not needed to differentiate, only its shape.
+# Raw ops take the modulation (scale, shift, gate) as 3-D views of shape (B or 1, L or 1, C). mean and rstd are (B, L)
+# in fp32. The gradient of a modulation tensor has the shape of its view. The backward needs the shape of shift, not its
+# values.
 define(
     "_adaln_layer_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
     __name__,
@@ -104,7 +105,8 @@ class _GatedResidualAdaLN(torch.autograd.Function):
         _, branch, gate, scale, shift, _, ctx.backend = inputs
         residual, _, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
-        ctx.set_materialize_grads(False)  # the last block of a network uses only one of the two outputs
+        # The last block of a network uses only one of the two outputs; the gradient of the other is then None.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(residual, branch, gate, scale, mean, rstd)
         ctx.shift_varies = (shift.shape[0] != 1, shift.shape[1] != 1)
 
@@ -123,7 +125,7 @@ def adaln_layer_norm(
     """LayerNorm over the last dimension without weights of its own, modulated by a condition.
 
     y[b,l,c] = (x[b,l,c] - mean) * rstd * (1 + scale[b,l,c]) + shift[b,l,c], where mean and variance are those of the
-    C values x[b,l,:] (the variance divided by C) and rstd = 1 / sqrt(variance + eps).
+    C values x[b,l,:] (the variance is their mean squared distance from the mean) and rstd = 1 / sqrt(variance + eps).
 
     Args:
         x: (B, L, C), float32, bfloat16 or float16 (float64 is served by the reference); in Triton C up to 16384.
@@ -134,11 +136,12 @@ def adaln_layer_norm(
         backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
-        (B, L, C), dense, in the dtype of x. All arithmetic and the statistics are fp32; the result is rounded once.
+        (B, L, C), dense, in the dtype of x. Arithmetic and statistics are fp32 (fp64 for float64), and the result is
+        rounded once.
 
-    Differentiable once in x, scale and shift. Gradients of modulation are summed in fp32 in an order that depends on
-    the shape, and in Triton on the model of the GPU, only: repeated runs, with any number of threads, are bit-equal.
-    Rows with NaN or Inf give NaN rows.
+    Differentiable once in x, scale and shift. Gradients of scale and shift are summed in fp32, in an order that depends
+    only on the shape and, in Triton, on the model of the GPU: repeated runs are bit-equal, with any number of threads.
+    A row of x with NaN or Inf gives a row of NaN.
 
     Raises:
         TypeError: for an argument that is not a tensor, or of an unsupported or different dtype.
@@ -177,32 +180,36 @@ def gated_residual_adaln(
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A gated branch joins the residual stream, and the sum is normalised for the next branch, in one pass.
+    """Adds a gated branch to the residual stream, and normalises the sum for the next branch, in one pass.
 
     residual = x + gate * branch
     y = adaln_layer_norm(residual, scale, shift, eps=eps)
 
-    The sum is computed in fp32 and rounded to the dtype of x; the norm is that of the rounded residual, so the result
-    is the composition of the two lines.
+    The sum is computed in fp32 (fp64 for float64) and rounded to the dtype of x. The norm is taken of the rounded
+    residual, so the result equals that of the two lines above.
 
     Args:
         x: (B, L, C), float32, bfloat16 or float16 (float64 is served by the reference).
-        branch: (B, L, C) in the dtype of x; beside a float32 x also bfloat16 or float16, as a projection in that dtype
-            gives it.
+        branch: (B, L, C) in the dtype of x. If x is float32, the branch may also be bfloat16 or float16, the result of
+            a projection in that dtype.
         gate, scale, shift: each (B, C), (B, 1, C), (1, 1, C) or (B, L, C), as in `adaln_layer_norm`. Under autocast
             they and `branch` are converted to the dtype of x; otherwise they must have it.
         eps: added to the variance; not negative.
         backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
-        (residual, y), both (B, L, C), dense: residual in the dtype of x, y in that of branch, for the next projection.
+        (residual, y), both (B, L, C) and dense: residual in the dtype of x, y in that of branch, which the next
+        projection takes.
 
-    Differentiable once in all five tensors (a branch of another dtype than x is converted first, y afterwards);
-    deterministic, see `adaln_layer_norm`.
+    Differentiable once in all five tensors (a branch of another dtype than x is converted before, y afterwards), and as
+    deterministic as `adaln_layer_norm`.
 
     Raises:
         TypeError: for an argument that is not a tensor, or of an unsupported or different dtype.
         ValueError: for a wrong shape, device, eps or backend.
+
+    Source: the gated residual branches (AdaLN-zero) of Peebles & Xie, "Scalable Diffusion Models with Transformers"
+    (arXiv 2212.09748), as in VAR (arXiv 2404.02905).
     """
     alike = same_floats(x, branch, gate, scale, shift)
     if not alike or not x.dim() == branch.dim() == 3:
@@ -239,7 +246,7 @@ def _branch_dtypes(x: torch.dtype) -> tuple[torch.dtype, ...]:
 
 
 def _modulation_view(argument: str, modulation: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The modulation as a view of shape (B or 1, L or 1, C); its shape must be one of the four, exactly."""
+    """The modulation as a view of shape (B or 1, L or 1, C); ValueError unless its shape is one of the four allowed."""
     batch, length, channels = x.shape
     shape = modulation.shape
     if len(shape) == 3:

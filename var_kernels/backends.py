@@ -1,8 +1,8 @@
-"""Which backend serves which op on which device: one table, and resolve() which returns a backend or raises.
+"""Which backend serves which op on which device: one table, and `resolve`, which returns a backend or raises.
 
-`"auto"` takes the first backend in the table's order that can serve the call; on a GPU the order is per op, see
-:data:`GPU_ORDER`. A backend asked for by name is that backend or an error: there is no silent fallback from a named
-backend.
+`"auto"` takes the first backend in the order of :data:`BACKENDS` that can serve the call; on a GPU each op has its own
+first one, see :data:`GPU_ORDER`. A backend that is asked for by name serves the call or raises: a named backend is
+never replaced by another.
 """
 
 import ctypes
@@ -26,15 +26,15 @@ GPU_OPS = (
     "qk_norm_cache", "sample_tokens",
 )  # fmt: skip
 OPS = (*GPU_OPS, "packed_linear", "winograd_conv", "group_norm_silu")
-_PAGES = {"gated_residual_adaln": "adaln_layer_norm"}  # of ops without a page of their own
+_MODULES = {"gated_residual_adaln": "adaln_layer_norm"}  # ops that another op's module defines
 
-# In the order that "auto" tries them, but for the first one on a GPU.
+# The order in which "auto" tries them; on a GPU, GPU_ORDER names the first one.
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 GPU_BACKENDS = ("cuda", "triton")
-# None: any device. PyTorch calls AMD's GPUs "cuda" as well.
+# The types of device that each backend runs on; None means any. PyTorch calls AMD's GPUs "cuda" as well.
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",), "reference": None}
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What each backend serves: the dtypes of each op that it has.
+# The ops that each backend has, each with its dtypes.
 SERVES = {
     "cpu": {
         **dict.fromkeys(OPS, _KERNEL_DTYPES),
@@ -47,9 +47,10 @@ SERVES = {
 
 
 class Choice(NamedTuple):
-    """The backend that "auto" tries first on GPUs of these compute capabilities (major numbers; none: of any), and why.
+    """The backend that "auto" tries first on some GPUs, and why.
 
-    By static evidence and the cost of a launch; nothing here was measured.
+    `majors` are the major numbers of their compute capabilities; if empty, the choice is for all GPUs. The choices in
+    :data:`GPU_ORDER` follow from the compiled code and from the cost of a launch; none of them was measured.
     """
 
     first: str
@@ -59,8 +60,8 @@ class Choice(NamedTuple):
 
 _LAUNCH = "a launch costs the host a few µs, through Triton tens"
 _MEMORY = Choice("cuda", f"both are bound by memory, and {_LAUNCH}")
-# The first that names the GPU's compute capability. What the benchmarks measured on a kind of GPU comes before it,
-# see `measured/speeds.py`.
+# The first choice that fits the GPU's compute capability counts. If the benchmarks have measured this kind of GPU,
+# their result counts instead, see `measured/speeds.py`.
 GPU_ORDER = {
     "block_causal_attention": (
         Choice("triton", "compiled to wgmma or tcgen05, whose peak the mma.sync of cuda does not reach", (9, 10, 11)),
@@ -78,8 +79,8 @@ GPU_ORDER = {
 
 
 def page_of(op: str) -> str:
-    """The stem of the page that defines the raw ops of `op`."""
-    return _PAGES.get(op, op)
+    """The name (stem) of the module in `var_kernels` that defines the raw ops of `op`."""
+    return _MODULES.get(op, op)
 
 
 def _native_reason() -> str | None:
@@ -121,7 +122,7 @@ def _found_cuda_reason(op: str) -> str | None:
 
 
 def _driver_cuda() -> int:
-    """The major version of CUDA that the driver is for."""
+    """The major version of CUDA that the driver supports."""
     version = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     return version.value // 1000
@@ -149,7 +150,7 @@ def _found_triton_reason() -> str | None:
 
 def _launches_elsewhere() -> bool:
     """Whether Triton launches are handed to a function instead of a GPU, see `triton/launch.py`."""
-    launch = sys.modules.get(f"{__package__}.triton.launch")  # nobody can have said so without importing it
+    launch = sys.modules.get(f"{__package__}.triton.launch")  # a function can be set only after importing that module
     return launch is not None and launch.has_executor()
 
 
@@ -160,7 +161,7 @@ def shipped_choice(op: str, major: int) -> Choice:
 
 @functools.cache
 def gpu_choice(op: str) -> Choice:
-    """The choice for `op` on the current GPU: what was measured on its kind, else the shipped one."""
+    """The choice for `op` on the current GPU: the measured one if its kind was measured, else the shipped one."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return Choice("triton", "the only one without an NVIDIA GPU")
     shipped = shipped_choice(op, torch.cuda.get_device_capability()[0])
@@ -174,8 +175,8 @@ def _first_on_gpu(op: str) -> str:
     return gpu_choice(op).first  # a plain function, as torch.compile wants it
 
 
-# What torch.compiler.assume_constant_result does; calling it would import all of torch._dynamo, which takes seconds
-# and edits the environment.
+# torch.compiler.assume_constant_result sets the same attribute. Calling it would import all of torch._dynamo, which
+# takes seconds and edits the environment.
 for _function in (
     _native_reason, _packing_reason, _cuda_reason, _triton_reason, _launches_elsewhere, _first_on_gpu
 ):  # fmt: skip
@@ -183,7 +184,7 @@ for _function in (
 
 
 def _lacking(backend: str, op: str, dtype: torch.dtype) -> str | None:
-    """What `SERVES` says against `backend`."""
+    """Why :data:`SERVES` excludes `backend` for this op and dtype; None if it does not."""
     if op not in SERVES[backend]:
         return "it has no kernel for this op"
     return None if dtype in SERVES[backend][op] else f"does not take {dtype}"
@@ -208,7 +209,7 @@ def unavailable_reason(
 
 
 def for_op(op: str, backend: str) -> str:
-    """What to ask for when a model was asked to run on `backend`: that, or the reference where it has no such op."""
+    """The backend to request for `op` in a model that runs on `backend`: the reference if `backend` has no such op."""
     return "reference" if op not in SERVES.get(backend, OPS) else backend
 
 
@@ -221,9 +222,9 @@ def auto_order(op: str, device_type: str) -> tuple[str, ...]:
 
 
 def resolve(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str:
-    """The backend that serves this call.
+    """The name of the backend that serves this call; `backend` is "auto" or the name of one.
 
-    Raises ValueError if `backend` is unknown, or names one that cannot serve `op` on this device and dtype.
+    Raises ValueError if `backend` is unknown, or cannot serve `op` on this device in this dtype.
     """
     if backend == "auto":
         for name in auto_order(op, device_type):

@@ -1,8 +1,8 @@
 """Block-causal attention: every token sees its own scale and all earlier ones.
 
-The attention of next-scale image generation (VAR, arXiv 2404.02905): a sequence is K scales of n_1 ... n_K tokens, the
-tokens of one scale are predicted together, and each sees the whole of its own scale and of all earlier ones. The mask
-is given by the lengths alone, so the kernels skip what is invisible and no L x L tensor ever exists.
+This is the attention of next-scale image generation (VAR, arXiv 2404.02905): a sequence has K scales of n_1 ... n_K
+tokens, the tokens of one scale are predicted together, and each sees the whole of its own scale and of all earlier
+ones. The lengths alone determine the mask, so the kernels skip invisible keys and no L x L tensor ever exists.
 """
 
 import math
@@ -69,12 +69,12 @@ def _tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-# As in backends.py. Compiled code is guarded by this setting of PyTorch: another value compiles again.
+# Marked as in backends.py. PyTorch guards compiled code by this setting, so another value compiles again.
 _tf32_allowed._dynamo_marked_constant = True
 
 
 def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[bool, int, int]:
-    """Whether the three have one dtype and device, Lq and Lk."""
+    """Checks ranks and shapes. Returns whether the three tensors have one dtype and one device, then Lq and Lk."""
     alike = same_floats(q, k, v)
     if not alike or not q.dim() == k.dim() == v.dim() == 4:
         for argument, tensor in (("q", q), ("k", k), ("v", v)):
@@ -123,9 +123,9 @@ def block_causal_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention in which a query sees every key of its own scale and of all earlier scales.
 
-    With ``end(t)`` the end of the scale that holds token t, and query row i being token ``t = q_offset + i``::
+    Query row i is token ``t = q_offset + i``, and ``end(t)`` is the end of the scale that holds token t::
 
-        scores[i, j] = softmax_scale * <q[i], k[j]>      for j < end(t), no other key is read
+        scores[i, j] = softmax_scale * <q[i], k[j]>      for j < end(t); invisible keys have no influence
         lse[i]       = log(sum_j exp(scores[i, j]))
         out[i]       = sum_j exp(scores[i, j] - lse[i]) * v[j]
 
@@ -148,10 +148,11 @@ def block_causal_attention(
         inputs). An empty batch or Lq = 0 gives empty results.
 
     The three tensors share dtype (float32, bfloat16, float16; float64 by the reference) and device. Any strides are
-    taken without a copy if the last dimension is dense. Arithmetic is float32, and the result does not depend on the
-    number of threads. On a GPU, products of float32 use TF32 where PyTorch's own are allowed to: one for each in
-    Triton, three, which give back what one loses, in CUDA C++. Under autocast q, k and v are cast to the autocast
-    dtype, as for scaled_dot_product_attention. NaN and infinite values propagate as in PyTorch. First derivatives only.
+    taken without a copy if the last dimension is dense. Sums and softmax are float32; docs/numerics.md says where
+    16-bit operands are multiplied as such. The result does not depend on the number of threads. On a GPU, products of
+    float32 use TF32 if PyTorch's setting for matrix products allows it: one TF32 product for each in Triton; in CUDA
+    C++ three, which restore the accuracy that one loses. Under autocast q, k and v are cast to the autocast dtype, as
+    for scaled_dot_product_attention. NaN and infinite values propagate as in PyTorch. First derivatives only.
 
     Raises:
         TypeError: A dtype is not supported or differs from q's, or `scale_lens` holds something other than ints.
@@ -172,7 +173,7 @@ def block_causal_attention(
     scale = 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale)
     backend = resolve("block_causal_attention", backend, device_type, q.dtype)
     if backend == "reference":
-        # Inside autocast the products of the reference would be cast again.
+        # Autocast is switched off here, because it would cast the products of the reference again.
         with nullcontext() if cast is None else torch.autocast(device_type, enabled=False):
             out, lse = reference.block_causal_attention(q, k, v, lens, scale, offset)
     else:

@@ -1,4 +1,4 @@
-"""Multi-scale residual quantizer of VAR: an image's latent map to token maps of growing size, and its inverse steps."""
+"""Multi-scale residual quantizer of VAR: from a latent map to token maps of growing size, and back step by step."""
 
 import operator
 from collections.abc import Sequence
@@ -15,21 +15,21 @@ from .reference.multi_scale_quantize import phi_index
 
 __all__ = ["MultiScaleQuantized", "multi_scale_quantize", "next_scale_input", "phi_index"]
 
-# errors (B, K): sum of squares of f_hat_k - f. All maps row-major; scale k is (heights[k], widths[k]) and served by
-# the convolution phi_index[k].
+# errors is (B, K): the sum of the squares of f_hat_k - f. All maps are row-major. Scale k has the size
+# (heights[k], widths[k]) and the convolution phi_index[k].
 define(
     "_multi_scale_quantize(Tensor f, Tensor codebook, Tensor phi_weight, Tensor phi_bias, int[] heights, int[] widths, "
     "int[] phi_index, float phi_ratio, bool cosine) -> (Tensor tokens, Tensor f_hat, Tensor errors)",
     __name__,
 )
-# Of E = sum(derrors * errors): df with f_hat_k constant, the others with f constant.
+# The gradients of E = sum(derrors * errors): for df every f_hat_k is constant, for the others f is constant.
 define(
     "_multi_scale_quantize_backward(Tensor f, Tensor codebook, Tensor phi_weight, Tensor phi_bias, Tensor tokens, "
     "Tensor derrors, int[] heights, int[] widths, int[] phi_index, float phi_ratio) "
     "-> (Tensor df, Tensor dcodebook, Tensor dphi_weight, Tensor dphi_bias)",
     __name__,
 )
-# One scale, (height, width), with the convolution phi_index; next_height 0: there is no next scale.
+# One scale of size (height, width) with the convolution phi_index. next_height is 0 if there is no next scale.
 define(
     "_next_scale_input(Tensor f_hat, Tensor codes, Tensor phi_weight, Tensor phi_bias, int phi_index, int height, "
     "int width, int next_height, int next_width, float phi_ratio) -> (Tensor new_f_hat, Tensor next_map)",
@@ -56,7 +56,7 @@ def _(f_hat, codes, phi_weight, phi_bias, phi_index, height, width, next_height,
 
 
 class MultiScaleQuantized(NamedTuple):
-    """What `multi_scale_quantize` returns."""
+    """The result of `multi_scale_quantize`, which describes the fields."""
 
     tokens: torch.Tensor
     f_hat: torch.Tensor
@@ -64,7 +64,7 @@ class MultiScaleQuantized(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """A schedule of maps, one entry per scale."""
+    """A schedule of maps: the sizes, and the index of the convolution, with one entry per scale."""
 
     heights: tuple[int, ...]
     widths: tuple[int, ...]
@@ -95,9 +95,9 @@ def _plan(patch_nums: Sequence[int | tuple[int, int]], map_of: str, full: tuple[
     if not isinstance(patch_nums, Sequence) or isinstance(patch_nums, str):
         raise TypeError(f"patch_nums: expected a sequence of map sizes, got {type(patch_nums).__name__}")
     check(len(patch_nums) >= 1, "patch_nums", "at least one scale", "none")
-    # Anything but plain ints is normalised before the look-up: 2.0 and True equal a valid key.
+    # Everything but plain ints is normalised before the look-up, because 2.0 and True compare equal to valid keys.
     key = tuple([size if type(size) is int else _map_size(size) for size in patch_nums])
-    make = _cached_plan.__wrapped__ if torch.compiler.is_compiling() else _cached_plan  # the tracer warns of caches
+    make = _cached_plan.__wrapped__ if torch.compiler.is_compiling() else _cached_plan  # the tracer warns about caches
     plan = make(key, num_phi)
     last = (plan.heights[-1], plan.widths[-1])
     if last != full:
@@ -122,7 +122,7 @@ def _check_phi(phi_weight: torch.Tensor, phi_bias: torch.Tensor, channels: int) 
 
 
 def _upcast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """float64 stays (the reference takes it), everything else becomes float32."""
+    """The tensors in float32; those in float64, which the reference takes, stay as they are."""
     return tuple(t if t.dtype in (torch.float32, torch.float64) else t.float() for t in tensors)
 
 
@@ -165,9 +165,9 @@ def multi_scale_quantize(
     beta: float = 0.25,
     backend: str = "auto",
 ) -> MultiScaleQuantized:
-    """Quantize a latent map into K token maps of growing size (algorithm 1 of arXiv 2404.02905).
+    """Quantizes a latent map into K token maps of growing size (algorithm 1 of arXiv 2404.02905).
 
-    With f_hat = 0 and rest = f, for each scale k of map size (h_k, w_k)::
+    Start with f_hat = 0 and rest = f. For each scale k of map size (h_k, w_k)::
 
         tokens_k = nearest_code(area_pool(rest, (h_k, w_k)), codebook)
         u        = bicubic(codebook[tokens_k], (H, W))
@@ -181,7 +181,7 @@ def multi_scale_quantize(
     Args:
         f: (B, C, H, W), the encoder's output; any strides.
         codebook: (V, C).
-        phi_weight, phi_bias: (n, C, C, 3, 3) and (n, C), the convolutions shared by the scales; n = 1 is one for all.
+        phi_weight, phi_bias: (n, C, C, 3, 3) and (n, C), the n convolutions that the scales share.
         patch_nums: the K map sizes, ints for square maps or (height, width) pairs; the last must be (H, W).
         phi_ratio: weight of the convolution in phi.
         metric: "l2" or "cosine", as in `nearest_code`; ties go to the lowest index.
@@ -189,19 +189,23 @@ def multi_scale_quantize(
         backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
-        MultiScaleQuantized: ``tokens`` (B, L) int64, scales concatenated, row-major within a scale; ``f_hat``
+        MultiScaleQuantized: ``tokens`` (B, L) int64, scale after scale, row-major within a scale; ``f_hat``
         (B, C, H, W) in f's dtype, NaN where f is not finite; ``vq_loss``, a float32 scalar (float64 for float64),
         zero for an empty batch.
 
-    Gradients: f_hat is straight-through, its gradient goes to f unchanged and nowhere else. That of vq_loss goes to f
-    (commitment part) and to codebook, phi_weight and phi_bias (codebook part, of all scales up to each k).
+    Gradients: f_hat is straight-through, so its gradient goes to f unchanged and nowhere else. The gradient of vq_loss
+    goes to f (commitment part) and to codebook, phi_weight and phi_bias (codebook part, in which f_hat_k depends on all
+    scales up to k).
 
-    Tensors share one dtype: float32, bfloat16, float16, or float64 (reference only). The arithmetic is float32 for the
-    16-bit types as well, and under autocast, where mixed dtypes are taken, cast to float32 and f_hat is float32.
+    The tensors share one dtype: float32, bfloat16, float16, or float64 (reference only). The arithmetic is float32 for
+    the 16-bit types as well. Under autocast dtypes may be mixed; the tensors are then cast to float32 (float64 stays),
+    and f_hat is float32.
 
     Raises:
-        TypeError: no tensor, an unsupported dtype, mixed dtypes outside autocast.
-        ValueError: wrong rank, shape or device, invalid patch_nums, metric or backend.
+        TypeError: for an argument that is not a tensor, an unsupported dtype, or mixed dtypes outside autocast.
+        ValueError: for a wrong rank, shape or device, or an invalid patch_nums, metric or backend.
+
+    Source: Tian et al., Visual Autoregressive Modeling, arXiv 2404.02905.
     """
     check_tensor("f", f, rank=4)
     check_tensor("codebook", codebook, rank=2)
@@ -241,16 +245,16 @@ def next_scale_input(
     phi_ratio: float = 0.5,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Add scale k to f_hat and pool the sum to the size of scale k+1 (one step of algorithm 2 of arXiv 2404.02905).
+    """Adds scale k to f_hat and pools the sum to the size of scale k+1 (one step of algorithm 2 of arXiv 2404.02905).
 
     ``new = f_hat + phi_k(bicubic(codes))`` with phi_k as in `multi_scale_quantize`; the second result is
-    ``area_pool(new, (h_{k+1}, w_{k+1}))`` as tokens, the input of the transformer for scale k+1. Serves sampling and
-    teacher forcing; the results carry no gradient. f_hat is not modified.
+    ``area_pool(new, (h_{k+1}, w_{k+1}))`` with one row per pixel, from which the transformer's input for scale k+1 is
+    made. Sampling and teacher forcing use this op; the results carry no gradient, and f_hat is not modified.
 
     Args:
         f_hat: (B, C, H, W), the sum of the scales before k, zeros for k = 0; any strides.
         codes: (B, h_k·w_k, C), embeddings of scale k, row-major: rows of the codebook, or mixtures of them.
-        phi_weight, phi_bias: (n, C, C, 3, 3) and (n, C), all the shared convolutions.
+        phi_weight, phi_bias: (n, C, C, 3, 3) and (n, C), all n shared convolutions.
         patch_nums: the K map sizes, ints for square maps or (height, width) pairs; the last must be (H, W).
         k: the scale, from 0.
         phi_ratio: weight of the convolution in phi.
@@ -260,11 +264,13 @@ def next_scale_input(
         The new f_hat (B, C, H, W), and the next map (B, h_{k+1}·w_{k+1}, C), or None after the last scale; both in
         f_hat's dtype.
 
-    Dtypes as in `multi_scale_quantize`: one for all tensors except under autocast, arithmetic in float32.
+    The dtypes are those of `multi_scale_quantize`: one for all tensors except under autocast, arithmetic in float32.
 
     Raises:
-        TypeError: no tensor, an unsupported dtype, mixed dtypes outside autocast.
-        ValueError: wrong rank, shape or device, invalid patch_nums or backend, k out of range.
+        TypeError: for an argument that is not a tensor, an unsupported dtype, or mixed dtypes outside autocast.
+        ValueError: for a wrong rank, shape or device, an invalid patch_nums or backend, or a k out of range.
+
+    Source: Tian et al., Visual Autoregressive Modeling, arXiv 2404.02905.
     """
     check_tensor("f_hat", f_hat, rank=4)
     check_tensor("codes", codes, rank=3)

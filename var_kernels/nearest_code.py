@@ -1,4 +1,4 @@
-"""Nearest codebook entry: the quantisation step of a VQ tokenizer, without the N×V matrix of distances."""
+"""Nearest codebook entry: the quantization step of a VQ tokenizer, without the N×V matrix of distances."""
 
 import torch
 
@@ -26,25 +26,26 @@ def nearest_code(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The index of the codebook entry nearest to each vector.
 
-    "l2":     argmin over v of |z - codebook[v]|², computed as argmax of z·c - |c|²/2: |z|² is common to all codes.
+    "l2":     argmin over v of |z - codebook[v]|², computed as argmax of z·c - |c|²/2, since |z|² is the same for all
+              codes c.
     "cosine": argmax over v of z·c / max(|c|, 1e-12). The length of z does not change the result, so z need not be
               normalised.
 
     Args:
         z: (…, C), float32, bfloat16 or float16 (float64 is served by the reference).
-        codebook: (V, C) with V >= 1, the dtype of z. Under autocast the two may differ and are widened, which is
-            exact. Or (G, V, C), several codebooks (product or multi-head quantisation): z is then (…, G, C), and
-            z[…, g, :] is searched in codebook[g].
+        codebook: (V, C) with V >= 1, in the dtype of z. Under autocast the two dtypes may differ and are widened, which
+            is exact. With several codebooks (product or multi-head quantization) it is (G, V, C): z is then (…, G, C),
+            and z[…, g, :] is searched in codebook[g].
         metric: "l2" or "cosine".
-        return_hits: also return how often each code was chosen, for its usage or an EMA update.
+        return_hits: also return how often each code was chosen, to report the usage of codes or for an EMA update.
         backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
         int64 indices, of the shape of z without C. Of codes with equal scores the lowest index is returned. 16-bit
         inputs are widened exactly; scores are fp32 whatever the matmul precision settings (never TF32), in the
-        reference fp64. A code whose score is NaN or -inf is never chosen, and a row without any other code, such as
-        one with a NaN, gets 0. With `return_hits` a pair: the indices, and the int64 counts of the shape of codebook
-        without C.
+        reference fp64. A code whose score is NaN or -inf is never chosen. A row that has no other code, for example a
+        row with a NaN, gets index 0. With `return_hits` the result is a pair: the indices, and the int64 counts, of the
+        shape of codebook without C.
 
     There is no gradient: the results are integers. Memory is O(N + V·C), never O(N·V).
 
@@ -52,7 +53,7 @@ def nearest_code(
         TypeError: for an argument that is not a tensor, or of an unsupported or different dtype.
         ValueError: for a wrong shape, device, metric or backend.
 
-    Source: the quantiser of VQ-VAE (van den Oord et al., arXiv 1711.00937); "cosine" as in ViT-VQGAN
+    Source: the quantizer of VQ-VAE (van den Oord et al., arXiv 1711.00937); "cosine" as in ViT-VQGAN
     (arXiv 2110.04627) and in VAR with `using_znorm`.
     """
     alike = same_floats(z, codebook)
@@ -92,7 +93,7 @@ def nearest_code(
 
 
 def _search(z: torch.Tensor, codebook: torch.Tensor, metric: str, backend: str) -> torch.Tensor:
-    """One codebook."""
+    """The indices of the nearest codes of one codebook (V, C) for z (…, C)."""
     if backend == "reference":
         return _reference.nearest_code(z, codebook, metric=metric)
     search = raw_ops(backend)._nearest_code
@@ -102,7 +103,7 @@ def _search(z: torch.Tensor, codebook: torch.Tensor, metric: str, backend: str) 
 
 
 def _count(nearest: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """How often each code of each codebook occurs in `nearest`; bincount would wait for a GPU."""
+    """How often each code of each codebook occurs in `nearest`. torch.bincount would make the host wait for a GPU."""
     codes = codebook.shape[-2]
     if codebook.dim() == 3:
         nearest = nearest + torch.arange(codebook.shape[0], device=nearest.device) * codes

@@ -1,8 +1,8 @@
-"""From one packed projection to what attention reads: unit queries and keys, and the rows of the KV cache.
+"""From one packed projection to the operands of attention: unit queries and keys, and the rows of the KV cache.
 
-Next-scale transformers normalise queries and keys per head before attention. Composed of framework calls that is two
-norms in fp32, a product, two conversions and two copies into the cache; the kernels here read qkv once and write each
-result once.
+Next-scale transformers normalise queries and keys per head before attention. With framework calls this takes two norms
+in fp32, a product, two conversions and two copies into the cache; the kernels here read qkv once and write each result
+once.
 """
 
 import torch
@@ -12,7 +12,7 @@ from .backends import resolve
 from .native.library import define, raw_ops, register_fake
 from .reference import qk_norm_cache as _reference
 
-# q is (B, L, H, D), dense. The caches are (B, H, L_max, D); rows start … start + L of them are written.
+# q is (B, L, H, D), dense. The caches are (B, H, L_max, D); their rows start … start + L - 1 are written.
 define(
     "_qk_norm_cache(Tensor qkv, Tensor q_factor, Tensor(a!) k_cache, Tensor(b!) v_cache, int start) -> Tensor", __name__
 )
@@ -33,7 +33,7 @@ def qk_norm_cache(
     q_factor: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Normalise queries and keys of new tokens, and append keys and values to a preallocated cache, in one pass.
+    """Normalises queries and keys of new tokens, and appends keys and values to a preallocated cache, in one pass.
 
     With q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], for every sample b, token l and head h:
 
@@ -46,18 +46,20 @@ def qk_norm_cache(
         k_cache, v_cache: (B, H, L_max, D), written in place, with the dtype and device of qkv and a dense last
             dimension. All other rows stay as they are.
         start: the row of the first new token, 0 <= start <= L_max - L.
-        q_factor: (H,) float32, the factor of each head; VAR's is exp(min(scale_mul, log 100)). None: 1.
+        q_factor: (H,) float32, the factor of each head; VAR's is exp(min(scale_mul, log 100)). None means 1. Beside a
+            float64 qkv it may have any supported dtype.
         backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
-        The queries, (B, H, L, D) in the dtype of qkv, stored as (B, L, H, D). Norms are fp32, results rounded once.
+        The queries, (B, H, L, D) in the dtype of qkv, stored as (B, L, H, D). Norms are fp32 (fp64 for float64), and
+        results are rounded once.
 
-    For inference: there is no gradient. NaN gives NaN, in its own row of its own head only.
+    For inference: there is no gradient. A NaN in q or k makes NaN only in the same row of the same head.
 
     Raises:
         TypeError: for an argument that is not a tensor, or of an unsupported or different dtype.
         ValueError: for a wrong shape, device, start or backend.
-        RuntimeError: where a gradient would be needed.
+        RuntimeError: if a gradient would be needed.
 
     Source: query-key normalisation (Henry et al., arXiv 2010.04245) as in VAR (arXiv 2404.02905) and Infinity
     (arXiv 2412.04431).

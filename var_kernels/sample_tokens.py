@@ -7,7 +7,8 @@ from .backends import resolve
 from .native.library import define, raw_ops, register_fake
 from .reference import sample_tokens as _reference
 
-# logits are (B, L, V) with a dense last dimension; noise (B, L, V) fp32 dense or seeds (B,) int64, exactly one of them.
+# Logits are (B, L, V) with a dense last dimension. Exactly one of noise, (B, L, V) fp32 dense, and seeds, (B,) int64,
+# is given.
 define(
     "_sample_tokens(Tensor conditional, Tensor? unconditional, float guidance, int top_k, float top_p, Tensor? noise, "
     "Tensor? seeds, int offset) -> Tensor",
@@ -32,29 +33,34 @@ def sample_tokens(
     offset: int = 0,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Draw one token for every position from guided logits, restricted to likely tokens.
+    """Draws one token for every position from guided logits, restricted to likely tokens.
 
-    logits = (1 + guidance)·conditional − guidance·unconditional, in fp32. Of these stay the `top_k` largest (and all
-    that equal the k-th), then the smallest set of tokens whose probability exceeds `top_p`: in ascending order those
-    are dropped whose probabilities add up to at most 1 − top_p, of equal ones the first first, never the most likely.
-    The token is argmax over v of p[v] / e[v] with e[v] ~ Exp(1), which is a draw from p (an exponential race; the
-    Gumbel trick without logarithms).
+    1. logits = (1 + guidance)·conditional − guidance·unconditional, in fp32 (fp64 for float64).
+    2. Top-k keeps the `top_k` largest logits, and all that equal the k-th.
+    3. Top-p keeps the smallest set of tokens whose probability exceeds `top_p`: in ascending order it drops tokens
+       whose probabilities add up to at most 1 − top_p. Of equally likely tokens it drops the one with the lower index
+       first. It never drops the most likely token.
+    4. The token is the argmax over v of p[v] / e[v] with e[v] ~ Exp(1), which is a draw from p. (This is an exponential
+       race: the Gumbel trick without logarithms.)
 
     Args:
         conditional: (B, L, V), float32, bfloat16 or float16 (float64 is served by the reference).
-        unconditional: the same for the unconditional class, or None for no guidance. Not read where guidance is 0.
-        guidance: t above; 0 is the conditional distribution.
-        top_k: how many tokens stay; 0: all.
-        top_p: in [0, 1]; 0: off.
-        noise: (B, L, V) fp32, the e above. `torch.empty(…).exponential_(generator=g)` makes this the token that
-            `torch.multinomial` draws with that generator, so that seeded results of other code are reproduced.
-        seeds: (B,) int64 in place of noise, one for each sample: e then comes from Philox4x32-10 keyed by the seed, and
-            depends on it, on offset + l and on v only, not on other samples, the number of threads or the backend.
-        offset: position of the first token, for seeds: tokens of other calls draw on other numbers.
+        unconditional: the logits of the unconditional class, like `conditional`, or None for no guidance. They are not
+            read if guidance is 0.
+        guidance: the factor in step 1; 0 gives the conditional distribution.
+        top_k: how many tokens stay; 0 keeps all.
+        top_p: in [0, 1]; 0 keeps all.
+        noise: (B, L, V) fp32, the e of step 4. With `torch.empty(…).exponential_(generator=g)` the token is the one
+            that `torch.multinomial` draws with that generator, so that seeded results of other code are reproduced.
+            Beside float64 logits it may have any supported dtype.
+        seeds: (B,) int64 in place of noise, one for each sample. e then comes from Philox4x32-10 keyed by the seed. It
+            depends on the seed, on offset + l and on v only, not on other samples, the number of threads or the
+            backend.
+        offset: the position of the first token, used with seeds: calls with other positions use other random numbers.
         backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
-        (B, L) int64. A NaN logit counts as −inf; a row without any finite logit gives 0. There is no gradient.
+        (B, L) int64. A NaN logit counts as −inf, and a row without any finite logit gives 0. There is no gradient.
 
     Raises:
         TypeError: for an argument that is not a tensor, or of an unsupported or different dtype.

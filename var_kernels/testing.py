@@ -1,6 +1,6 @@
-"""Tools to judge a kernel: a comparison with a derived tolerance, seeded inputs, the named shapes of the model family.
+"""Tools to test a kernel: a comparison with a derived tolerance, seeded inputs, the named shapes of the model family.
 
-The tests and benchmarks of this package use them; whoever writes a kernel against its references can as well.
+The tests and benchmarks of this package use them, and so can anyone who tests another kernel against its references.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from ._stated_order import stated_order as stated_order
 
-# Side of each square token map, from coarse to fine.
+# The side of each square token map, from coarse to fine.
 SCHEDULES: dict[str, tuple[int, ...]] = {
     "embedded": (1, 2, 3, 4, 6, 8),  # 130 tokens, the model in var/weights
     "256px": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),  # 680, VAR d16 - d30
@@ -65,7 +65,7 @@ SHAPES: dict[str, Shape] = {
     "d36": Shape(2304, 36, SCHEDULES["512px"]),
 }
 
-# Rows shorter than this are judged with the whole tensor: the largest of so few elements may be small by chance.
+# Rows shorter than this are compared only with the whole tensor: the largest of so few elements may be small by chance.
 _ROW = 8
 _ROW_SLACK = 8
 
@@ -80,36 +80,39 @@ def assert_accurate(
 ) -> None:
     r"""Raise AssertionError unless `actual` is as accurate as plain PyTorch in the same dtype, up to a factor of two.
 
-    `actual` is the kernel's result; `same_dtype` the result of plain PyTorch in the dtype under test, computed inside
-    :func:`stated_order`, so that the bound is the same on every host; `exact` that of the float64 reference on the same
-    (already rounded) inputs. All three have one shape; `actual` and `same_dtype` have one dtype.
+    `actual` is the kernel's result. `same_dtype` is the result of plain PyTorch in the dtype under test, computed
+    inside :func:`stated_order`, so that the bound is the same on every host. `exact` is the result of the float64
+    reference on the same (already rounded) inputs. All three have the same shape; `actual` and `same_dtype` have the
+    same dtype.
 
     With :math:`E = \max|\text{same\_dtype} - \text{exact}|`, :math:`M = \max|\text{exact}|` and ``eps`` the spacing of
     the dtype at 1, every element must satisfy
 
     .. math:: |\text{actual} - \text{exact}| \le 2\,(E + \text{eps}\cdot M) + \text{tiny}.
 
-    Nothing in it is typed by hand. A kernel that sums in another order commits errors of the same distribution as plain
-    PyTorch, and the factor two is for the spread of their maximum. ``eps`` times ``M`` is one rounding band: two
-    correct results may be neighbours in the dtype, and where a sum cancels the rounding is that of its terms, which
-    have the size of the large elements, not of the small result; it also stands in where `E` is zero by luck. ``tiny``
-    (the smallest normal number) is for instructions that flush subnormals.
+    No number in this bound is chosen by hand for an op. A kernel that sums in another order makes errors of the same
+    distribution as plain PyTorch, and the factor two allows for the spread of their maximum. ``eps`` times ``M`` is one
+    rounding: two correct results may be neighbours in the dtype. Where a sum cancels, its rounding is that of its
+    terms, which have the size of the large elements, not of the small result. The same term also serves if `E` happens
+    to be zero. ``tiny`` (the smallest normal number) allows for instructions that flush subnormals.
 
     One large element must not excuse all others: late rows of an attention over hundreds of keys are twenty times
-    smaller than the first row, so that in bf16 zeros would pass. Where the last dimension has 8 elements or more the
+    smaller than the first row, so that in bf16 zeros would pass. If the last dimension has 8 elements or more, the
     errors are therefore bounded a second time row by row, relative to each row's own largest element:
     :math:`|\text{actual}-\text{exact}| \le 8\,(e + \text{eps})\,M_{row} + \text{tiny}`, with `e` the largest of
-    :math:`E_{row}/M_{row}` over the rows; the smaller bound counts. This second bound is for forgotten and misplaced
-    rows and is wide enough for any order of summation: one after another, n terms are off by about sqrt(n) roundings,
-    by halves by sqrt(log2 n), eight times less at n = 680. Rows that plain PyTorch does not resolve
-    (:math:`E_{row} \ge M_{row}/2`: a gradient that is zero but for rounding) keep the first bound only.
+    :math:`E_{row}/M_{row}` over the rows; the smaller bound counts. This second bound finds forgotten and misplaced
+    rows and is wide enough for any order of summation: n terms added one after another are off by about sqrt(n)
+    roundings, n terms added by halves by sqrt(log2 n), which is eight times less at n = 680. Rows that plain PyTorch
+    does not resolve (:math:`E_{row} \ge M_{row}/2`: a gradient that is zero but for rounding) have the first bound
+    only.
 
     Non-finite values: wherever `exact`, rounded to the dtype, is NaN or infinite, `actual` must be the same; everywhere
-    else it must be finite. Such elements take no part in the maxima.
+    else it must be finite. Non-finite elements take no part in the maxima.
 
-    If the first bound would let a tensor of zeros pass, the comparison could not fail and AssertionError says so,
-    unless `may_vanish` is true or `exact` is zero but for rounding. TypeError if a tensor is not floating point or
-    `exact` not float64; ValueError if `same_dtype` and `exact` differ in shape (mistakes of the test, not the kernel).
+    If the first bound would let a tensor of zeros pass, the comparison could not fail, and an AssertionError says so,
+    unless `may_vanish` is true or `exact` is zero but for rounding. Mistakes of the test, not of the kernel, raise
+    TypeError (a tensor is not floating point, or `exact` is not float64) or ValueError (`same_dtype` and `exact` differ
+    in shape).
     """
     label = name or "actual"
     _check_operands(label, actual, same_dtype, exact)
@@ -126,17 +129,17 @@ def assert_accurate(
     _check_non_finite(label, actual, rounded, finite)
 
     error = (actual - exact).abs().where(finite, 0)
-    judge = (same - exact).abs().where(finite & same.isfinite(), 0)
+    plain_error = (same - exact).abs().where(finite & same.isfinite(), 0)
     magnitude = exact.abs().where(finite, 0)
-    largest, largest_error = magnitude.max().item(), judge.max().item()
+    largest, largest_error = magnitude.max().item(), plain_error.max().item()
     if not may_vanish and info.eps * largest_error < largest <= 2 * largest_error:
         raise AssertionError(
-            f"{label}: plain PyTorch is itself off by {largest_error:.3g} where the largest value is {largest:.3g}: "
-            "zeros would pass; compare with a better same-dtype result, or say may_vanish=True"
+            f"{label}: the error of plain PyTorch is {largest_error:.3g} and the largest value {largest:.3g}, so a "
+            "tensor of zeros would pass; compare with a more accurate result in the same dtype, or pass may_vanish=True"
         )
     bound = torch.full_like(error, 2 * (largest_error + info.eps * largest))
     if error.dim() and error.shape[-1] >= _ROW:
-        bound = torch.minimum(bound, _row_bound(judge, magnitude, info.eps))
+        bound = torch.minimum(bound, _row_bound(plain_error, magnitude, info.eps))
     _check_bound(label, actual, exact, error, bound + info.tiny)
 
 
@@ -171,9 +174,9 @@ def _check_non_finite(label: str, actual: torch.Tensor, expected: torch.Tensor, 
         )
 
 
-def _row_bound(judge: torch.Tensor, magnitude: torch.Tensor, eps: float) -> torch.Tensor:
-    """The bound of each row, (..., 1): relative to the row's largest element; infinite for unresolved rows."""
-    row_error, row_largest = judge.amax(-1, keepdim=True), magnitude.amax(-1, keepdim=True)
+def _row_bound(plain_error: torch.Tensor, magnitude: torch.Tensor, eps: float) -> torch.Tensor:
+    """The bound of each row, (..., 1), relative to the row's largest element; infinite for unresolved rows."""
+    row_error, row_largest = plain_error.amax(-1, keepdim=True), magnitude.amax(-1, keepdim=True)
     resolved = (2 * row_error < row_largest) & (row_largest > 0)
     relative = (row_error / row_largest).where(resolved, 0).max()
     return (_ROW_SLACK * (relative + eps) * row_largest).where(resolved, torch.inf)
@@ -214,7 +217,10 @@ def attention_inputs(
     query_length: int | None = None,
     logit_std: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q (B,H,Lq,D), k and v (B,Hkv,Lk,D), such that ``q @ k.mT / sqrt(D)`` has the standard deviation `logit_std`."""
+    """q (B,H,Lq,D), k and v (B,Hkv,Lk,D), such that ``q @ k.mT / sqrt(D)`` has the standard deviation `logit_std`.
+
+    `kv_heads` is Hkv, by default H; `query_length` is Lq, by default Lk.
+    """
     keys = (batch, heads if kv_heads is None else kv_heads, length, head_dim)
     queries = (batch, heads, length if query_length is None else query_length, head_dim)
     q = randn(*queries, seed=seed, dtype=dtype, std=logit_std)
@@ -233,8 +239,8 @@ def modulation(
 ) -> tuple[torch.Tensor, ...]:
     """`parts` vectors of modulation, (B,1,C), or (B,L,C) with `length`, as ``chunk`` views of one tensor.
 
-    Unit inner stride but not contiguous, as models produce them, and with nonzero mean, so that no part of them can be
-    ignored, swapped or taken for another unnoticed.
+    They have unit inner stride but are not contiguous, as in models. Each has another nonzero mean, so that a kernel
+    that ignores, swaps or confuses them fails.
     """
     rows = 1 if length is None else length
     packed = randn(batch, rows, parts * channels, seed=seed, dtype=torch.float64, std=0.5)
@@ -243,11 +249,12 @@ def modulation(
 
 
 def poison(*like: torch.Tensor) -> None:
-    """Make elements that a kernel forgets to write visible in its next outputs, instead of right by an earlier call.
+    """Fills memory that the next outputs will use, so that elements which a kernel forgets to write are wrong.
 
-    On glibc, from now on and for the whole process, every block of memory that malloc hands out is filled with the byte
-    0x7F (``M_PERTURB``): 3.4e38 in float32 and bfloat16, NaN in float16, a huge integer. Elsewhere, memory of the sizes
-    of `like` (by default of many sizes up to 8 MiB) is filled with NaN and freed, and will probably be used next.
+    Without it they may hold the right values of an earlier call. On glibc, from now on and for the whole process,
+    malloc fills every block of memory that it hands out with the byte 0x7F (``M_PERTURB``): 3.4e38 in float32 and
+    bfloat16, NaN in float16, a huge integer. Elsewhere, memory of the sizes of `like` (by default of many sizes up to 8
+    MiB) is filled with NaN and freed, and the next allocations probably use it.
     """
     if _perturb_malloc():
         return
@@ -261,7 +268,7 @@ def poison(*like: torch.Tensor) -> None:
 def _perturb_malloc() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
-    m_perturb = -6  # of <malloc.h>; new blocks get the complement of the byte, freed ones the byte itself
+    m_perturb = -6  # from <malloc.h>; new blocks get the complement of the byte, freed ones the byte itself
     return ctypes.CDLL(None).mallopt(m_perturb, 0x80) == 1
 
 
@@ -269,8 +276,10 @@ GPU_CACHE_BYTES = 512 << 20  # larger than the last cache of any GPU so far (B20
 
 
 def gpu_seconds(call: Callable[[], object], flush: torch.Tensor) -> float:
-    """Seconds of one call between events on the current stream, after a write to `flush`, of GPU_CACHE_BYTES, that
-    evicts its inputs from the caches."""
+    """Seconds of one call, measured between events on the current stream.
+
+    Before it `flush`, a tensor of GPU_CACHE_BYTES, is written to, which evicts the inputs of the call from the caches.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush.zero_()
     start.record()
@@ -281,9 +290,9 @@ def gpu_seconds(call: Callable[[], object], flush: torch.Tensor) -> float:
 
 
 def isa_levels() -> tuple[str, ...]:
-    """The ISA levels to which ``VAR_KERNELS_ISA`` can lower this process's kernels, up to the one in use.
+    """The ISA levels that ``VAR_KERNELS_ISA`` can choose on this machine, up to the one in use.
 
-    Empty where the native library is not available. The level is fixed when the library is loaded, so tests of another
+    Empty if the native library is not available. The level is fixed when the library is loaded, so tests of another
     level run in a subprocess with the variable set.
     """
     from .native import build, load

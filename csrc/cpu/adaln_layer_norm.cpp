@@ -1,4 +1,4 @@
-// The door of adaln_layer_norm and gated_residual_adaln on CPU: checks, allocation, and work over threads.
+// The C++ entry of adaln_layer_norm and gated_residual_adaln on CPUs: checks, allocation, and work over threads.
 #include "adaln_layer_norm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -20,12 +20,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kElementsPerTask = 1 << 15, kWorkPerElement = 32;
-// Tokens per row of partial sums in backward. It fixes the order of summation, so it must not depend on the number of
-// threads; 48 keeps the partials' traffic at 1/16 of one input and leaves 15 tasks per sample at L = 680.
+// How many tokens of the backward are summed into one row of partial sums. This fixes the order of summation, so it
+// must not depend on the number of threads. With 48 the partial sums take 1/16 of the memory traffic of one input, and
+// L = 680 gives 15 tasks per sample.
 constexpr int64_t kTokensPerPartial = 48;
 
-// Whether to stream the outputs of an op that moves `moved` bytes for each element of x; their rows have to start on a
-// cache line.
+// Whether to store the outputs past the caches, for an op that moves `moved` bytes for each element of x. The rows of
+// the outputs must then start on a cache line.
 bool streams(const Tensor& x, int64_t moved, std::initializer_list<const Tensor*> outputs) {
   return std::all_of(outputs.begin(), outputs.end(), [&](const Tensor* output) {
     return stored_past_caches(x.numel() * moved, x.size(2) * output->element_size(), output->const_data_ptr());
@@ -81,7 +82,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_adaln(const Tensor& x_
 
 // ---- backward ---------------------------------------------------------------------------------------------------
 
-// One modulation gradient: its output, and whether tokens are summed into it through rows of partial sums.
+// The gradient of one modulation tensor: its output, and where the kernel writes it. Unless each token has a row of its
+// own, tokens are summed through rows of partial sums.
 struct Reduction {
   Tensor out;
   ModulationGrad target;
@@ -97,7 +99,8 @@ int64_t partials_per_sample(const Tensor& x) {
   return std::max<int64_t>(1, ceil_div(x.size(1), kTokensPerPartial));
 }
 
-// Gives every reduced gradient its partial sums: one row for each (sample, chunk of tokens).
+// Gives every gradient that is summed over tokens its memory for partial sums: a row for each (sample, chunk of
+// tokens).
 void place_partials(const Tensor& x, std::initializer_list<Reduction*> reductions) {
   const int64_t floats = x.size(0) * partials_per_sample(x) * x.size(2);
   float* memory = thread_scratch(floats * int64_t(reductions.size()));
@@ -117,7 +120,7 @@ void run_backward(const Tensor& x, const AdaLNBackward& arguments) {
   });
 }
 
-// The partial sums, in ascending order of sample and token, become the gradient.
+// Adds up the partial sums, in ascending order of sample and token, and stores the gradient.
 void finish(const Tensor& x, const Reduction& reduction) {
   if (reduction.target.per_token != nullptr || reduction.out.numel() == 0) return;
   constexpr int64_t kBlock = 1024;
@@ -163,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_backward
   const Tensor x = token_rows("residual", residual_in, residual_in), branch = token_rows("branch", branch_in, x);
   const Tensor gate = modulation_rows("gate", gate_in, x), scale = modulation_rows("scale", scale_in, x);
   const Tensor mean = statistic("mean", mean_in, x), rstd = statistic("rstd", rstd_in, x);
-  // The zeros of an absent gradient are one row that every token reads.
+  // An absent gradient is one row of zeros that every token reads.
   const bool absent = !dresidual_in || !dy_in;
   const Tensor zeros = absent ? torch::stable::new_zeros(x, {1, 1, x.size(2)}) : x;
   const Tensor dresidual = dresidual_in ? token_rows("dresidual", *dresidual_in, x) : zeros;

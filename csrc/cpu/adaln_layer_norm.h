@@ -1,4 +1,5 @@
-// What the door of adaln_layer_norm (adaln_layer_norm.cpp) and its vector code (adaln_layer_norm.isa.cpp) share.
+// Declarations that the C++ entry of adaln_layer_norm (adaln_layer_norm.cpp) and its vector code
+// (adaln_layer_norm.isa.cpp) share.
 #pragma once
 #include <cstdint>
 
@@ -8,7 +9,7 @@ namespace var_kernels {
 
 struct AdaLNForward {
   Rows x;             // (B, L, C)
-  Rows branch, gate;  // (B, L, C); data is null in both where there is no gated residual
+  Rows branch, gate;  // (B, L, C); data is null in both if there is no gated residual
   Rows scale, shift;  // (B or 1, L or 1, C)
   void* residual;     // (B, L, C) dense; null like branch
   void* y;            // (B, L, C) dense, in the dtype of branch
@@ -16,18 +17,18 @@ struct AdaLNForward {
   float* rstd;        // (B, L) dense
   int64_t length, channels;
   float eps;
-  bool stream;  // store residual and y past the caches; their rows are then multiples of 64 bytes, aligned to 64
+  bool stream;  // whether to store residual and y past the caches; their rows then have whole, aligned 64-byte lines
 };
 
-// Where one of the three modulation gradients goes: per token straight into the output, else into rows of fp32
-// partial sums that are added up afterwards.
+// The destination of one of the three modulation gradients. A modulation per token has its gradient written straight to
+// the output; otherwise the gradient is summed into rows of fp32 partial sums, which are added up afterwards.
 struct ModulationGrad {
   void* per_token;  // (B, L, C) dense, or null
   float* partial;   // (chunks, C) dense, or null
 };
 
 struct AdaLNBackward {
-  Rows dresidual;      // (B, L, C); data is null where there is no gated residual
+  Rows dresidual;      // (B, L, C); data is null if there is no gated residual
   Rows dy;             // (B, L, C)
   Rows x;              // (B, L, C): what was normalised, the saved residual in the gated form
   Rows branch, gate;   // null like dresidual
@@ -42,10 +43,11 @@ struct AdaLNBackward {
 };
 
 struct AdaLNTable {
-  // Indexed by dtype: fp32, bf16, fp16; forward also 3, 4: fp32 with branch and y in bf16, fp16.
-  // Rows [begin, end) of the B·L rows. `row_copy`: scratch memory for one row in fp32.
+  // Computes rows [begin, end) of the B·L rows. `row_copy` is scratch memory for one row in fp32. Indexed by dtype:
+  // fp32, bf16, fp16; indices 3 and 4 are fp32 with branch and y in bf16 and fp16.
   void (*forward[5])(const AdaLNForward&, int64_t begin, int64_t end, float* row_copy);
-  // Tokens [begin, end) of one sample; their modulation gradients are summed into row `chunk` of the partials.
+  // Computes tokens [begin, end) of one sample and sums their modulation gradients into row `chunk` of the partial
+  // sums.
   void (*backward[3])(const AdaLNBackward&, int64_t sample, int64_t begin, int64_t end, int64_t chunk);
   // out[c] = sum over i of partial[i * channels + c], i ascending, for c in [begin, end).
   void (*sum_partials[3])(const float* partial, int64_t count, int64_t channels, int64_t begin, int64_t end, void* out);

@@ -1,13 +1,13 @@
-// Modulated LayerNorm, y = (x - mean)·rstd·(1 + scale) + shift, with the gated residual sum in front of it if wanted.
+// Modulated LayerNorm, y = (x - mean)·rstd·(1 + scale) + shift, optionally with the gated residual sum in front of it.
 //
-// The limit is memory: C elements of x come in and C of y go out, and there is nothing to reuse. A row (4 KB at
-// C = 1024 in fp32) stays in L1 between the passes below, so only the first one reads memory. That makes the plain
-// two-pass variance (mean first, then the squares of the centred values) free; it is as accurate as Welford's update
-// without its division and its chain of dependent operations, and safe where E[x²] - E[x]² cancels.
+// Memory is the limit: for each row C elements of x are read and C of y written, and nothing can be reused. A row (4 KB
+// at C = 1024 in fp32) stays in L1 between the passes below, so only the first pass reads memory. The plain two-pass
+// variance (mean first, then the squares of the centred values) therefore costs nothing extra. It is as accurate as
+// Welford's update, without its division and its chain of dependent operations, and safe where E[x²] - E[x]² cancels.
 //
-// Large outputs are streamed past the caches (a plain store reads its line first) while the next row is prefetched:
-// 1.3 times faster at (2, 2240, 2304) in fp32. Either of the two alone gains nothing, and outputs that fit the caches
-// are better left there for the next operation; the door decides.
+// Large outputs are stored past the caches (a plain store reads its line first) while the next row is prefetched. This
+// is 1.3 times faster at (2, 2240, 2304) in fp32; either of the two alone gains nothing. Outputs that fit the caches
+// are better left there for the next operation. The C++ entry decides which case applies.
 //
 // Backward, with h = (x - mean)·rstd, g = dy·(1 + scale) and means over the row:
 //   dx = rstd·(g - mean(g) - h·mean(g·h)) [+ dresidual],   dscale = Σ dy·h,   dshift = Σ dy,
@@ -53,7 +53,7 @@ template <bool kStream, class T>
 VAR_INLINE void put_output(T* p, Vec v, Part part) {
   put(p, v, part);
 }
-// The value that reading p back would give.
+// The value that storing v at p and reading it back gives.
 VAR_INLINE Vec rounded(const float*, Vec v) { return v; }
 template <class T>
 VAR_INLINE Vec rounded(const T*, Vec v) {
@@ -74,7 +74,8 @@ VAR_INLINE void for_each_vector(int64_t channels, F f) {
   if (c < channels) f(c, Part{channels - c});
 }
 
-// f(c, part, sums) adds its vectors to S running sums. Four sets of sums hide the latency of the addition.
+// Calls f(c, part, sums), which adds its vectors to S running sums, over a row. Four sets of sums hide the latency of
+// the addition.
 template <int S, class F>
 VAR_INLINE void sum_row(int64_t channels, float (&total)[S], F f) {
   constexpr int kSets = 4;
@@ -94,8 +95,8 @@ VAR_INLINE const T* row_of(const Rows& rows, int64_t sample, int64_t token) {
 
 // ---- forward ----------------------------------------------------------------------------------------------------
 
-// The later passes read x (the residual in the gated form) again, or its fp32 copy in `row_copy` where that saves
-// widening it twice, or where it was streamed out.
+// The later passes read x (in the gated form: the residual) again. They read its fp32 copy in `row_copy` if that saves
+// widening it twice, or if the residual was stored past the caches.
 template <class T, class Branch, bool kGated, bool kStream>
 VAR_INLINE void forward_row(const AdaLNForward& a, int64_t row, float* row_copy) {
   constexpr bool kCopy = sizeof(T) == 2 || (kGated && kStream);
@@ -160,7 +161,7 @@ void forward(const AdaLNForward& a, int64_t begin, int64_t end, float* row_copy)
     (gated ? forward_rows<T, T, true, false> : forward_rows<T, T, false, false>)(a, begin, end, row_copy);
 }
 
-// The gated form of fp32 rows with branch and y in 16 bits.
+// The gated form for fp32 rows with branch and y in 16 bits.
 template <class Branch>
 void mixed_forward(const AdaLNForward& a, int64_t begin, int64_t end, float* row_copy) {
   (a.stream ? forward_rows<float, Branch, true, true> : forward_rows<float, Branch, true, false>)(a, begin, end,

@@ -1,4 +1,4 @@
-// The door of block-causal attention on the CPU: checks, allocation, which tiles exist, and the split into tasks.
+// The C++ entry of block_causal_attention on CPUs: checks, allocation, the query tiles, and the split into tasks.
 #include "block_causal_attention.h"
 
 #include <torch/csrc/stable/library.h>
@@ -27,7 +27,7 @@ HeadRows rows_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// empty_like(x), without its lookup by name where x is contiguous.
+// empty_like(x); for a contiguous x without the operator's lookup by name.
 Tensor empty_as(const Tensor& x) {
   const int64_t row = x.size(3), head = x.size(2) * row, batch = x.size(1) * head;
   if (x.numel() > 0 && x.stride(0) == batch && x.stride(1) == head && x.stride(2) == row && x.stride(3) == 1)
@@ -35,8 +35,9 @@ Tensor empty_as(const Tensor& x) {
   return torch::stable::empty_like(x);
 }
 
-// Query rows aligned to scale starts, so that the rows of a tile see the same keys and no element is masked. Scales
-// of fewer rows than half a tile share one: its rows see the keys of their own scale only, up to 47 fewer.
+// Divides the query rows into tiles. Tiles begin where scales begin, so that the rows of a tile see the same keys and
+// no element is masked. Only scales with fewer rows than half a tile share one: its rows then see different numbers of
+// keys, which differ by at most 47.
 std::vector<QueryTile> query_tiles(const Lens& lens, int64_t first, int64_t count, int64_t max_rows, int64_t unit) {
   std::vector<QueryTile> tiles;
   bool open = false;  // whether the last tile may take the next small scale
@@ -55,7 +56,8 @@ std::vector<QueryTile> query_tiles(const Lens& lens, int64_t first, int64_t coun
       open = true;
       continue;
     }
-    // Tiles of about equally many units: 100 rows are 48 + 32 + 20, since 48 + 48 + 4 reads all keys for 4 rows.
+    // Tiles get about equally many units: 100 rows become 32 + 32 + 36 and not 48 + 48 + 4, which reads all keys for 4
+    // rows.
     const int64_t units = ceil_div(rows, unit), most = max_rows / unit;
     const int64_t parts = ceil_div(units, most);
     for (int64_t part = 0, row = begin; part < parts; ++part) {
@@ -68,7 +70,7 @@ std::vector<QueryTile> query_tiles(const Lens& lens, int64_t first, int64_t coun
   return tiles;
 }
 
-// The keys that each query row sees: the end of its scale.
+// The number of keys that each query row sees, which is the end of its scale.
 std::vector<int64_t> visible_keys(const Lens& lens, int64_t first, int64_t count) {
   std::vector<int64_t> visible;
   visible.reserve(count);
@@ -80,7 +82,7 @@ std::vector<int64_t> visible_keys(const Lens& lens, int64_t first, int64_t count
   return visible;
 }
 
-// The problem and the memory that it points to.
+// The problem, and the memory that its pointers refer to.
 struct Plan {
   std::vector<int64_t> visible;
   std::vector<QueryTile> tiles;
@@ -96,8 +98,8 @@ Plan make_plan(const Tensor& q, const Tensor& k, const Lens& lens, double softma
   return plan;
 }
 
-// Every key head gives as many tasks as the threads need, each with consecutive query tiles of about equal work. A
-// task packs K and V for itself; a row's result does not depend on the split.
+// Every key head is split into as many tasks as the threads need. A task has consecutive query tiles, and tasks have
+// about equal work. Each task packs K and V for itself, and the result of a row does not depend on the split.
 std::vector<AttentionForwardTask> forward_tasks(const AttentionProblem& p) {
   const int64_t pairs = p.batch * p.kv_heads, units = p.heads / p.kv_heads * p.tile_count;
   const int64_t threads = torch::stable::get_num_threads();
@@ -137,7 +139,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
-// Key ranges of the backward, fixed by the shapes alone: a machine with more threads adds up the same shares of dQ.
+// The number of key ranges in the backward. It depends on the shapes alone, so that dQ is the sum of the same shares
+// for every number of threads.
 int64_t key_ranges(const AttentionProblem& p) {
   constexpr int64_t wanted_tasks = 32, least_keys = 128;
   const int64_t pairs = std::max<int64_t>(p.batch * p.kv_heads, 1);
@@ -169,7 +172,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
   const bool shares = ranges > 1;
   Tensor parts = empty_cpu({shares ? pairs * ranges * share_floats : 0}, ScalarType::Float);
   float* part = static_cast<float*>(parts.mutable_data_ptr());
-  // Equal ranges of whole steps of 64 keys; all queries see the first keys, so that range comes first.
+  // The ranges are equal and have whole steps of 64 keys. All queries see the first keys, so the first range has the
+  // most work and comes first.
   const int64_t step = (p.keys + ranges * 64 - 1) / (ranges * 64) * 64;
   parallel_tasks(pairs * ranges, [&](int64_t i) {
     const int64_t pair = i % pairs, range = i / pairs;

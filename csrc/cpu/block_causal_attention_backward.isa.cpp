@@ -1,17 +1,18 @@
-// Backward: probabilities are recomputed from the log-sum-exp, tile by tile, so nothing of size L x L is kept.
+// The backward of block_causal_attention. It recomputes probabilities from the log-sum-exp, tile by tile, so nothing of
+// size L x L is kept.
 //
 //   P = exp(softmax_scale · S − lse),   dP = V dOᵀ,   δ = rowsum(dO ∘ out) − dlse,   dS = P ∘ (dP − δ)
 //   dV += P dO,   dK += dS (softmax_scale · Q),   dQᵀ = softmax_scale · Σ Kᵀ dS       (S, P, dP, dS: keys by rows)
 //
 // A task owns a range of keys: dK and dV of the range are summed in fp32 over all query tiles that see it, in order.
-// The ranges are fixed by the shapes, never by the number of threads; each writes its own share of dQ.
-// The arithmetic is fp32; with AVX512-BF16 the products of bf16 inputs are those of pairs, P and dS rounded to bf16.
+// The shapes determine the ranges, never the number of threads, and each range writes its own share of dQ. The
+// arithmetic is fp32. With AVX512-BF16, bf16 inputs are multiplied as pairs, and P and dS are rounded to bf16.
 #include "block_causal_attention_pairs.h"
 
 namespace var_kernels::VAR_ISA {
 namespace {
 
-constexpr int64_t kBlock = 64;  // keys per step; a multiple of it starts every range but the first
+constexpr int64_t kBlock = 64;  // keys per step; every range starts at a multiple of it
 
 template <class T>
 VAR_INLINE float dot(const T* a, const T* b, int64_t dim) {
@@ -22,7 +23,7 @@ VAR_INLINE float dot(const T* a, const T* b, int64_t dim) {
   return reduce_add(sum);
 }
 
-// lse and δ of one tile. Lanes that are no row get lse = inf, which makes their P and dS zero.
+// Loads lse and δ of one tile. Lanes without a row get lse = inf, which makes their P and dS zero.
 template <class T>
 void load_statistics(const AttentionBackwardArgs& args, int64_t batch, int64_t head, QueryTile tile, int64_t lanes,
                      float lse_factor, float* lse, float* delta) {
@@ -38,8 +39,8 @@ void load_statistics(const AttentionBackwardArgs& args, int64_t batch, int64_t h
   fill(delta + rows, lanes - rows, 0.0f);
 }
 
-// Of the keys [begin, end) of a block, given as rows of S and dP: where a query row does not see a key, P will be 0 and
-// dS too, whatever K and V hold there.
+// Overwrites S and dP of the keys [begin, end) of a block where a query row does not see the key. P and dS are then 0,
+// whatever K and V contain there.
 VAR_INLINE void hide(const int64_t* visible, int64_t rows, int64_t block, int64_t begin, int64_t end, int64_t lanes,
                      float* scores, float* dp) {
   for (int64_t key = max_i(begin, visible[0] - block); key < end; ++key) {
@@ -79,14 +80,16 @@ struct Operands {
     load_transposed(queries, padded, rows, dim, 1.0f, query_columns, lanes);
     load_transposed(dout, padded, rows, dim, 1.0f, dout_columns, lanes);
   }
-  // The `columns` keys from `place` on, of which the first is number `block` of all.
+  // Adds the gradients of `columns` keys: key `block` of all keys is the first one, at `place` in the range of the
+  // task.
   void add_block(const int64_t* visible, int64_t rows, int64_t lanes, int64_t block, int64_t place, int64_t columns) {
     multiply_rows(columns, lanes, dim, keys + place * padded, padded, query_columns, scores);
     multiply_rows(columns, lanes, dim, values + place * padded, padded, dout_columns, dp);
     hide(visible, rows, block, 0, columns, lanes, scores, dp);
     for (int64_t i = 0; i < columns * lanes; i += lanes)
       for (int64_t r = 0; r < lanes; r += kWidth) {
-        // log2 e multiplies the difference, which is small where P is not.
+        // log2 e multiplies the difference, not its two terms: where P is large the difference is small, and so is the
+        // error of this rounding.
         const Vec p = exp2_v((load(scores + i + r) - load(lse + r)) * kLog2E);
         store(scores + i + r, p);
         store(dp + i + r, p * (load(dp + i + r) - load(delta + r)));
@@ -102,9 +105,9 @@ struct Operands {
 #if defined(__AVX512BF16__)
 template <>
 struct Operands<bf16> {
-  static constexpr int64_t kTileRows = 96, kUnit = kStep;  // rows are summed over in whole steps
+  static constexpr int64_t kTileRows = 96, kUnit = kStep;  // sums over rows go in whole steps
   using KeyColumns = TransposedBlocks<kBlock>;
-  int64_t dim, padded, words;                                   // padded: to 16; words: pairs of a row, of whole steps
+  int64_t dim, padded, words;  // padded: dim rounded up to 16; words: pairs of a row, up to whole steps
   Pair *keys, *values, *key_columns;                            // (keys, words); blocks of (padded, keys)
   float *dk, *dv;                                               // (keys, padded)
   Pair *query_columns, *dout_columns, *query_pairs, *dout_pairs;  // [words][lanes]; [lanes / 2][padded]
@@ -142,13 +145,14 @@ struct Operands<bf16> {
     load_row_pairs(d, d_row, rows, dim, dout_pairs);
   }
 
-  // S and dP of 16 keys from `place` on; `slot` is 0 or 1.
+  // Computes S and dP of the 16 keys from `place` on, into the first (slot 0) or second (slot 1) chunk of memory.
   void multiply_keys(int64_t place, int64_t lanes, int64_t slot) const {
     const int64_t at = slot * 16 * lanes;
     gemm(16, lanes, words, keys + place * words, words, 1, query_columns, lanes, scores + at, lanes, false);
     gemm(16, lanes, words, values + place * words, words, 1, dout_columns, lanes, dp + at, lanes, false);
   }
-  // P and dS of two keys (rows i and i + 1 of the scores) and 32 lanes, once by rows and dS once as pairs of keys.
+  // Computes P and dS of two keys (rows i and i + 1 of the scores) in 32 lanes. Both are stored by rows, and dS also as
+  // pairs of keys.
   VAR_INLINE void softmax_backward(const float* s, const float* g, int64_t lanes, Vec factor, int64_t r, bf16* p_row,
                                    bf16* ds_row, Pair* pairs) const {
     __m512i ds_rows[2];
@@ -180,7 +184,7 @@ struct Operands<bf16> {
       const int64_t begin = chunk * 16, at = chunk % 2 * 16 * lanes;
       float *s = scores + at, *g = dp + at;
       hide(visible, rows, block, begin, min_i(begin + 16, columns), lanes, s, g);
-      for (int64_t key = columns; key < begin + 16; ++key) {  // keys that no row of this tile sees, or that are not there
+      for (int64_t key = columns; key < begin + 16; ++key) {  // keys that no row of this tile sees, or that don't exist
         fill(s + (key - begin) * lanes, lanes, -kInfinity);
         fill(g + (key - begin) * lanes, lanes, 0.0f);
       }
@@ -233,7 +237,7 @@ void backward(const AttentionBackwardArgs& args, const AttentionBackwardTask& ta
     const int64_t rows = tile.end - tile.begin, lanes = round_up(rows, Operands<T>::kUnit);
     const int64_t* visible = p.visible + tile.begin;
     float* share = task.dq_part ? task.dq_part + (unit / p.tile_count * p.queries + tile.begin) * share_row : nullptr;
-    if (visible[rows - 1] <= task.key_begin) {  // never in the range that starts at key 0
+    if (visible[rows - 1] <= task.key_begin) {  // not in the range of key 0, so the share exists
       memset(share, 0, rows * share_row * sizeof(float));
       continue;
     }

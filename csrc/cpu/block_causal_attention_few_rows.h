@@ -1,12 +1,13 @@
-// Forward for a few query rows (the first scales against their cache): too few for a lane each. One dot product per
-// row and key, with K and V read where they lie, so that nothing is packed for a single use.
+// The forward of block_causal_attention for a few query rows (the first scales against their cache), too few to fill
+// the lanes of a vector. Each row and key take one dot product, and K and V are read where they are, so that nothing is
+// packed for a single use.
 #pragma once
 #include "block_causal_attention_tile.h"
 
 namespace var_kernels::VAR_ISA {
 
-constexpr int64_t kFewRows = 8;  // at most; AMX is faster from 5 on
-constexpr int64_t kFewGroup = 4;  // rows that share what is read of V, in registers
+constexpr int64_t kFewRows = 8;  // the largest number of rows; with AMX tiles are faster from 5 rows on
+constexpr int64_t kFewGroup = 4;  // rows that share each value that is read of V, in registers
 constexpr int64_t kFewBlock = 256;  // keys per step of the online softmax
 
 struct FewRowsScratch {
@@ -20,7 +21,8 @@ struct FewRowsScratch {
         out(scratch.take(kFewRows * round_up(dim, kWidth))) {}
 };
 
-// kWidth accumulators are added up by a transposition that adds at every step: lane i holds the sum of accumulator i.
+// Adds up the lanes of kWidth accumulators, by a transposition that adds at every step. Lane i of the result holds the
+// sum of accumulator i.
 template <int Step>
 VAR_INLINE Vec reduce_each(Vec (&acc)[kWidth]) {
   for (int i = 0; i < Step; ++i) {
@@ -31,7 +33,7 @@ VAR_INLINE Vec reduce_each(Vec (&acc)[kWidth]) {
   return acc[0];
 }
 
-// scores (rows, columns up to the next whole vector); beyond the last key, the last key again.
+// scores (rows, columns up to the next whole vector) = queries · keys. Columns beyond the last key repeat the last key.
 template <class T>
 void dot_keys(const T* keys, int64_t key_row, int64_t columns, int64_t rows, int64_t dim, const float* queries,
               float* scores) {
@@ -54,13 +56,14 @@ void dot_keys(const T* keys, int64_t key_row, int64_t columns, int64_t rows, int
   }
 }
 
-// One row and one block: scores become P, the running maximum and sum move on. Returns the factor of the row of O.
+// The online softmax of one row and one block: turns scores into P, and updates the running maximum and sum. Returns
+// the factor by which the row of O must be multiplied.
 VAR_INLINE float online_softmax(float* row, int64_t seen, float* max, float* sum) {
   for (int64_t c = seen; c % kWidth; ++c) row[c] = -kInfinity;
   Vec top = splat(-kInfinity);
   for (int64_t c = 0; c < seen; c += kWidth) top = max_v(load(row + c), top);
   const float before = *max, block = reduce_max(top), after = block > before ? block : before;
-  const float base = after == -kInfinity ? 0.0f : after;  // -inf − -inf would be NaN where P is 0
+  const float base = after == -kInfinity ? 0.0f : after;  // P must be 0 here, and -inf − -inf would be NaN
   Vec total{};
   for (int64_t c = 0; c < seen; c += kWidth) {
     const Vec p = exp2_v((load(row + c) - base) * kLog2E);
@@ -73,7 +76,7 @@ VAR_INLINE float online_softmax(float* row, int64_t seen, float* max, float* sum
   return factor;
 }
 
-// out (R, padded) = factor · out + p (R, seen) · values: nothing of an invisible value is read.
+// out (R, padded) = factor · out + p (R, seen) · values. No invisible value is read.
 template <int R, class T>
 VAR_INLINE void add_values(const float* p, int64_t seen, const T* values, int64_t value_row, int64_t dim,
                            const float* factor, float* out) {
@@ -119,7 +122,7 @@ void forward_few_rows(const AttentionForwardArgs& args, int64_t batch, int64_t k
     const int64_t columns = min_i(keys - begin, kFewBlock);
     dot_keys(row_of<const T>(args.k, batch, kv_head, begin), args.k.row, columns, rows, p.dim, s.queries, s.scores);
     const T* values = row_of<const T>(args.v, batch, kv_head, begin);
-    for (int64_t r = 0, end; r < rows; r = end) {  // rows that see equally many keys, some together
+    for (int64_t r = 0, end; r < rows; r = end) {  // groups of rows that see the same number of keys
       const int64_t seen = seen_in_block(visible[r], begin, columns);
       for (end = r; end < min_i(r + kFewGroup, rows) && seen_in_block(visible[end], begin, columns) == seen; ++end)
         factor[end] = online_softmax(s.scores + end * kFewBlock, seen, max + end, sum + end);

@@ -1,22 +1,23 @@
-// Forward: for a tile of query rows, one pass over the visible keys with the softmax computed online.
+// The forward of block_causal_attention: for each tile of query rows, one pass over the visible keys with an online
+// softmax.
 //
 //   Sᵀ = K Qᵀ,   m = base of a row, near its maximum,   P = exp(softmax_scale · S − m),   Oᵀ = Σ Vᵀ P,   l = Σ P
 //
 // When a later block raises m, O and l are multiplied by exp(m_old − m_new). At the end out = O / l, lse = m + log l.
-// The arithmetic is fp32; with AVX512-BF16 the products of bf16 inputs are those of pairs, and P is rounded to bf16.
+// The arithmetic is fp32. With AVX512-BF16, bf16 inputs are multiplied as pairs, and P is rounded to bf16.
 #include "block_causal_attention_few_rows.h"
 #include "block_causal_attention_pairs.h"
 
 namespace var_kernels::VAR_ISA {
 namespace {
 
-// One float per lane: the base that is subtracted from the scores, in units of the exponent below; the sum l; the
-// factor that a new base gives O.
+// One float per lane: the base that is subtracted from the scores, in the units of `Exponent` below; the sum l; the
+// factor by which a new base multiplies O.
 struct Softmax {
   float *base, *sum, *factor;
 };
 
-// The maximum of the scores of one vector of lanes. NaN loses.
+// The maximum of the scores in each lane of one vector. NaN never becomes the maximum.
 VAR_INLINE Vec top_of(const float* scores, int64_t lanes, int64_t keys) {
   Vec top[4] = {splat(-kInfinity), splat(-kInfinity), splat(-kInfinity), splat(-kInfinity)};
   int64_t key = 0;
@@ -26,9 +27,9 @@ VAR_INLINE Vec top_of(const float* scores, int64_t lanes, int64_t keys) {
   return max_v(max_v(top[0], top[1]), max_v(top[2], top[3]));
 }
 
-// The base of a lane is the maximum when it was last raised. Scores above it by up to kSlack give P up to 2^8, which
-// loses nothing, so O need not be multiplied for almost every block, as it would if the base were always the maximum.
-// True if a lane of O must be multiplied by its factor; l has been.
+// Raises the base of a lane to the maximum of its scores if that exceeds the base by more than kSlack. Smaller excesses
+// give P up to 2^8, which loses no accuracy. If the base were always the maximum, O would have to be multiplied in
+// almost every block. Returns whether a lane of O must be multiplied by its factor; l is multiplied here.
 template <class E>
 VAR_INLINE bool raise_base(const float* scores, int64_t keys, int64_t lanes, const Softmax& s, const E& exponent) {
   bool raised = false;
@@ -39,7 +40,7 @@ VAR_INLINE bool raise_base(const float* scores, int64_t keys, int64_t lanes, con
       store(s.factor + r, splat(1.0f));
       continue;
     }
-    const Vec after = over != 0.0f ? top : before;  // not -inf where it is raised
+    const Vec after = over != 0.0f ? top : before;  // a raised base is not -inf
     const Vec factor = over != 0.0f ? exp2_v(exponent.log2_of(before - after)) : splat(1.0f);
     store(s.base + r, after);
     store(s.factor + r, factor);
@@ -56,15 +57,15 @@ VAR_INLINE void rescale(const Softmax& s, int64_t dim, int64_t lanes, float* out
   }
 }
 
-// -inf − -inf would be NaN where P is 0.
+// The base, but 0 if it is -inf: P must then be 0, and -inf − -inf would be NaN.
 VAR_INLINE Vec base_of(const Softmax& s, int64_t r) {
   const Vec base = load(s.base + r);
   return base == -kInfinity ? Vec{} : base;
 }
 
-// What is asked of memory ahead of its use, a line or a few for every two keys, while the vector units are busy.
+// The prefetches ahead of use: one line or a few lines for every two keys, while the vector units are busy.
 struct Ahead {
-  const char *soon = nullptr, *output = nullptr;  // what the next products read, into L1; rows of the output, into L2
+  const char *soon = nullptr, *output = nullptr;  // operands of the next products, into L1; rows of the output, into L2
   int64_t soon_lines = 0, output_row = 0, output_bytes = 0, rows = 0, at = 0;  // at: bytes of the first of these rows
 
   VAR_INLINE void next() {
@@ -82,8 +83,8 @@ struct Ahead {
 
 // ---- operands: fp32 ---------------------------------------------------------------------------------------------
 
-// K and V where they lie if they are fp32 and few tiles read them, else copied: a packed qkv puts every row into the
-// same cache sets.
+// K and V are read where they are if they are fp32 and one tile reads them. Otherwise they are copied, because the rows
+// of a packed qkv all fall into the same cache sets.
 template <class T>
 struct Operands {
   static constexpr int64_t kTileRows = kMaxTileRows, kFew = kFewRows;
@@ -126,7 +127,8 @@ struct Operands {
          lanes, true);
   }
 
-  // softmax_scale is in Q: rounding it there costs less than rounding the difference to the maximum.
+  // Q has been multiplied by softmax_scale: this rounding costs less accuracy than one of the difference to the
+  // maximum.
   struct Exponent {
     static constexpr float kSlack = 8 * kLn2;
     explicit Exponent(float) {}
@@ -135,7 +137,7 @@ struct Operands {
     VAR_INLINE Vec natural(Vec scaled) const { return scaled; }
   };
 
-  // One vector of lanes: scores become P in place; returns their sum.
+  // Turns the scores of one vector of lanes into P, in place, and returns the sum of P.
   static VAR_INLINE Vec exponentials(const Exponent&, float* scores, float*, int64_t lanes, int64_t keys, Vec base,
                                      Ahead& ahead) {
     const auto take = [=](int64_t key) VAR_LAMBDA {
@@ -189,8 +191,8 @@ struct Operands<bf16> {
   void multiply_keys(int64_t begin, int64_t count, int64_t lanes, float* scores) const {
     gemm(round_up(count, 16), lanes, words, keys + begin * words, words, 1, queries, lanes, scores, lanes, false);
   }
-  // The values of the block, and the keys of the next one: tiles are read once for 32 rows, at the speed of L2 if they
-  // come from there.
+  // Prefetches the values of the block and the keys of the next one: tiles are read once for 32 rows, and without the
+  // prefetch at the speed of L2.
   void ask_soon(int64_t block, int64_t r, Ahead& ahead) const {
     const Pair* at = r == 0 ? values + block / 2 * round_up(dim, 16) : keys + (block + kBlock) * words;
     ahead.soon = reinterpret_cast<const char*>(at);
@@ -200,7 +202,8 @@ struct Operands<bf16> {
     Values::multiply(values + block / 2 * round_up(dim, 16), dim, begin, end, p, lanes, step_copy, out);
   }
 
-  // Q is exact, its sign is that of softmax_scale; scale · log2 e multiplies the scores.
+  // Q is not rounded again; it carries the sign of softmax_scale. The scores are multiplied by |softmax_scale| · log2
+  // e.
   struct Exponent {
     static constexpr float kSlack = 8;
     Vec factor;
@@ -210,7 +213,7 @@ struct Operands<bf16> {
     VAR_INLINE Vec natural(Vec scaled) const { return scaled * kLn2; }
   };
 
-  // An odd last key is paired with 0.
+  // Turns the scores of one vector of lanes into pairs of P and returns the sum of P. An odd last key is paired with 0.
   static VAR_INLINE Vec exponentials(const Exponent& exponent, const float* scores, Pair* p, int64_t lanes,
                                      int64_t keys, Vec base, Ahead& ahead) {
     const auto take = [=, &exponent](int64_t key) VAR_LAMBDA {
@@ -233,7 +236,7 @@ struct Operands<bf16> {
     return even + odd;
   }
   static Pair* probabilities(float*, Pair* p) { return p; }
-  // Zero from `end` to the end of its step.
+  // Sets P of the keys from `end` to the end of its step to zero.
   static void finish_probabilities(Pair* p, int64_t end, int64_t lanes) {
     const int64_t first = (end + 1) / 2 * lanes, last = round_up(end, kStep) / 2 * lanes;
     memset(p + first, 0, (last - first) * sizeof(Pair));
@@ -269,8 +272,9 @@ struct ForwardScratch {
   }
 };
 
-// O of the rows that see the keys [begin, end) of a block; the rows of a tile of small scales see different numbers.
-// An invisible value is never multiplied, not even by 0: 0 · NaN would carry a later scale into an earlier one.
+// Adds the values of a block to O of the rows that see them. In a tile of small scales the rows see different numbers
+// of keys, so the block is divided. An invisible value is never multiplied, not even by 0, because 0 · NaN would carry
+// a later scale into an earlier one.
 template <class T>
 void add_visible_values(const Operands<T>& operands, const int64_t* visible, int64_t rows, int64_t block,
                         int64_t columns, const typename ScalarOf<T>::Type* p, int64_t lanes, float* out) {
@@ -344,7 +348,8 @@ void forward_tile(const AttentionForwardArgs& args, const AttentionForwardTask& 
   store_transposed(s.out, lanes, rows, p.dim, s.softmax.factor, out, args.out.row);
 }
 
-// Decided by the tile alone: the two ways round differently, and how tiles are split into tasks depends on the threads.
+// Whether a tile is computed by forward_few_rows. The two paths round differently, so this depends on the tile alone:
+// choosing per task would make results depend on the number of threads.
 template <class T>
 VAR_INLINE bool few_rows(QueryTile tile) {
   return tile.end - tile.begin <= Operands<T>::kFew;

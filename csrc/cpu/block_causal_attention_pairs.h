@@ -1,4 +1,5 @@
-// bf16 operands of the attention for products of pairs (gemm.h, tiles.h), padded with zeros to whole tiles.
+// Makes the bf16 operands of block_causal_attention for products of pairs (gemm.h, tiles.h). They are padded with zeros
+// to whole tiles.
 #pragma once
 #include "block_causal_attention_tile.h"
 
@@ -6,16 +7,16 @@
 
 namespace var_kernels::VAR_ISA {
 
-constexpr int64_t kStep = 32;  // bf16 along K in one tile product
+constexpr int64_t kStep = 32;  // bf16 numbers along the summed dimension in one product of AMX tiles
 
-VAR_INLINE Vec load_pairs(const bf16* p, int64_t count) {  // zero beyond `count` bf16
+VAR_INLINE Vec load_pairs(const bf16* p, int64_t count) {  // lanes beyond `count` bf16 numbers are zero
   if (count >= 32) return load(reinterpret_cast<const Pair*>(p));
   return (Vec)_mm512_maskz_loadu_epi16((1u << max_i(count, 0)) - 1u, p);
 }
 
 VAR_INLINE void store(Pair* p, Vec v) { memcpy(p, &v, sizeof v); }
 
-// Two rows side by side: lane i holds (low[i], high[i]).
+// Two rows as pairs: lane i holds (low[i], high[i]).
 VAR_INLINE Vec interleave(Vec low, Vec high) {
   alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -23,14 +24,14 @@ VAR_INLINE Vec interleave(Vec low, Vec high) {
   return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)both);
 }
 
-// dst (rows up to the next multiple of 16, padded / 2) = src (rows, dim); padded is dim up to whole steps.
+// dst (rows up to the next multiple of 16, padded / 2) = src (rows, dim). padded is dim rounded up to whole steps.
 inline void copy_rows(const bf16* src, int64_t src_row, int64_t rows, int64_t dim, Pair* dst) {
   const int64_t words = round_up(dim, kStep) / 2;
   for (int64_t r = 0; r < round_up(rows, 16); ++r, src += src_row, dst += words)
     for (int64_t d = 0; d < dim; d += kStep) store(dst + d / 2, r < rows ? load_pairs(src + d, dim - d) : Vec{});
 }
 
-// dst [padded / 2][lanes] = src (rows, dim) as pairs along dim, transposed; `sign` is xored to every pair.
+// dst [padded / 2][lanes] = src (rows, dim) as pairs along dim, transposed. Every pair is XORed with `sign`.
 inline void load_pairs_transposed(const bf16* src, int64_t src_row, int64_t rows, int64_t dim, uint32_t sign, Pair* dst,
                                   int64_t lanes) {
   for (int64_t r = 0; r < lanes; r += kWidth)
@@ -43,7 +44,7 @@ inline void load_pairs_transposed(const bf16* src, int64_t src_row, int64_t rows
     }
 }
 
-// 16 bf16 of each of two rows as pairs (low row, high row); rows that do not exist are zero.
+// 16 bf16 numbers of each of two rows as pairs (low row, high row). Rows that do not exist are zero.
 VAR_INLINE Vec pair_rows(const bf16* low, int64_t src_row, int64_t rows, int64_t count) {
   const auto wide = [count](const bf16* p) VAR_LAMBDA {
     return as_bits(count >= kWidth ? load(p) : load_tail(p, count));  // the bf16 in the upper half of each lane
@@ -52,8 +53,8 @@ VAR_INLINE Vec pair_rows(const bf16* low, int64_t src_row, int64_t rows, int64_t
   return as_float(first >> 16 | second);
 }
 
-// dst [dim up to a multiple of 16][row words] = src (keys, dim), transposed: pairs along the keys, for one step of
-// keys. What lies beyond `keys` is zero.
+// dst [dim up to a multiple of 16][row words] = src (keys, dim), transposed into pairs along the keys, for one step of
+// keys. Elements beyond `keys` are zero.
 inline void load_step_transposed(const bf16* src, int64_t src_row, int64_t keys, int64_t dim, Pair* dst, int64_t row) {
   for (int64_t d = 0; d < dim; d += kWidth) {
     Vec block[kWidth];
@@ -64,14 +65,15 @@ inline void load_step_transposed(const bf16* src, int64_t src_row, int64_t keys,
   }
 }
 
-// dst [rows up to whole steps / 2][padded] = src (rows, dim) as pairs along the rows; padded is dim up to 16.
+// dst [rows up to whole steps / 2][padded] = src (rows, dim) as pairs along the rows. padded is dim rounded up to 16.
 inline void load_row_pairs(const bf16* src, int64_t src_row, int64_t rows, int64_t dim, Pair* dst) {
   const int64_t padded = round_up(dim, kWidth);
   for (int64_t r = 0; r < round_up(rows, kStep); r += 2, dst += padded)
     for (int64_t d = 0; d < dim; d += kWidth) store(dst + d, pair_rows(src + r * src_row + d, src_row, rows - r, dim - d));
 }
 
-// The transposed keys (or values) of a task: blocks of kBlock keys, each [dim up to a multiple of 16][kBlock / 2].
+// The transposed keys (or values) of a task, in blocks of kBlock keys. A block is
+// [dim up to a multiple of 16][kBlock / 2].
 template <int64_t kBlock>
 struct TransposedBlocks {
   static constexpr int64_t kRow = kBlock / 2;
@@ -85,8 +87,9 @@ struct TransposedBlocks {
                            dst + key / kBlock * block_words + key % kBlock / 2, kRow);
   }
 
-  // out [dim][lanes] += the keys [begin, end) of one block times p [kBlock / 2][lanes]. Of the steps at the ends a
-  // copy without the other keys is multiplied: their p are 0, but 0 · NaN would carry an invisible key in.
+  // out [dim][lanes] += the keys [begin, end) of one block times p [kBlock / 2][lanes]. The steps at the two ends are
+  // multiplied from a copy in which the other keys are zero: their p are 0, but 0 · NaN would let an invisible key into
+  // the sum.
   static void multiply(const Pair* block, int64_t dim, int64_t begin, int64_t end, const Pair* p, int64_t lanes,
                        Pair* step_copy, float* out) {
     const int64_t rows = round_up(dim, 16);

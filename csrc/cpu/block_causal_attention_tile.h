@@ -1,8 +1,9 @@
-// What forward and backward share: conversion and transposition into operands, and which elements are visible.
+// Functions that the forward and the backward of block_causal_attention share: conversion and transposition into
+// operands, and which elements are visible.
 //
-// Both work on the transposed scores Sᵀ = K Qᵀ: a row is a key, the query rows of a tile lie side by side in the lanes.
-// Row maxima, sums and the log-sum-exp are then vectors, one element a lane; K and V are the scalars of gemm.h and are
-// read as they lie, without packing.
+// Both work on the transposed scores Sᵀ = K Qᵀ: a row is a key, and the query rows of a tile lie side by side in the
+// lanes. Row maxima, sums and the log-sum-exp are then vectors with one element per lane. K and V are the scalars of
+// gemm.h and are read where they are, without packing.
 #pragma once
 #include <utility>
 
@@ -11,14 +12,14 @@
 
 namespace var_kernels::VAR_ISA {
 
-constexpr int64_t kChain = 96;  // longest sum over D without an intermediate result
+constexpr int64_t kChain = 96;  // the longest sum over D without an intermediate result
 
 template <class T>
 VAR_INLINE T* row_of(const HeadRows& x, int64_t batch, int64_t head, int64_t row) {
   return static_cast<T*>(x.data) + batch * x.batch + head * x.head + row * x.row;
 }
 
-// Carves scratch memory; without memory only the size is wanted.
+// Divides scratch memory among its users. Without memory (base is null) it only counts the floats that are needed.
 struct Scratch {
   float* base;
   int64_t taken = 0;
@@ -90,8 +91,9 @@ inline void store_transposed(const float* src, int64_t lanes, int64_t rows, int6
     }
 }
 
-// Sᵀ (keys, lanes) = rows (keys, dim) · columns [dim][lanes]. The error of a score is the relative error of its
-// probability, so a wide head is summed in parts: one chain of 256 multiply-adds doubles the error of the attention.
+// Sᵀ (keys, lanes) = rows (keys, dim) · columns [dim][lanes]. The absolute error of a score is the relative error of
+// its probability, so a wide head is summed in parts: one chain of 256 multiply-adds doubles the error of the
+// attention.
 inline void multiply_rows(int64_t keys, int64_t lanes, int64_t dim, const float* rows, int64_t row,
                           const float* columns, float* scores) {
   const int64_t parts = (dim + kChain - 1) / kChain, part = (dim + parts - 1) / parts;
@@ -99,19 +101,20 @@ inline void multiply_rows(int64_t keys, int64_t lanes, int64_t dim, const float*
     gemm(keys, lanes, min_i(part, dim - d), rows + d, row, 1, columns + d * lanes, lanes, scores, lanes, d > 0);
 }
 
-// Of the `columns` keys of a block that starts at key_begin, a query row that sees the keys [0, visible) sees so many.
+// How many of the `columns` keys of a block, which starts at key_begin, a query row sees that sees the keys [0,
+// visible).
 VAR_INLINE int64_t seen_in_block(int64_t visible, int64_t key_begin, int64_t columns) {
   return max_i(0, min_i(visible - key_begin, columns));
 }
 
-// Visible lies per row and never decreases: the first row that sees more than `keys` keys.
+// The first row that sees more than `keys` keys; `rows` if there is none. `visible` never decreases with the row.
 VAR_INLINE int64_t first_row_beyond(const int64_t* visible, int64_t rows, int64_t keys) {
   int64_t r = 0;
   while (r < rows && visible[r] <= keys) ++r;
   return r;
 }
 
-// Overwrite the lanes [0, count) of a row of lanes.
+// Overwrites the lanes [0, count) of a row of lanes.
 VAR_INLINE void fill(float* row, int64_t count, float value) {
   for (int64_t r = 0; r < count; ++r) row[r] = value;
 }

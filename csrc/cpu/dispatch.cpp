@@ -23,8 +23,8 @@ namespace {
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 
 #if defined(VAR_ISA_X86)
-// Whether this process may use the tile registers for bf16: the processor has them, and the operating system keeps
-// them (Linux, since 5.16, only for a process that has asked).
+// Whether this process may use the AMX tile registers for bf16. The processor must have them, and the operating system
+// must save them; Linux does so since 5.16, for processes that have asked for it.
 bool has_amx() {
 #if defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -88,7 +88,8 @@ float* thread_scratch(int64_t floats) {
 
 }  // namespace var_kernels
 
-// Read by Python through ctypes; null when VAR_KERNELS_ISA names no level of this machine (the first op call raises).
+// Python reads these through ctypes. The result is null (below: 0) if VAR_KERNELS_ISA names no level of this machine;
+// the first call of an op then raises.
 extern "C" __attribute__((visibility("default"))) const char* var_kernels_isa() {
   try {
     return var_kernels::kNames[int(var_kernels::active_isa())];

@@ -1,5 +1,5 @@
-// What the doors (`<stem>.cpp`, compiled for any machine) share: the choice of instruction set, work over threads,
-// and per-thread scratch memory.
+// Functions that the C++ entries of the ops (`<stem>.cpp`, compiled for any machine) share: the choice of the
+// instruction set, work over threads, and scratch memory for each thread.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -39,10 +39,10 @@ Isa active_isa();
   inline const Table& name() { return portable::name; }
 #endif
 
-// Run f(task) for every task in [0, tasks). A worker takes the tasks of its own range in order, the same range in every
-// call, so that data may still lie in its cache; then it helps the others, so that ragged tasks (a query tile of the
-// last scale sees a hundred times the keys of the first) balance themselves. Each task writes its own outputs, so the
-// result does not depend on who ran it.
+// Runs f(task) for every task in [0, tasks). A worker first takes the tasks of its own range in order. The range is the
+// same in every call, so that data may still be in its cache. Then the worker helps the others, so that uneven tasks (a
+// query tile of the last scale sees a hundred times the keys of the first) are balanced. Each task writes its own
+// outputs, so the result does not depend on which worker ran it.
 template <class F>
 void parallel_tasks(int64_t tasks, const F& f) {
   const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
@@ -62,8 +62,8 @@ void parallel_tasks(int64_t tasks, const F& f) {
   });
 }
 
-// The same for a known number of multiply-adds: where they take less than about ten microseconds, waking the other
-// threads costs more than it saves.
+// The same for a known number of multiply-adds. If they take less than about ten microseconds, one thread runs all
+// tasks, because waking the others costs more than it saves.
 template <class F>
 void parallel_tasks(int64_t tasks, int64_t work, const F& f) {
   constexpr int64_t serial_work = 1 << 20;
@@ -71,15 +71,17 @@ void parallel_tasks(int64_t tasks, int64_t work, const F& f) {
   for (int64_t task = 0; task < tasks; ++task) f(task);
 }
 
-// Whether an output is to be stored past the caches, where `bytes` of data pass by: what is larger than three quarters
-// of a common last-level cache (32 MiB) will not be found there by the next operation. Its rows must fill whole lines.
+// Whether an op that moves `bytes` bytes should store its output past the caches: the next operation would not find
+// data larger than three quarters of a common last-level cache (32 MiB) there. Rows of the output must fill whole
+// lines.
 inline bool stored_past_caches(int64_t bytes, int64_t row_bytes, const void* output) {
   constexpr int64_t kStreamBytes = 24 << 20, kLine = 64;
   return bytes > kStreamBytes && row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(output) % kLine == 0;
 }
 
-// At least `floats` floats of 64-byte aligned memory owned by the calling thread, kept between calls: fresh
-// allocations of this size would fault in their pages on every call. Contents are unspecified; one user at a time.
+// At least `floats` floats of 64-byte aligned memory that belongs to the calling thread. It is kept between calls,
+// because a fresh allocation of this size would fault in its pages on every call. Its contents are unspecified, and it
+// has one user at a time.
 float* thread_scratch(int64_t floats);
 
 // A dense CPU tensor with unspecified contents.

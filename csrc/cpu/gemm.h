@@ -1,15 +1,15 @@
 // Small matrix product for operands that already sit in cache: C (M, N) = [C +] A (M, K) · B (K, N).
 //
-// Every dense product inside our kernels is this one: scores, P·V and the five products of the attention backward, the
-// φ convolutions (one call per row of taps). A is read one scalar at a time and broadcast, so its two strides are free
-// and transposed operands cost nothing; B and C rows are vectors, so N is a multiple of kWidth and callers pad. A
-// product is summed from zero and then added to C, so that a long sum made of several products does not round like one
-// chain.
+// Most dense products of our kernels use it: scores, P·V and the five products of the attention backward, the φ
+// convolutions (one call per row of taps), linear layers and 3×3 convolutions. A is read one scalar at a time and
+// broadcast, so its two strides may have any value, and transposed operands cost nothing. Rows of B and C are vectors,
+// so N is a multiple of kWidth and callers pad. A product is summed from zero and then added to C, so that a long sum
+// made of several products does not round like one chain.
 //
-// A scalar is a float, or with AVX512-BF16 a Pair: two neighbours along K, multiplied and added by one instruction.
-// The register tile is MR rows by NV vectors: MR·NV accumulators, NV vectors of B and one broadcast fill the register
-// file (32 registers with AVX-512 and NEON, 16 before); three vectors and eight rows need 11 loads for 24 multiply-adds.
-// How rows and columns are split changes no sum.
+// A scalar is a float, or with AVX512-BF16 a Pair: two neighbours along K, multiplied and added by one instruction. The
+// register tile is MR rows by NV vectors: MR·NV accumulators, NV vectors of B and one broadcast fill the register file
+// (32 registers with AVX-512 and NEON, else 16). Three vectors and eight rows need 11 loads for 24 multiply-adds. The
+// split into rows and columns changes no sum.
 #pragma once
 #include "isa.h"
 
@@ -21,12 +21,12 @@ constexpr int kAccumulators = 24;
 constexpr int kAccumulators = 12;
 #endif
 
-// Two bf16 in the order of memory.
+// Two bf16 numbers in the order of memory.
 struct Pair {
   uint32_t bits;
 };
 
-// What a scalar is made of in memory, and of how many.
+// The type of the elements in memory that make up a scalar, and their number.
 template <class S>
 struct Stored {
   using Element = S;
@@ -52,7 +52,7 @@ VAR_INLINE Vec multiply_add(Vec a, Vec b, Vec sum, const Pair*) {
 }
 #endif
 
-// What is fetched into the second-level cache beside a product: nothing, or a line at each step along K.
+// Prefetches into the second-level cache during a product: none, or one line at each step along K.
 struct NothingAhead {
   VAR_INLINE void fetch(int64_t) const {}
   VAR_INLINE void advance(int64_t) {}
@@ -61,8 +61,8 @@ struct LinesAhead {
   const char *at = nullptr, *last = nullptr;
 
   LinesAhead() = default;
-  // B of the next product, (K, N) like that of this one, as far as it lies before `end`. Where there are more steps than
-  // lines, the last K lines are fetched again: those beyond would drive out of the cache what is read now.
+  // Fetches B of the next product, which is (K, N) like that of this one, as far as it lies before `end`. If there are
+  // more steps than lines, the last K lines are fetched again: later lines would evict data that this product reads.
   template <class S>
   VAR_INLINE LinesAhead(const S* next, const S* end, int64_t K, int64_t N)
       : at((const char*)next), last((const char*)(end - next > K * N ? next + K * N : end) - K * 64) {
@@ -95,7 +95,7 @@ VAR_INLINE void gemm_tile(int64_t K, const S* VAR_RESTRICT a, int64_t a_row, int
   ahead.advance(K);
 }
 
-// All M rows of one column strip of NV vectors, in register tiles of MR rows and then of 4, 2 and 1.
+// All M rows of one strip of NV vectors of columns, in register tiles of MR rows and then of 8, 4, 2 and 1.
 template <int MR, int NV, class S, class Ahead>
 VAR_INLINE void gemm_rows(int64_t& m, int64_t M, int64_t K, const S* a, int64_t a_row, int64_t a_k, const S* b,
                           int64_t b_k, float* c, int64_t c_row, bool accumulate, Ahead& ahead) {

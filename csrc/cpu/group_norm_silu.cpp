@@ -1,4 +1,4 @@
-// The door of group_norm_silu on CPU: checks, work over threads, and the statistics of the groups.
+// The C++ entry of group_norm_silu on CPUs: checks, work over threads, and the statistics of the groups.
 #include "group_norm_silu.h"
 
 #include <torch/csrc/stable/library.h>
@@ -26,7 +26,7 @@ void check_affine(const char* name, const Tensor& tensor, int64_t channels) {
             name, "a dense float32 vector, one for each channel", tensor.numel(), " elements");
 }
 
-// From the moments of the chunks of one image to what each channel is multiplied by and what is added.
+// Turns the moments of the chunks of one image into the factor and the addend of each channel.
 void fold(const float* mean, const float* squares, int64_t chunks, int64_t pixels, int64_t channels, int64_t groups,
           double eps, const float* weight, const float* bias, float* factor, float* addend) {
   const int64_t width = channels / groups;
@@ -53,7 +53,7 @@ void fold(const float* mean, const float* squares, int64_t chunks, int64_t pixel
   }
 }
 
-// x is (B, P, C), dense: images with their channels last. y is like x, or x itself.
+// x is (B, P, C), dense: images with P pixels and their channels last. y has the shape of x, and may be x itself.
 void group_norm_silu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps, bool silu,
                      const Tensor& y) {
   const ScalarType dtype = x.scalar_type();

@@ -1,7 +1,9 @@
-// GroupNorm of channels-last images, with SiLU behind it: a channel is a lane, so sums over pixels need no reduction.
+// GroupNorm of channels-last images, optionally followed by SiLU. A channel is a lane, so sums over pixels need no
+// reduction across lanes.
 //
-// The limit is memory: x is read twice, y written once. Moments are taken from 64 pixels at a time, mean first, then the
-// squares of what is left, both out of the caches; one sweep with E[x²] - E[x]² would lose half of the digits.
+// Memory is the limit: x is read twice, y written once. Moments are taken from 64 pixels at a time, the mean first,
+// then the squared differences from it, which are read from the caches. One sweep with E[x²] - E[x]² would lose half of
+// the digits.
 #include "group_norm_silu.h"
 
 #include "isa.h"
@@ -9,7 +11,8 @@
 namespace var_kernels::VAR_ISA {
 namespace {
 
-// f(c, read, write) for every vector of channels, whole ones first: read(p) and write(p, v) are those of the vector.
+// Calls f(c, read, write) for every vector of channels, whole vectors first. read(p) and write(p, v) load and store as
+// many lanes as the vector has.
 template <class F>
 VAR_INLINE void for_each_vector(int64_t channels, F f) {
   int64_t c = 0;

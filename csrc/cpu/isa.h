@@ -1,12 +1,13 @@
 // The vector layer of the CPU kernels: one source, compiled once per instruction set.
 //
-// A `*.isa.cpp` file includes this header and keeps everything in namespace var_kernels::VAR_ISA. The namespace is
-// what makes several copies safe in one library: an inline function compiled with AVX-512 must never be the copy
-// that the linker keeps for a machine without it. For the same reason no function template of the standard library
-// is called here or in those files (std::max<float> is such an inline function).
+// A `*.isa.cpp` file includes this header and keeps everything in namespace var_kernels::VAR_ISA. The namespace makes
+// several copies safe in one library: the linker keeps one copy of an inline function, and a copy compiled with AVX-512
+// must never run on a machine without it. For the same reason these files call no function template of the standard
+// library (std::max<float> is such an inline function).
 //
-// Vectors are GCC/Clang vector extensions, so AVX-512, AVX2, SSE2 and NEON come from the same lines; intrinsics
-// appear only where the compiler cannot find the instruction (half precision, bfloat16 rounding).
+// Vectors are GCC/Clang vector extensions, so AVX-512, AVX2, SSE2 and NEON come from the same lines. Intrinsics appear
+// only where the compiler does not find the best instruction (half precision, bfloat16 rounding, reductions,
+// exponents).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -14,7 +15,7 @@
 #include <utility>
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
-#if !defined(__clang__)  // GCC 12 finds its own _mm512_undefined_ps() uninitialised
+#if !defined(__clang__)  // GCC 12 warns that its own _mm512_undefined_ps() is uninitialised
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -24,7 +25,7 @@
 
 #define VAR_INLINE inline __attribute__((always_inline))
 #define VAR_RESTRICT __restrict__
-#define VAR_LAMBDA __attribute__((always_inline))  // of lambdas that run once per vector
+#define VAR_LAMBDA __attribute__((always_inline))  // for lambdas that run once per vector
 
 namespace var_kernels {
 
@@ -57,7 +58,7 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 VAR_INLINE int64_t min_i(int64_t a, int64_t b) { return a < b ? a : b; }
 VAR_INLINE int64_t max_i(int64_t a, int64_t b) { return a > b ? a : b; }
 
-VAR_INLINE Vec splat(float x) { return x - Vec{}; }  // folds to a broadcast; x + 0 would not, since it changes -0
+VAR_INLINE Vec splat(float x) { return x - Vec{}; }  // compiles to a broadcast; x + 0 would not, because it changes -0
 VAR_INLINE Vec as_float(UVec v) { return (Vec)v; }
 VAR_INLINE UVec as_bits(Vec v) { return (UVec)v; }
 VAR_INLINE Vec max_v(Vec a, Vec b) { return a > b ? a : b; }
@@ -96,7 +97,7 @@ VAR_INLINE void from_float(float x, fp16* out) {
   } else if (magnitude >= 0x477ff000u) {
     h = 0x7c00u;  // rounds to infinity
   } else if (magnitude < 0x38800000u) {
-    h = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;  // subnormal: the adder rounds to 2^-24
+    h = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;  // subnormal: adding 0.5 rounds to 2^-24
   } else {
     h = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
   }
@@ -111,7 +112,7 @@ VAR_INLINE Vec load(const float* p) {
   return v;
 }
 VAR_INLINE Vec load(const bf16* p) {
-  // GCC 12 widens by halves (six instructions) where vpmovzxwd and a shift will do.
+  // GCC 12 widens by halves, in six instructions, although vpmovzxwd and a shift suffice.
 #if defined(__AVX512F__)
   return as_float((UVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
 #elif defined(__AVX2__)
@@ -157,8 +158,9 @@ VAR_INLINE void store(fp16* p, Vec v) {
 #endif
 }
 
-// Stores past the caches, for outputs too large to be found there later: without them every line is first read. The
-// address is a multiple of the stored size; a fence must follow before another thread reads. Plain stores off x86.
+// Stores past the caches, for outputs that are too large to stay there; a plain store reads its line first. The address
+// is a multiple of the stored size, and a fence must follow before another thread reads. Other processors than x86-64
+// use plain stores.
 VAR_INLINE void stream(float* p, Vec v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(p, (__m512)v);
@@ -186,7 +188,7 @@ VAR_INLINE void stream_fence() {
 #endif
 }
 
-// ---- tails: the first n of kWidth lanes, the others read as zero and are not written ----------------------------
+// ---- tails: the first n of kWidth lanes; the other lanes are zero when read, and not written --------------------
 
 template <class T>
 VAR_INLINE Vec load_tail(const T* p, int64_t n) {
@@ -222,7 +224,8 @@ VAR_INLINE void store_tail(fp16* p, Vec v, int64_t n) { store_tail_16bit(p, v, n
 
 // ---- transposition of kWidth by kWidth, in registers -----------------------------------------------------------
 
-// Lanes with bit `Step` clear come from a, the others from b moved up by Step; and the mirror image.
+// In the new a, lanes whose index has bit `Step` clear come from a, and the others from b, moved up by Step. The new b
+// is the mirror image.
 template <int Step, int... Lane>
 VAR_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, Lane...>) {
 #if defined(__clang__)
@@ -243,8 +246,8 @@ VAR_INLINE void transpose_step(Vec (&rows)[kWidth]) {
 
 // ---- reductions in a fixed order: results do not depend on the caller ------------------------------------------
 
-// Halves are folded until four lanes are left. Written out, because GCC keeps a loop over the halves as a loop through
-// memory, some sixty cycles for what takes ten.
+// Folds halves until four lanes are left. The steps are written out, because GCC turns a loop over the halves into a
+// loop through memory, which takes some sixty cycles instead of ten.
 using Quad = float __attribute__((vector_size(16)));
 template <class F>
 VAR_INLINE Quad fold_to_quad(Vec v, F f) {
@@ -270,18 +273,18 @@ VAR_INLINE float reduce_max(Vec v) {
 
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
-// 2^x for x < 128, as 2^floor(x) · p(x - floor(x)) with the minimax polynomial of p(0) = 1: relative error 1.5e-7 at
-// degree 5; 9e-5 at degree 3, for what is rounded to 16 bits. 0 below 2^-126: x86 takes fifty times as long for a
-// subnormal. NaN stays NaN.
+// 2^x for x < 128, as 2^floor(x) · p(x - floor(x)) with a minimax polynomial p with p(0) = 1. The relative error is
+// 1.5e-7 at degree 5, and 9e-5 at degree 3, which is for results that are rounded to 16 bits. Results below 2^-126
+// become 0, because x86 takes fifty times as long for a subnormal number. NaN stays NaN.
 template <int Degree = 5>
 VAR_INLINE Vec exp2_v(Vec x) {
   static_assert(Degree == 3 || Degree == 5);
 #if defined(__AVX512DQ__)
   const Vec f = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
 #else
-  const Vec rounder = splat(12582912.0f);  // 1.5·2^23: adding it rounds to an integer in the low mantissa bits
+  const Vec rounder = splat(12582912.0f);  // 1.5·2^23; adding it rounds to an integer in the low bits of the mantissa
   const Vec shifted = x - 0.5f + rounder;
-  const Vec f = x - (shifted - rounder);  // may be 1 for an integer x, where p is as good
+  const Vec f = x - (shifted - rounder);  // may be 1 for an integer x, where p is as accurate
 #endif
   Vec p;
   if constexpr (Degree == 3) {
@@ -303,10 +306,10 @@ VAR_INLINE Vec exp2_v(Vec x) {
 #endif
 }
 
-// log x for normal x > 0: with x = 2^e · m, m in [1/√2, √2), e·log 2 + 2·artanh((m - 1)/(m + 1)); error below 3e-7 of
-// the larger of 1 and the result. 0 gives -inf, NaN stays NaN.
+// log x for normal x > 0. With x = 2^e · m and m in [1/√2, √2) it is e·log 2 + 2·artanh((m - 1)/(m + 1)). The error is
+// below 3e-7 of the larger of 1 and the result. 0 gives -inf, and NaN stays NaN.
 VAR_INLINE Vec log_v(Vec x) {
-  const UVec bits = as_bits(x) - 0x3f3504f3u;  // the bits of 1/√2: the carry raises e where m would reach √2
+  const UVec bits = as_bits(x) - 0x3f3504f3u;  // subtracts the bits of 1/√2, so that e is one higher where m reaches √2
   const Vec e = __builtin_convertvector((IVec)bits >> 23, Vec);
   const Vec m = as_float((bits & 0x007fffffu) + 0x3f3504f3u);
   const Vec s = (m - 1.0f) / (m + 1.0f), square = s * s;

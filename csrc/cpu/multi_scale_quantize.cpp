@@ -1,8 +1,9 @@
-// The door of multi_scale_quantize and next_scale_input on the CPU: checks, allocation, and the order of the work.
+// The C++ entry of multi_scale_quantize and next_scale_input on CPUs: checks, allocation, and the order of the work.
 //
-// The scales are sequential; inside a scale there are two rounds of independent tasks over a group of images: pool and
-// search (runs of tokens, which may cross images, so that the one-token scale of eight images is one block of eight
-// rows), then phi and the residual (bands of rows). Each task writes its own outputs and every sum has a fixed order.
+// The scales are sequential. Inside a scale there are two rounds of independent tasks over a group of images. The first
+// pools and searches; its tasks are runs of tokens, which may cross images, so that the one-token scale of eight images
+// is one block of eight rows. The second computes phi and the residual, in bands of rows. Each task writes its own
+// outputs, and every sum has a fixed order.
 #include <tuple>
 
 #include "multi_scale_quantize_plan.h"
@@ -12,10 +13,10 @@ namespace {
 
 using namespace multi_scale;
 
-// Rows of a phi task: at 16×16×32 half of the extra two rows of upsampling that a band needs hide in 1 % of its time,
-// and one image still keeps four threads busy.
+// Rows of the map in one phi task. A band needs two extra rows of upsampling, which at 16×16×32 cost about 1 % of its
+// time, and one image still keeps four threads busy.
 constexpr int64_t kBandRows = 4;
-// Images whose maps are worked on together: enough tasks for the threads, and few enough to stay in a shared cache.
+// How many images are processed together: enough to give the threads tasks, and few enough to stay in a shared cache.
 constexpr int64_t kGroupImages = 8;
 
 int64_t bands_of(const MapShape& shape) { return ceil_div(shape.height, kBandRows); }
@@ -29,7 +30,7 @@ struct Quantizer {
   const Schedule& schedule;
   const float* codebook;       // (codes, channels)
   int64_t codes;
-  const float* packed_codes;   // strips
+  const float* packed_codes;   // (strips, strip_floats)
   const float* packed_phi;     // (n, phi_floats)
   const Sizes& phi_index;
   float *f_hat, *rest;         // maps of a group
@@ -38,7 +39,7 @@ struct Quantizer {
 
   int64_t strips() const { return ceil_div(codes, nearest.strip); }
 
-  // Pool and search: tokens of scale k of images [first, first + count).
+  // Pools and searches: computes the tokens of scale k of images [first, first + count).
   void search(int64_t k, int64_t first, int64_t count) const {
     const Scale& scale = schedule.scales[k];
     const int64_t rows = count * scale.tokens(), block = nearest_code_task_rows(rows);
@@ -60,7 +61,7 @@ struct Quantizer {
     });
   }
 
-  // f_hat and rest after scale k.
+  // Updates f_hat and rest after scale k.
   void update(int64_t k, int64_t first, int64_t count) const {
     const Scale& scale = schedule.scales[k];
     const int64_t bands = bands_of(shape), row = shape.width * shape.padded, scales = schedule.scales.size();

@@ -1,8 +1,8 @@
-// The door of the backward of multi_scale_quantize on the CPU.
+// The C++ entry of the backward of multi_scale_quantize on CPUs.
 //
-// With the tokens known, the scales no longer wait for one another: h_k of every image and scale, then the suffix sums
-// over the scales, then every scale's own gradients. Weight gradients go to one partial sum per scale and slot of the
-// group, whatever the number of threads, and the partial sums are added in order.
+// The tokens are known, so the scales no longer wait for one another. The work is first h_k of every image and scale,
+// then the suffix sums over the scales, then the gradients of every scale. Weight gradients go to one partial sum for
+// each scale and each image (slot) of a group, whatever the number of threads, and the partial sums are added in order.
 #include <tuple>
 
 #include "multi_scale_quantize_plan.h"
@@ -12,7 +12,7 @@ namespace {
 
 using namespace multi_scale;
 
-// Images worked on together; their maps h_k, one per scale, are what the backward keeps in memory.
+// How many images are processed together. The backward keeps their maps h_k, one per scale, in memory.
 constexpr int64_t kSlots = 8;
 
 struct Backward {
@@ -79,7 +79,8 @@ struct Backward {
     });
   }
 
-  // The threads share the codes, not the tokens: every code receives its sum in the order of the tokens.
+  // The codes, not the tokens, are divided among the threads, so every code receives its sum in the order of the
+  // tokens.
   void scatter(int64_t first, int64_t count, float* dcodebook) const {
     const int64_t ranges = std::min<int64_t>(codes, torch::stable::get_num_threads());
     parallel_tasks(ranges, count * schedule.tokens * shape.padded, [&](int64_t range) {
@@ -88,7 +89,8 @@ struct Backward {
     });
   }
 
-  // (in, out = padded) partial sums to (out, in, 3, 3), for one convolution and tap, or (tap 9) its bias.
+  // Adds up the partial sums (in, out = padded) of one convolution and tap and stores them in (out, in, 3, 3); tap 9
+  // stands for the bias.
   void reduce(int64_t slots, int64_t convolution, int64_t tap, float ratio, float* dweight, float* dbias) const {
     const int64_t floats = tap < 9 ? shape.channels * shape.padded : shape.padded;
     float* sum = thread_scratch(floats);
@@ -127,11 +129,9 @@ void check_tokens(const Tensor& tokens, int64_t batch, int64_t length, int64_t c
     VAR_CHECK(data[i] >= 0 && data[i] < codes, "tokens", "indices of the codebook", data[i]);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_backward_door(const Tensor& f, const Tensor& codebook_in,
-                                                                  const Tensor& phi_weight_in, const Tensor& phi_bias,
-                                                                  const Tensor& tokens_in, const Tensor& derrors,
-                                                                  Sizes heights, Sizes widths, Sizes phi_index,
-                                                                  double phi_ratio) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> multi_scale_quantize_backward(
+    const Tensor& f, const Tensor& codebook_in, const Tensor& phi_weight_in, const Tensor& phi_bias,
+    const Tensor& tokens_in, const Tensor& derrors, Sizes heights, Sizes widths, Sizes phi_index, double phi_ratio) {
   const MapShape shape = map_shape(f, "f");
   const Schedule schedule = make_schedule(shape, heights, widths);
   const int64_t batch = f.size(0), scales = schedule.scales.size(), channels = shape.channels;
@@ -190,5 +190,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_backward_door(const Tensor& 
 }  // namespace var_kernels
 
 STABLE_TORCH_LIBRARY_IMPL(var_kernels, CPU, m) {
-  m.impl("_multi_scale_quantize_backward", TORCH_BOX(&var_kernels::quantize_backward_door));
+  m.impl("_multi_scale_quantize_backward", TORCH_BOX(&var_kernels::multi_scale_quantize_backward));
 }

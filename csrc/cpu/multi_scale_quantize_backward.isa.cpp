@@ -1,14 +1,14 @@
-// Backward pieces of the multi-scale quantizer.
+// The vector code of the backward of multi_scale_quantize.
 //
-// The error of scale k is |f_hat_k - f|² and f_hat_k = h_0 + … + h_k, so the gradient of h_k is the sum of all error
-// gradients from k on. From there every scale goes its own way back: bias and weight of phi, the adjoint convolution,
-// the adjoint of the bicubic upsampling, the rows of the codebook.
+// The error of scale k is |f_hat_k - f|² with f_hat_k = h_0 + … + h_k, so the gradient of h_k is the sum of all error
+// gradients from k on. From there every scale is differentiated by itself: bias and weight of phi, the adjoint
+// convolution, the adjoint of the bicubic upsampling, the rows of the codebook.
 #include "multi_scale_quantize_map.h"
 
 namespace var_kernels::VAR_ISA {
 namespace {
 
-// Pixels of S and of u that the weight gradient reads nine times from L1.
+// The number of pixels of S and of u that the weight gradient reads nine times from L1.
 constexpr int64_t kPixelsInL1 = 128;
 
 void suffix_sums(const MapShape& s, const Image& f, int64_t y, int64_t scales, const float* factors, float* maps,
@@ -37,8 +37,8 @@ void suffix_sums(const MapShape& s, const Image& f, int64_t y, int64_t scales, c
     for (int64_t x = 0; x < s.width; ++x) df[(c * s.height + y) * s.width + x] = -rows[x * s.padded + c];
 }
 
-// dweight[tap] (in, out) = sum over pixels of u[pixel + tap] (in) · S[pixel] (out). The pixels of several rows are one
-// sum: between rows it runs over borders, where S is zero.
+// dweight[tap] (in, out) = the sum over pixels of u[pixel + tap] (in) · S[pixel] (out). The sum runs over several rows
+// at once, across the borders between them, where S is zero.
 void weight_gradient(const MapShape& s, const float* u, const float* gradient, bool accumulate, float* dweight) {
   const int64_t row = s.width + 2, first = row + 1, end = s.height * row + s.width + 1;
   for (int64_t begin = first; begin < end; begin += kPixelsInL1) {

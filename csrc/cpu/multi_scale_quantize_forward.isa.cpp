@@ -1,4 +1,4 @@
-// Forward pieces of the multi-scale quantizer: layout changes, area pooling, phi, and the residual update.
+// The vector code of the forward of multi_scale_quantize: layout changes, area pooling, phi, and the residual update.
 #include "multi_scale_quantize_map.h"
 
 namespace var_kernels::VAR_ISA {
@@ -44,7 +44,7 @@ void store_rows(const MapShape& s, const float* map, const Image& image, int64_t
   }
 }
 
-// In the order of PyTorch's adaptive average pooling, and divided as there, so that the means are the same bit by bit.
+// Sums in the order of PyTorch's adaptive average pooling and divides as PyTorch does, so that the means are bit-equal.
 void pool(const MapShape& s, const float* map, int64_t height, int64_t width, int64_t first, int64_t count,
           float* out) {
   for (int64_t p = first; p < first + count; ++p, out += s.channels) {

@@ -1,5 +1,5 @@
-// What the forward and the backward vector code of multi_scale_quantize share: upsampled codes in a bordered map, and
-// the 3×3 convolution of its rows.
+// Functions that the vector code of the forward and of the backward of multi_scale_quantize share: upsampling codes
+// into a bordered map, and the 3×3 convolution of its rows.
 #pragma once
 #include "gemm.h"
 #include "multi_scale_quantize.h"
@@ -8,27 +8,27 @@ namespace var_kernels::VAR_ISA {
 
 VAR_INLINE void zero(float* p, int64_t floats) { memset(p, 0, size_t(floats) * sizeof(float)); }
 
-// One code into `padded` floats.
+// Copies one code into `padded` floats.
 VAR_INLINE void copy_code(const MapShape& s, const float* code, float* out) {
   int64_t c = 0;
   for (; c + kWidth <= s.channels; c += kWidth) store(out + c, load(code + c));
   if (c < s.channels) store(out + c, load_tail(code + c, s.channels - c));
 }
 
-// Code rows [i0, i1) of the code map, (i1 - i0, width, padded).
+// Gathers rows [i0, i1) of the code map into out (i1 - i0, width, padded).
 inline void gather_codes(const MapShape& s, const CodeMap& codes, int64_t i0, int64_t i1, float* out) {
   for (int64_t p = i0 * codes.width; p < i1 * codes.width; ++p, out += s.padded)
     copy_code(s, codes.rows + (codes.tokens ? codes.tokens[p] : p) * codes.row_stride, out);
 }
 
-// Floats that upsample_rows needs: code rows, and one row of them interpolated along the vertical axis.
+// The floats of scratch that upsample_rows needs: code rows, and one of them interpolated along the vertical axis.
 inline int64_t upsample_scratch(const MapShape& s, int64_t code_pixels) {
   return 2 * code_pixels * s.padded;
 }
 
-// Rows [y0 - 1, y1 + 1) of the upsampled codes with their left and right border, (y1 - y0 + 2, width + 2, padded);
-// rows outside the map are zero. Vertical first: a row needs only its own four code rows, so that bands of rows are
-// independent of one another.
+// Computes rows [y0 - 1, y1 + 1) of the upsampled codes with their left and right border, (y1 - y0 + 2, width + 2,
+// padded); rows outside the map are zero. The vertical direction comes first: a row then needs only its own four code
+// rows, so that bands of rows are independent of one another.
 inline void upsample_rows(const MapShape& s, const CodeMap& codes, int64_t y0, int64_t y1, float* scratch, float* u) {
   const int64_t row = (s.width + 2) * s.padded, begin = max_i(y0 - 1, 0), end = min_i(y1 + 1, s.height);
   if (y0 == 0) zero(u, row);
@@ -71,9 +71,9 @@ inline void upsample_rows(const MapShape& s, const CodeMap& codes, int64_t y0, i
   }
 }
 
-// One row of phi of a bordered map, whose row above starts at `input`. Three taps of a row are one product: the three
-// neighbours of a pixel are consecutive in memory. The identity part comes last: folded into the middle tap it would
-// enlarge the sums that the other taps are rounded to.
+// Computes one row of phi of a bordered map; the row above it starts at `input`. The three taps of a row form one
+// product, because the three neighbours of a pixel are consecutive in memory. The identity part is added last: as part
+// of the middle tap it would make the partial sums larger, and with them the roundings of the other taps.
 inline void phi_row(const MapShape& s, const float* input, const float* packed, float* out) {
   const float* bias = packed + 9 * s.padded * s.padded;
   for (int64_t x = 0; x < s.width; ++x)

@@ -1,4 +1,5 @@
-// What the two doors of multi_scale_quantize share: the schedule of maps with its bicubic weights, and the checks.
+// Functions that the two C++ entries of multi_scale_quantize share: the schedule of maps with its bicubic weights,
+// sizes and memory.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,8 +21,8 @@ VAR_DECLARE_ISA_TABLES(NearestCodeTable, nearest_code_table)
 
 namespace multi_scale {
 
-// PyTorch's cubic convolution, A = -0.75 and align_corners = False, in its own fp32 arithmetic: the weights are the
-// same bit by bit where this file is compiled without fused multiply-add.
+// The weights of PyTorch's cubic convolution (A = -0.75, align_corners = False) in PyTorch's fp32 arithmetic. They are
+// bit-equal to PyTorch's if this file is compiled without fused multiply-add.
 inline std::vector<CubicTaps> cubic_taps(int64_t from, int64_t to) {
   constexpr float a = -0.75f;
   const auto near = [](float x) { return ((a + 2) * x - (a + 3)) * x * x + 1; };
@@ -41,7 +42,7 @@ inline std::vector<CubicTaps> cubic_taps(int64_t from, int64_t to) {
 
 struct Scale {
   int64_t height, width, offset;  // tokens [offset, offset + height * width) of an image
-  std::vector<CubicTaps> vertical, horizontal;  // empty: the map has the full size
+  std::vector<CubicTaps> vertical, horizontal;  // empty if the map has the full size
 
   int64_t tokens() const { return height * width; }
 
@@ -58,7 +59,7 @@ inline Scale make_scale(const MapShape& shape, int64_t height, int64_t width, in
 
 struct Schedule {
   std::vector<Scale> scales;
-  int64_t tokens = 0, largest = 0;  // over all scales, and of the largest map
+  int64_t tokens = 0, largest = 0;  // the number of tokens of all scales, and of the largest map
 };
 
 inline Schedule make_schedule(const MapShape& shape, const Sizes& heights, const Sizes& widths) {
@@ -80,7 +81,7 @@ inline MapShape map_shape(const Tensor& f, const char* argument) {
   return {channels, round_up(channels, width), f.size(2), f.size(3)};
 }
 
-// Of pack_phi: nine matrices, the bias, the weights of the identity.
+// The floats that pack_phi writes: nine matrices, the bias, the weights of the identity.
 inline int64_t phi_floats(const MapShape& shape) { return (9 * shape.padded + 2) * shape.padded; }
 
 inline int64_t map_floats(const MapShape& shape) { return shape.height * shape.width * shape.padded; }
@@ -89,7 +90,7 @@ inline Image image_of(const Tensor& f, int64_t index) {
   return {f.const_data_ptr<float>() + index * f.stride(0), f.stride(1), f.stride(2), f.stride(3)};
 }
 
-// Memory that the threads share, unspecified contents. (thread_scratch belongs to the tasks.)
+// Memory with unspecified contents that the threads share. (thread_scratch is for the memory of single tasks.)
 inline Tensor workspace(int64_t floats) { return empty_cpu({floats}, ScalarType::Float); }
 
 inline Tensor empty_map(const Tensor& like) {

@@ -1,4 +1,4 @@
-// The door of nearest_code on CPU: checks, the packed codebook, and work over threads.
+// The C++ entry of nearest_code on CPUs: checks, the packed codebook, and work over threads.
 #include "nearest_code.h"
 
 #include <torch/csrc/stable/library.h>
@@ -11,7 +11,7 @@ namespace var_kernels {
 
 VAR_DECLARE_ISA_TABLES(NearestCodeTable, nearest_code_table)
 
-// Large blocks reuse each strip from L1; four per thread balance the ends.
+// Large blocks reuse each strip from L1; about four blocks per thread let the threads finish at the same time.
 int64_t nearest_code_task_rows(int64_t rows) {
   constexpr int64_t tile = 6;
   return std::clamp(round_up(rows / (4 * int64_t(torch::stable::get_num_threads())), tile), tile, kNearestCodeRows);
@@ -22,7 +22,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Dense fp32, which is exact for the 16-bit types.
+// The tensor as dense fp32; the conversion of 16-bit types is exact.
 Tensor dense_fp32(const Tensor& tensor) {
   const Tensor wide =
       tensor.scalar_type() == ScalarType::Float ? tensor : torch::stable::to(tensor, ScalarType::Float);

@@ -1,4 +1,4 @@
-// What the door of nearest_code (nearest_code.cpp) and its vector code (nearest_code.isa.cpp) share.
+// Declarations that the C++ entry of nearest_code (nearest_code.cpp) and its vector code (nearest_code.isa.cpp) share.
 #pragma once
 #include <cstdint>
 
@@ -14,13 +14,13 @@ struct NearestCodeTable {
   void (*search)(const float* z, int64_t rows, int64_t channels, const float* packed, int64_t strips, int64_t* best);
 };
 
-// Rows of one call of `search` at most: their running maxima stay in L1 while the strips go past.
+// The largest number of rows in one call of `search`. Their running maxima stay in L1 while the strips are read.
 constexpr int64_t kNearestCodeRows = 96;
 
-// Packing an element of the codebook takes about as long as so many multiply-adds.
+// Packing an element of the codebook takes about as long as this number of multiply-adds.
 constexpr int64_t kNearestCodePackWork = 4;
 
-// Rows of one task where `rows` are searched; they are independent of each other, so no result depends on it.
+// The number of rows in one task if `rows` rows are searched. Rows are independent, so no result depends on it.
 int64_t nearest_code_task_rows(int64_t rows);
 
 }  // namespace var_kernels

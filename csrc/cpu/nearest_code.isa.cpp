@@ -1,15 +1,16 @@
 // Nearest code as a matrix product that never leaves the registers.
 //
-// score(row, code) = z·c - |c|²/2 is the negated half of |z - c|² without the |z|² that all codes share; the largest
-// wins. A strip of the codebook is packed as its -|c|²/2, then its channels, codes side by side in the lanes:
+// score(row, code) = z·c - |c|²/2 is minus half of |z - c|² without the |z|² that all codes share; the largest score
+// wins. A strip of the codebook is packed as its -|c|²/2, then its channels, with codes side by side in the lanes:
 //   packed = [ -|c|²/2 : strip ][ channel 0 : strip ] … [ channel C-1 : strip ]
-// so that the accumulators start at the first line and every further step is one fused multiply-add per element. With
-// cosine the codes are normalised while packing and the first line is zero. Lanes beyond the last code start at -inf.
+// The accumulators start with the first line, and every further step is one fused multiply-add per element. For cosine
+// the codes are normalised while packing, and the first line is zero. Lanes beyond the last code start at -inf.
 //
-// Per row only the best score and the strip it came from are kept, lane by lane: 1 compare, 1 blend and NV maxima
-// beside the NV·C multiply-adds of a strip. The place inside the strip is found at the end by computing the scores of
-// one row with the winning strip again. Every code sees the same operations in the same order wherever it lies, so
-// equal codes have equal scores, and the first strip and then the first lane that reach the maximum win.
+// For each row only the best score of each lane and the strip it came from are kept: 1 compare, 1 blend and NV maxima
+// beside the NV·C multiply-adds of a strip (NV vectors of codes). The place inside the strip is found at the end, by
+// computing the scores of the row with the winning strip again. Every code takes the same operations in the same order
+// wherever it lies, so equal codes have equal scores. The first strip that reaches the maximum wins, and in it the
+// first lane.
 #include "nearest_code.h"
 
 #include "isa.h"
@@ -17,18 +18,19 @@
 namespace var_kernels::VAR_ISA {
 namespace {
 
-// Six rows by four vectors of codes fill 32 registers together with the operands of a step; by two, 16.
+// Six rows by four vectors of codes, with the operands of a step, fill 32 registers; six rows by two vectors fill 16.
 constexpr int kRows = 6;
 constexpr int kVectors = kWidth == 16 ? 4 : 2;
 constexpr int64_t kStrip = kVectors * kWidth;
 
-// The lanes' best score so far and the strip it was found in, which means nothing while the score is -inf.
+// The best score of each lane so far, and the strip in which it was found; the strip has no meaning while the score is
+// -inf.
 struct Best {
   Vec score;
   IVec strip;
 };
 
-// One vector of codes: kWidth columns of the strip, transposed a block at a time.
+// Packs one vector of codes: kWidth columns of the strip, transposed a block at a time.
 VAR_INLINE void pack_lanes(const float* codes, int64_t count, int64_t channels, float* panel) {
   for (int64_t c = 0; c < channels; c += kWidth) {
     const int64_t width = min_i(channels - c, kWidth);
@@ -85,7 +87,7 @@ VAR_INLINE void update(const float* z, int64_t channels, const float* strip, int
   scores<MR>(z, channels, strip, acc);
   for (int i = 0; i < MR; ++i) {
     Vec top = best[i].score;
-    for (int j = 0; j < kVectors; ++j) top = max_v(acc[i][j], top);  // a NaN score loses: the second operand stays
+    for (int j = 0; j < kVectors; ++j) top = max_v(acc[i][j], top);  // max_v keeps its second operand beside a NaN
     best[i].strip = top > best[i].score ? IVec{} + int32_t(index) : best[i].strip;
     best[i].score = top;
   }
@@ -98,7 +100,8 @@ VAR_INLINE int32_t lowest(IVec v) {
   return low;
 }
 
-// The lowest index with the highest score: strips first, since all indices of a strip precede those of the next.
+// The lowest index with the highest score. It looks for the lowest strip first, because all indices of a strip precede
+// those of the next.
 VAR_INLINE int64_t resolve(const float* z, int64_t channels, const float* packed, const Best& best) {
   const float top = reduce_max(best.score);
   if (!(top > -kInfinity)) return 0;

@@ -1,4 +1,5 @@
-// The door of packed_linear on CPU: checks, allocation, and strips of blocks of rows over threads.
+// The C++ entry of packed_linear on CPUs: checks, allocation, and the division of strips and blocks of rows over
+// threads.
 #include "packed_linear.h"
 
 #include <torch/csrc/stable/library.h>
@@ -18,7 +19,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// x is (M, K), dense; see packed_linear.py for the order of the packed weights.
+// x is (M, K), dense. packed_linear.py describes the order of the packed weights.
 Tensor packed_linear(const Tensor& x, const Tensor& packed, const Tensor& bias, int64_t out_features, bool gelu) {
   const ScalarType dtype = x.scalar_type();
   const bool pairs = dtype == ScalarType::BFloat16;

@@ -1,8 +1,8 @@
-// y = x·Wᵀ + b [tanh-GELU] with W packed by strips of columns.
+// y = x·Wᵀ + b, optionally followed by tanh-GELU, with W packed by strips of columns.
 //
-// The limit is arithmetic, and for few rows the bytes of W. A strip stays in the second-level cache while the rows of a
-// block pass by, read where they are; meanwhile each line of the next strip is fetched once, so that the products of
-// the first rows do not wait for memory while those of the others leave it idle.
+// Arithmetic is the limit, and for few rows the bytes of W. A strip stays in the second-level cache while the rows of a
+// block are multiplied with it; the rows are read where they are. Meanwhile each line of the next strip is fetched
+// once. Without this the products of the first rows would wait for memory, and those of the others would leave it idle.
 #include "packed_linear.h"
 
 #include "gemm.h"
@@ -10,7 +10,7 @@
 namespace var_kernels::VAR_ISA {
 namespace {
 
-// 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as x / (1 + 2^t).
+// 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), computed as x / (1 + 2^t).
 template <class T>
 VAR_INLINE Vec gelu(Vec x) {
   constexpr float kFactor = -2 * 0.7978845608f * kLog2E;

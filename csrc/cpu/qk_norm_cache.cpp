@@ -1,4 +1,4 @@
-// The door of qk_norm_cache on CPU: checks, allocation, and work over threads.
+// The C++ entry of qk_norm_cache on CPUs: checks, allocation, and work over threads.
 #include "qk_norm_cache.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
-// Unit queries and keys, and the rows of the KV cache. The limit is memory: 3·H·D elements of a token come in, as many
-// go out. A head (256 bytes at D = 64 in fp32) stays in L1 between the sum of its squares and the product.
+// Unit queries and keys, and the rows of the KV cache. Memory is the limit: for each token 3·H·D elements are read and
+// as many written. A head (256 bytes at D = 64 in fp32) stays in L1 between the sum of its squares and the product.
 #include "qk_norm_cache.h"
 
 #include "isa.h"
@@ -7,7 +7,7 @@
 namespace var_kernels::VAR_ISA {
 namespace {
 
-// out = x · factor / max(|x|, 1e-12), NaN where x has one.
+// out = x · factor / max(|x|, 1e-12); all NaN if x contains a NaN.
 template <class T>
 VAR_INLINE void normalise(const T* x, int64_t dim, float factor, T* out) {
   Vec squares{};

@@ -1,4 +1,4 @@
-// The door of sample_tokens on CPU: checks, allocation, and work over threads.
+// The C++ entry of sample_tokens on CPUs: checks, allocation, and work over threads.
 #include "sample_tokens.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,9 +1,10 @@
-// One token of one row of logits: guidance, top-k, top-p and the draw, on a row that stays in L1 (16 KiB at V = 4096).
+// Draws one token from one row of logits: guidance, top-k, top-p and the draw, on a row that stays in L1 (16 KiB at
+// V = 4096).
 //
-// Nothing is sorted. fp32 numbers are ordered as integers (`keys`), so both thresholds are found by bisection over keys:
-// each step counts (top-k) or adds up (top-p) what lies above, a compare and an addition for each vector, at most 32
-// times. The tokens that stay are then those with a key of at least the threshold; only where several equal logits lie
-// on the border of top-p are some of them dropped by hand.
+// Nothing is sorted. `keys` are integers in the order of the fp32 numbers, and both thresholds are found by bisection
+// over keys. Each step counts the logits from a key on (top-k), or adds up the probabilities up to a key (top-p), with
+// a compare and an addition for each vector; there are at most 32 steps. The tokens whose key is at least the threshold
+// stay. Only if several equal logits lie on the border of top-p, some of them are dropped one by one.
 #include "sample_tokens.h"
 
 #include "isa.h"
@@ -11,7 +12,7 @@
 namespace var_kernels::VAR_ISA {
 namespace {
 
-// Integers in the order of the floats, which are not -0.
+// Integers in the order of the floats, none of which may be -0.
 VAR_INLINE IVec keys_of(Vec v) {
   const IVec bits = (IVec)v;
   return bits ^ ((bits >> 31) & 0x7fffffff);
@@ -26,7 +27,8 @@ VAR_INLINE int32_t middle(int32_t low, int32_t high) { return int32_t((int64_t(l
 
 // ---- the row ----------------------------------------------------------------------------------------------------
 
-// Guided logits in fp32, -inf for NaN, padded to `padded` with -inf; returns the largest.
+// Computes the guided logits in fp32, with -inf in place of NaN, pads them to `padded` with -inf, and returns the
+// largest.
 template <class T>
 VAR_INLINE float guided_logits(const SampleTokens& a, const T* conditional, const T* unconditional, int64_t padded,
                                float* logits) {
@@ -34,7 +36,7 @@ VAR_INLINE float guided_logits(const SampleTokens& a, const T* conditional, cons
   const auto at = [&](int64_t v, auto read) VAR_LAMBDA {
     Vec x = read(conditional + v);
     if (unconditional != nullptr) x = x * (1.0f + a.guidance) - read(unconditional + v) * a.guidance;
-    x = x == x ? x + 0.0f : splat(-kInfinity);  // and no -0, whose key would not be that of 0
+    x = x == x ? x + 0.0f : splat(-kInfinity);  // + 0 turns -0, whose key is not that of 0, into 0
     return x;
   };
   int64_t v = 0;
@@ -57,9 +59,9 @@ VAR_INLINE float guided_logits(const SampleTokens& a, const T* conditional, cons
 
 // ---- top-k ------------------------------------------------------------------------------------------------------
 
-// A key that exactly the k largest logits reach, or they and those that equal the k-th.
+// A key that exactly the k largest logits reach, together with those that equal the k-th.
 inline int32_t top_k_key(const float* logits, int64_t padded, int64_t k, int32_t low, int32_t high) {
-  while (low < high) {  // at least k reach `low`, fewer than k exceed `high`
+  while (low < high) {  // at least k keys reach `low`, and fewer than k exceed `high`
     const int32_t key = middle(low, high);
     IVec counts{};
     for (int64_t v = 0; v < padded; v += kWidth) counts -= keys_of(load(logits + v)) >= key;  // true is -1
@@ -76,7 +78,8 @@ inline int32_t top_k_key(const float* logits, int64_t padded, int64_t k, int32_t
 
 // ---- top-p ------------------------------------------------------------------------------------------------------
 
-// The probabilities, not normalised, of the logits whose key is at least `key`; zeros for the others. Returns the sum.
+// Computes the probabilities, not normalised, of the logits whose key is at least `key`, and zeros for the others.
+// Returns their sum.
 VAR_INLINE float probabilities_of(const float* logits, int64_t padded, int32_t key, float largest, float* out) {
   Vec sum{};
   for (int64_t v = 0; v < padded; v += kWidth) {
@@ -99,11 +102,13 @@ inline float sum_up_to(const float* logits, const float* probabilities, int64_t 
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// The key below which everything is dropped: the rest just exceeds the total less `budget`. Of the logits with just that
-// key as many more are dropped, the first first, as the budget allows, but for the last one: they become -inf.
+// The key below which everything is dropped: the probabilities below it add up to at most `budget`, and those of the
+// next key would exceed it. Of several logits with exactly this key, more are dropped as far as the budget allows:
+// those with lower indices first, and never the last one. They are set to -inf.
 inline int32_t top_p_key(float* logits, float* probabilities, int64_t padded, float budget, int32_t low, int32_t high) {
   low -= 1, high -= 1;
-  while (low < high) {  // what lies up to `low` fits the budget, what lies up to `high + 1` does not or is the largest
+  // Probabilities up to `low` fit the budget; those up to `high + 1` do not, or `high + 1` is the largest key.
+  while (low < high) {
     const int32_t key = middle(low, high);
     if (sum_up_to(logits, probabilities, padded, key) <= budget)
       low = key;
@@ -135,7 +140,7 @@ inline int32_t top_p_key(float* logits, float* probabilities, int64_t padded, fl
 
 // ---- the draw ---------------------------------------------------------------------------------------------------
 
-// High and low half of 32 × 32 bits in every lane.
+// The high and the low half of the product of 32 × 32 bits in every lane.
 VAR_INLINE void multiply(UVec x, uint32_t factor, UVec& high, UVec& low) {
 #if defined(__AVX512F__)
   const __m512i f = _mm512_set1_epi32(int(factor)), v = (__m512i)x;
@@ -170,9 +175,9 @@ VAR_INLINE void philox(UVec first, uint32_t position, uint64_t seed, UVec (&x)[4
   }
 }
 
-// -log(1 - u), u = (word + 1/2) · 2^-32: exponential variates, exact to rounding for small u as well.
+// Exponential variates -log(1 - u) with u = (word + 1/2) · 2^-32, exact to rounding for small u as well.
 VAR_INLINE Vec exponential(UVec word) {
-  // The upper and the lower half are exact in fp32, and so is their conversion as signed integers.
+  // The upper and the lower half of a word are exact in fp32, and may be converted as signed integers.
   const Vec whole = __builtin_convertvector((IVec)(word >> 16), Vec) * 65536.0f +
                     __builtin_convertvector((IVec)(word & 0xffffu), Vec);
   const Vec u = whole * 0x1p-32f + 0x1p-33f;
@@ -180,7 +185,7 @@ VAR_INLINE Vec exponential(UVec word) {
   return rest == 1.0f ? u : log_v(rest) * u / (rest - 1.0f);
 }
 
-// The largest probability / noise so far in every lane, and where it was; the first of equal ones.
+// The largest probability / noise so far in every lane, and its index; of equal ones the first.
 struct Winner {
   Vec score = splat(-1.0f);
   IVec at{};
@@ -229,7 +234,7 @@ void sample_row(const SampleTokens& a, int64_t row, float* scratch) {
     const float* noise = a.noise + row * a.vocab;
     int64_t v = 0;
     for (; v + kWidth <= a.vocab; v += kWidth) compete(v, load(noise + v));
-    if (v < a.vocab) compete(v, load_tail(noise + v, a.vocab - v));  // 0/0 is no winner
+    if (v < a.vocab) compete(v, load_tail(noise + v, a.vocab - v));  // the other lanes have 0/0, which never wins
   } else {
     const uint32_t position = uint32_t(a.offset + token);
     const uint64_t seed = uint64_t(a.seeds[sample]);

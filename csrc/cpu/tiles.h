@@ -1,7 +1,9 @@
-// The same product on the tile registers of AMX: 16 rows by 16 columns of C, 32 bf16 along K in one instruction.
+// The matrix product of gemm.h on the tile registers of AMX: one instruction takes 16 rows by 16 columns of C and 32
+// bf16 numbers along K.
 //
-// gemm(Pair) of this level: M and N are multiples of 16 and K of 16 pairs; a_k is 1. Operands are padded by the caller.
-// Rows of A stay as they are, each B tile is 16 pairs along K by 16 columns, so the layouts are those of gemm.h.
+// At this level gemm of Pairs needs M and N to be multiples of 16, K to be a multiple of 16 pairs, and a_k to be 1; the
+// caller pads the operands. Rows of A stay as they are, and a tile of B is 16 pairs along K by 16 columns, so the
+// layouts are those of gemm.h.
 #pragma once
 #include "gemm.h"
 
@@ -9,7 +11,8 @@
 
 namespace var_kernels::VAR_ISA {
 
-// The compiler's intrinsics do not say that they read memory, so that a store may move behind the load that needs it.
+// Assembly replaces the compiler's intrinsics, which do not declare that they read memory: the compiler may move a
+// store behind the tile load that needs it.
 #define VAR_TILE_LOAD(tile, base, stride)                                                                        \
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"((const void*)(base)), "r"((int64_t)(stride)) : "memory")
 #define VAR_TILE_STORE(tile, base, stride)                                                                  \
@@ -17,8 +20,8 @@ namespace var_kernels::VAR_ISA {
 #define VAR_TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile ::)
 #define VAR_TILE_MULTIPLY(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
 
-// While one lives, the thread's tile registers are all 16 rows of 64 bytes. Initialised tiles cost every switch of
-// the thread 8 KiB, so they are released at the end.
+// While an object of this type exists, all tile registers of the thread have 16 rows of 64 bytes. Tiles in use add 8
+// KiB to every switch of the thread, so they are released at the end.
 struct TileUnit {
   TileUnit() {
     struct alignas(64) {
@@ -34,9 +37,9 @@ struct TileUnit {
   TileUnit& operator=(const TileUnit&) = delete;
 };
 
-// MT by NT tiles of C in registers 0 to 3, of A in 4 and 5, of B in 6 and 7. A tile that is loaded or stored passes the
-// vector ports row by row, some nine cycles (measured), while a product of tiles leaves them free: two by two tiles need
-// one load for each product, one by three 4/3, and a wider shape has no registers.
+// MT by NT tiles of C are in registers 0 to 3, those of A in 4 and 5, those of B in 6 and 7. Loading or storing a tile
+// occupies the vector ports row by row, for some nine cycles (measured), while a product of tiles leaves them free. Two
+// by two tiles need one load for each product, one by three need 4/3, and for a larger shape there are no registers.
 template <int MT, int NT>
 VAR_INLINE void tile_block(int64_t K, const Pair* a, int64_t a_row, const Pair* b, int64_t b_k, float* c, int64_t c_row,
                            bool accumulate) {
@@ -93,7 +96,7 @@ inline void gemm(int64_t M, int64_t N, int64_t K, const Pair* a, int64_t a_row, 
 
 namespace var_kernels::VAR_ISA {
 struct TileUnit {
-  TileUnit() {}  // not trivial: an unused one is no warning
+  TileUnit() {}  // not trivial, so that the compiler does not warn about an unused object
 };
 }  // namespace var_kernels::VAR_ISA
 

@@ -1,4 +1,4 @@
-// The door of winograd_conv on CPU: checks, and blocks of tiles over threads.
+// The C++ entry of winograd_conv on CPUs: checks, and the division of blocks of tiles over threads.
 #include "winograd_conv.h"
 
 #include <torch/csrc/stable/library.h>
@@ -18,7 +18,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// x and y are dense, with their channels last; see winograd_conv.py for the order of the packed weights.
+// x and y are dense, with their channels last. winograd_conv.py describes the order of the packed weights.
 void winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, const std::optional<Tensor>& residual,
                    int64_t scheme_index, const Tensor& y) {
   const ScalarType dtype = x.scalar_type();
@@ -56,7 +56,7 @@ void winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, co
   const int64_t row_bytes = out_channels * y.element_size();
   arguments.stream = stored_past_caches(y.numel() / out_channels * row_bytes, row_bytes, arguments.y);
 
-  // Transformed inputs of a block take a good half of a common second-level cache (1 MiB).
+  // The transformed inputs of a block take a little more than half of a common second-level cache (1 MiB).
   constexpr int64_t kBlockBytes = 640 << 10, kLeast = 32, kMost = 128;
   const int64_t tiles = scheme.tiles(height) * scheme.tiles(width);
   const int64_t fitting = kBlockBytes / (points * depth * (pairs ? 2 : 4)) / kWinogradColumns * kWinogradColumns;
@@ -64,8 +64,8 @@ void winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, co
   const int64_t blocks = ceil_div(tiles, block);
   const int64_t floats = scheme.scratch_floats(block, depth, channels);
 
-  // A task is a block, or where blocks would leave threads idle some strips of its columns: to transform the inputs
-  // again for each costs little.
+  // A task is a block. If blocks alone would leave threads idle, a task is some strips of the columns of a block:
+  // transforming the inputs again for each of them costs little.
   const int64_t columns = round_up(out_channels, kWinogradColumns), strips = ceil_div(columns, kWinogradStrip);
   const int64_t threads = torch::stable::get_num_threads();
   const auto idle = [&](int64_t tasks) { return round_up(tasks, threads) * 4 > tasks * 5; };

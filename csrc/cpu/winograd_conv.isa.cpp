@@ -1,10 +1,11 @@
-// 3×3 convolution of channels-last images by Winograd's minimal filtering: a tile of 2×2 outputs takes 4×4 products of
-// channels instead of 36, 4×4 outputs 6×6 instead of 144, and 2×2 outputs of an image doubled by nearest neighbour 3×3
-// instead of 36.
+// 3×3 convolution of channels-last images by Winograd's minimal filtering. A tile of 2×2 outputs takes 4×4 products of
+// channels instead of 36, 4×4 outputs take 6×6 instead of 144, and 2×2 outputs of an image doubled by nearest neighbour
+// take 3×3 instead of 36.
 //
-// The limit is arithmetic: inputs of a block of tiles are transformed (additions only), multiplied, one product of
-// matrices (tiles, C_in) · (C_in, C_out) for each point, and transformed back. The block is small enough to stay in the
-// second-level cache throughout; of the packed weights, which come from further away, each line serves the whole block.
+// Arithmetic is the limit. The inputs of a block of tiles are transformed, which takes additions and, in F(4×4),
+// products with constants. Then there is one product of matrices (tiles, C_in) · (C_in, C_out) for each point, and the
+// results are transformed back. The block is small enough to stay in the second-level cache throughout. The packed
+// weights come from further away, but each of their lines serves the whole block.
 #include "winograd_conv.h"
 
 #include "gemm.h"
@@ -13,7 +14,7 @@
 namespace var_kernels::VAR_ISA {
 namespace {
 
-// One direction: inputs to points, points to outputs. (Filters are transformed by the caller, in fp64.)
+// The transforms in one direction: inputs to points, points to outputs. (winograd_conv.py transforms filters, in fp64.)
 struct TwoOutputs {
   static constexpr WinogradScheme kScheme = kWinogradSchemes[0];
   static VAR_INLINE void input(const Vec (&d)[4], Vec (&m)[4]) {
@@ -28,8 +29,8 @@ struct TwoOutputs {
   }
 };
 
-// Points 0, ±a, ±b and infinity. a = 5/8 and b = 3/2 halve the error of the usual 1 and 2: the best of all pairs of
-// dyadic fractions tried, whose products here are exact.
+// The points are 0, ±a, ±b and infinity. a = 5/8 and b = 3/2 have half the error of the usual 1 and 2. They are the
+// best of all pairs of dyadic fractions tried; the products of dyadic fractions here are exact.
 struct FourOutputs {
   static constexpr WinogradScheme kScheme = kWinogradSchemes[1];
   static constexpr float a = 0.625f, b = 1.5f, a2 = a * a, b2 = b * b;
@@ -52,7 +53,7 @@ struct FourOutputs {
   }
 };
 
-// Of a doubled image the middle two of four inputs are equal, so that the third of four points vanishes.
+// In a doubled image the middle two of four inputs are equal, so the third of four points is zero and left out.
 struct DoubledOutputs {
   static constexpr WinogradScheme kScheme = kWinogradSchemes[2];
   static VAR_INLINE void input(const Vec (&d)[3], Vec (&m)[3]) {
@@ -66,7 +67,8 @@ struct DoubledOutputs {
   }
 };
 
-// x at the top left of a tile, `row` elements apart, to its points, `point` elements apart.
+// Transforms a tile of inputs to its points. x is the top left input; rows are `row` elements apart, and points `point`
+// elements.
 template <class F, class T, class S>
 VAR_INLINE void transform_input(const T* x, int64_t row, int64_t channels, S* v, int64_t point) {
   constexpr int inputs = F::kScheme.inputs, points = F::kScheme.points;
@@ -92,7 +94,8 @@ VAR_INLINE void transform_input(const T* x, int64_t row, int64_t channels, S* v,
     for (int p = 0; p < points * points; ++p) store(v + p * point + c, Vec{});
 }
 
-// The points of a tile, `point` floats apart, to rows × columns outputs at y, `row` elements apart.
+// Transforms the points of a tile, which are `point` floats apart, to rows × columns outputs at y, whose rows are `row`
+// elements apart and whose columns are `column` elements apart.
 template <class F, class T>
 VAR_INLINE void transform_output(const float* m, int64_t point, const float* bias, int64_t channels, int64_t rows,
                                  int64_t columns, const T* residual, T* y, int64_t row, int64_t column, bool streamed) {

@@ -1,1 +1,1 @@
-"""Ops of inference that have kernels for CPUs only: packed linear layers, convolutions, group normalisation."""
+"""Ops for inference that have kernels for CPUs only: packed linear layers, convolutions, group normalisation."""

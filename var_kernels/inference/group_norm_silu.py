@@ -1,7 +1,7 @@
-"""GroupNorm and SiLU of channels-last images in one op: between the convolutions of a decoder.
+"""GroupNorm and SiLU of channels-last images in one op, as they stand between the convolutions of a decoder.
 
-A CPU kernel only: PyTorch's own GroupNorm of channels-last images takes E[x²] − E[x]² in fp32 there, and is wrong in
-the sixth digit. On a GPU the reference serves, which is PyTorch's two kernels.
+There is a kernel for CPUs only, where PyTorch's own GroupNorm of channels-last images computes E[x²] − E[x]² in fp32
+and is wrong in the sixth digit. On a GPU the reference serves, which calls PyTorch's two kernels.
 """
 
 import torch
@@ -27,29 +27,31 @@ def group_norm_silu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, *, eps: float = 1e-6, silu: bool = True,
     out: torch.Tensor | None = None, backend: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    """Normalise groups of channels over all pixels, then y·sigmoid(y).
+    """Normalises groups of channels over all pixels, then applies y·sigmoid(y).
 
-    y = (x − mean)·rstd·weight[c] + bias[c], mean and variance over the pixels and the C/groups channels of each group
-    of each sample, rstd = 1 / sqrt(variance + eps); returns y·sigmoid(y), or y with `silu=False`.
+    y = (x − mean)·rstd·weight[c] + bias[c], with mean and variance over the pixels and the C/groups channels of each
+    group of each sample, and rstd = 1 / sqrt(variance + eps). The result is y·sigmoid(y), or y with `silu=False`.
 
     Args:
-        x: (B, C, H, W), float32, bfloat16 or float16 (float64 is served by the reference); dense with its channels
-            last, else one copy is made.
-        weight, bias: (C,) float32.
+        x: (B, C, H, W), float32, bfloat16 or float16 (float64 is served by the reference). If it is not dense with
+            its channels last, it is copied once.
+        weight, bias: (C,) float32 (beside a float64 x any supported dtype).
         groups: a divisor of C.
-        out: a tensor like the result to write to; may be x itself.
+        eps: added to the variance.
+        silu: whether y·sigmoid(y) follows the normalisation.
+        out: a tensor of the shape, dtype and layout of the result, which is written to; it may be x itself.
         backend: "auto", or the name of one of `backends.BACKENDS`.
 
     Returns:
-        (B, C, H, W) in the dtype of x, dense with its channels last; rounded once. The order of summation depends on
-        the shape only.
+        (B, C, H, W) in the dtype of x, dense with its channels last. Arithmetic is fp32 (fp64 for float64), and the
+        result is rounded once. The order of summation depends on the shape only.
 
     For inference: there is no gradient.
 
     Raises:
         TypeError: for an argument that is not a tensor, or of an unsupported dtype.
-        ValueError: for a wrong shape, device, number of groups or backend, and an `out` of another layout.
-        RuntimeError: where a gradient would be needed.
+        ValueError: for a wrong shape, device, number of groups or backend, and for an `out` of another layout.
+        RuntimeError: if a gradient would be needed.
 
     Source: Wu and He, "Group normalization" (arXiv 1803.08494), as in the decoders of VQGAN and VAR.
     """

@@ -1,4 +1,4 @@
-"""Memory of a CPU for what is read in long streams: of huge pages an entry of the TLB serves 2 MiB, not 4 KiB."""
+"""CPU memory in huge pages, for data that is read in long streams: an entry of the TLB then covers 2 MiB, not 4 KiB."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _HUGE = 2 << 20
 
 
 def zeros(*shape: int, dtype: torch.dtype, device: str | torch.device = "cpu") -> torch.Tensor:
-    """Like `torch.zeros`; on a CPU in huge pages, where Linux gives them to whoever asks.
+    """Like `torch.zeros`, but in huge pages on a CPU if Linux grants them on request.
 
-    Only pages that are filled are asked for: the rest of the tensor, less than 2 MiB, is in small ones.
+    Huge pages are requested only for the part of the tensor that fills them; the rest, less than 2 MiB, lies in small
+    ones.
     """
     size = math.prod(shape) * dtype.itemsize
     whole = size // _HUGE * _HUGE
@@ -23,13 +24,13 @@ def zeros(*shape: int, dtype: torch.dtype, device: str | torch.device = "cpu") -
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _HUGE
-    with contextlib.suppress(OSError):  # a kernel without them
+    with contextlib.suppress(OSError):  # the operating system has no huge pages
         memory.madvise(mmap.MADV_HUGEPAGE, start, whole)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
 
 
 def filled(elements: int, pieces: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """A vector of the elements of all pieces, one after another; they may be made one by one."""
+    """A vector with the elements of all pieces, one piece after another; the pieces may come from a generator."""
     whole, begin = zeros(elements, dtype=dtype), 0
     for piece in pieces:
         whole[begin : begin + piece.numel()].view(piece.shape).copy_(piece)

@@ -1,7 +1,8 @@
 """A linear layer for inference: weights packed once, bias and GELU in the epilogue.
 
-`F.linear` hands fp32 weights as they are to BLAS in every call, which reaches 40 % of the multiply-add peak of an AMD
-server. With weights in the order in which they are read that is 85 to 92 %, and at two rows four times as fast.
+`F.linear` hands fp32 weights as they are to BLAS in every call, and reaches 40 % of the multiply-add peak of an AMD
+server. With weights stored in the order in which they are read, 85 to 92 % are reached, and two rows take a quarter of
+the time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from . import huge_pages, packing
 
 # x is (M, K), dense; the packed weights and the bias are those of `_pack`.
 define("_packed_linear(Tensor x, Tensor packed, Tensor bias, int out_features, bool gelu) -> Tensor", __name__)
-_STRIP, _GROUP, _COLUMNS = 48, 512, 16  # of packed_linear.h, compared by a test
+_STRIP, _GROUP, _COLUMNS = 48, 512, 16  # constants of packed_linear.h; a test compares them
 
 
 @register_fake("_packed_linear")
@@ -26,7 +27,7 @@ def _(x, packed, bias, out_features, gelu):
 
 
 def _strips(columns: int) -> list[int]:
-    """The widths of the strips of columns that lie together, as in packed_linear.h."""
+    """The widths of the strips into which the columns are divided, as in packed_linear.h."""
     groups = [min(_GROUP, columns - begin) for begin in range(0, columns, _GROUP)]
     widths = []
     for left in groups:
@@ -41,13 +42,16 @@ def _inputs_together(dtype: torch.dtype) -> int:
 
 
 def _pack(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Strips of outputs, padded with zeros to a multiple of 16; in each the inputs (bf16: pairs, of which the last may
-    be padded with a zero), in each the strip."""
+    """The weight (N, K) by strips of outputs; in each strip input after input, in each input the outputs of the strip.
+
+    Outputs are padded with zeros to a multiple of 16. In bf16 two inputs form a pair, and the last pair may be padded
+    with a zero.
+    """
     lacking = -weight.shape[1] % _inputs_together(dtype), -len(weight) % _COLUMNS
     if any(lacking):
         weight = F.pad(weight, (0, lacking[0], 0, lacking[1]))
     scalar = torch.int32  # a float, or a pair
-    # Each strip is converted and transposed where it goes: a temporary as large as the weight would stay with malloc.
+    # Each strip is converted and transposed into its place: malloc would keep a temporary as large as the weight.
     strips = (strip.to(dtype).contiguous().view(scalar).t() for strip in weight.split(_strips(len(weight))))
     return huge_pages.filled(weight.numel() * dtype.itemsize // scalar.itemsize, strips, scalar).view(dtype)
 
@@ -55,24 +59,30 @@ def _pack(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class PackedLinear:
     """y = x·Wᵀ + b, or tanh-GELU of that, with W in the order in which the kernel reads it.
 
-    Backend `cpu` multiplies packed weights: with our own kernel on x86-64 processors with AVX2 (fp32) and with the bf16
-    products of AVX-512 (bf16), with oneDNN's elsewhere, and in bf16 on the tile registers of AMX. Backend `reference`
-    is `F.linear` with the weight itself. There is no kernel for GPUs.
+    Backend `cpu` multiplies packed weights. It uses our own kernel on x86-64 processors, in fp32 from AVX2 on and in
+    bf16 with the bf16 products of AVX-512; elsewhere, and in bf16 on processors with AMX, it uses oneDNN's. Backend
+    `reference` is `F.linear` with the weight itself. There is no kernel for GPUs.
 
     Args:
-        weight: (N, K), any floating-point dtype. Packed, it is read now and not kept: later changes of it do not show.
+        weight: (N, K), any floating-point dtype. If it is packed, it is read once and not kept, so later changes of it
+            have no effect.
         bias: (N,), any floating-point dtype, or None.
-        dtype: of x and of the result, to which weight and bias are converted; None: that of the weight. `cpu` serves
-            float32 and bfloat16.
+        dtype: the dtype of x and of the result, to which weight and bias are converted; None means that of the weight.
+            `cpu` serves float32 and bfloat16.
         gelu: whether y = GELU(x·Wᵀ + b), in its tanh form.
         backend: "auto", or the name of one of `backends.BACKENDS`.
 
-    Called with x (…, K) in that dtype it returns (…, N). `backend` is the one that serves; `packed_by_us` says whether
-    it does so with our kernel; `nbytes` is what this object holds beside the weight that it was given: the packed or
-    converted copy. There is no gradient.
+    Calling the object with x (…, K) in that dtype returns (…, N); there is no gradient. Backend `cpu` sums in fp32 and
+    rounds the result once. The attribute `backend` names the backend that serves, `packed_by_us` says whether our own
+    kernel does, and `nbytes` is the size in bytes of the packed or converted copy that the object holds beside the
+    given weight.
 
-    Raises TypeError for an argument that is no tensor, and for a dtype that is not supported or, of x, not that of the
-    layer; ValueError for a wrong shape, device or backend; RuntimeError where a gradient would be needed.
+    Raises:
+        TypeError: for an argument that is not a tensor, an unsupported dtype, or an x whose dtype is not the layer's.
+        ValueError: for a wrong shape, device or backend.
+        RuntimeError: if a gradient would be needed.
+
+    Source: GELU in its tanh form is that of Hendrycks and Gimpel (arXiv 1606.08415).
     """
 
     def __init__(
@@ -106,7 +116,7 @@ class PackedLinear:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed or converted copy, 0 where the weight itself is used."""
+        """Bytes of the packed or converted copy; 0 if the weight itself is used."""
         return self._weight.nbytes if self._copied else 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

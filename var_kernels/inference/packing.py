@@ -1,4 +1,4 @@
-"""What multiplies the packed weights of linear layers on this CPU: our own kernel, or oneDNN's where that is faster."""
+"""Decides what multiplies packed weights of linear layers on this CPU: our kernel, or oneDNN's where that is faster."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from ..native import load
 
-# Where our kernel is the fastest.
+# The ISA levels at which our kernel is the fastest.
 _LEVELS = {torch.float32: ("avx2", "avx512", "avx512_bf16", "amx"), torch.bfloat16: ("avx512_bf16",)}
 
 _OPS = ("_reorder_linear_weight", "_linear_pointwise")
@@ -25,17 +25,19 @@ def unavailable_reason(dtype: torch.dtype) -> str | None:
 
 
 def kernel_unavailable_reason(dtype: torch.dtype) -> str | None:
-    """Why weights of this dtype, float32 or bfloat16, are not packed for our own kernel but for oneDNN; or None."""
+    """Why weights of this dtype, float32 or bfloat16, are packed for oneDNN instead of our own kernel; None if not."""
     status = load.native_library()
     if not status.available:
         return f"the native library is not available: {status.reason}"
     if status.isa in _LEVELS[dtype]:
         return None
-    return "oneDNN multiplies on the tile registers" if status.isa == "amx" else f"ISA level {status.isa} has none"
+    if status.isa == "amx":
+        return "oneDNN multiplies on the tile registers"
+    return f"there is none for this dtype at ISA level {status.isa}"
 
 
 def packer(dtype: torch.dtype) -> str:
-    """What serves weights of this dtype on a CPU, and why nothing faster does, in words."""
+    """A phrase that says what multiplies weights of this dtype on a CPU, and why nothing faster does."""
     ours = kernel_unavailable_reason(dtype)
     reason = unavailable_reason(dtype)
     served = "our kernel" if ours is None else "oneDNN" if reason is None else f"F.linear ({reason})"

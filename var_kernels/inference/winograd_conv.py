@@ -14,22 +14,22 @@ from ..native.library import define, register_fake
 from ..reference import winograd_conv as _reference
 from . import huge_pages
 
-# x is (B, H, W, C_in), y (B, H', W', C_out), dense; the packed weights are those of `_pack`. y is written, and may be
-# the residual.
+# x is (B, H, W, C_in), y (B, H', W', C_out), dense; the packed weights are those of `_pack`. y is written to, and may
+# be the residual.
 define(
     "_winograd_conv(Tensor x, Tensor packed, Tensor bias, Tensor? residual, int scheme, Tensor(a!) y) -> ()", __name__
 )
-_STRIP, _COLUMNS, _DEPTH = 80, 16, 32  # of winograd_conv.h, compared by a test
-_CACHED_BYTES = 32 << 20  # a common last-level cache
+_STRIP, _COLUMNS, _DEPTH = 80, 16, 32  # constants of winograd_conv.h; a test compares them
+_CACHED_BYTES = 32 << 20  # the size of a common last-level cache
 
 
 class Scheme(NamedTuple):
-    """A form of minimal filtering."""
+    """A form of minimal filtering, described in one of the two directions."""
 
     name: str
-    filters: list[list[float]]  # in one direction: from three taps to points
-    outputs: int  # of a tile, in one direction
-    scale: int  # outputs for each input
+    filters: list[list[float]]  # (points, 3): the matrix that transforms three taps to the points
+    outputs: int  # outputs of one tile
+    scale: int  # outputs for each input: 2 if the image is doubled first
 
     @property
     def points(self) -> int:
@@ -37,12 +37,15 @@ class Scheme(NamedTuple):
 
     @property
     def products_per_input(self) -> float:
-        """For each input channel and output channel."""
+        """Multiplications per input pixel, for each pair of input channel and output channel."""
         return self.points * (self.scale / self.outputs) ** 2
 
 
 def _four_outputs(a: float = 5 / 8, b: float = 3 / 2) -> list[list[float]]:
-    """(1, x, x²) of the points 0, ±a, ±b over the product of the distances to the others; and of infinity."""
+    """The filter transform of F(4, 3) with the points 0, ±a, ±b and infinity.
+
+    The row of a finite point x is (1, x, x²), divided by the product of its differences from the other finite points.
+    """
     at_a, at_b = 2 * a**2 * (a**2 - b**2), 2 * b**2 * (b**2 - a**2)
     points = [[x**i / scale for i in range(3)] for x, scale in ((a, at_a), (-a, at_a), (b, at_b), (-b, at_b))]
     return [[1 / (a * b) ** 2, 0, 0], *points, [0, 0, 1]]
@@ -62,7 +65,7 @@ def _(x, packed, bias, residual, scheme, y):
 
 
 def choose(out_channels: int, in_channels: int, dtype: torch.dtype, doubling: bool) -> tuple[int, torch.dtype]:
-    """The scheme, and in which dtype numbers are multiplied: bfloat16 as such where the processor can."""
+    """The index of the scheme, and the dtype in which numbers are multiplied: bfloat16 if the processor can."""
     pairs = dtype == torch.bfloat16 and load.native_library().isa in ("avx512_bf16", "amx")
     if doubling:
         scheme = _DOUBLING
@@ -86,9 +89,10 @@ def prepared_bytes(
 
 
 def _pack(weight: torch.Tensor, scheme: int, dtype: torch.dtype) -> torch.Tensor:
-    """Strips of 80 output channels, in each the points, in each the input channels (bf16: in pairs), in each the strip.
+    """The transformed weights by strips of 80 output channels.
 
-    Both channel counts are padded with zeros.
+    In each strip lies point after point, in each point input channel after input channel (in bf16: pair after pair),
+    and in each of these the output channels of the strip. Both channel counts are padded with zeros.
     """
     taps = torch.tensor(SCHEMES[scheme].filters, dtype=torch.float64)
     points = torch.einsum("pi,qj,ocij->pqco", taps, taps, weight.double()).flatten(0, 1)
@@ -104,29 +108,35 @@ def _pack(weight: torch.Tensor, scheme: int, dtype: torch.dtype) -> torch.Tensor
 class PackedConv3x3:
     """y = conv(x, weight) + bias [+ residual]: 3×3, stride 1, padded by one zero, with weights prepared once.
 
-    With `doubling` x is first doubled in height and width by nearest neighbour, without being stored like that.
+    With `doubling`, the convolution is that of x doubled in height and width by nearest neighbour; the doubled image is
+    never stored.
 
-    In backend `cpu` the products are those of minimal filtering: F(4×4, 3×3), 36 for 16 outputs, where its weights stay
-    in a last-level cache; F(2×2, 3×3), 16 for 4 outputs, elsewhere and wherever bfloat16 is multiplied as such; 9 for 4
-    outputs with `doubling`. Sums are fp32. Backend `reference` is `F.conv2d`. There is no kernel for GPUs.
+    Backend `cpu` computes the convolution by minimal filtering, with fp32 sums. F(4×4, 3×3) takes 36 products for 16
+    outputs and is used if its weights stay in a last-level cache. F(2×2, 3×3) takes 16 products for 4 outputs and is
+    used otherwise, and wherever bfloat16 is multiplied as such. With `doubling` there are 9 products for 4 outputs.
+    Backend `reference` is `F.conv2d`. There is no kernel for GPUs.
 
     Args:
-        weight: (O, C, 3, 3), any floating-point dtype. Read now; what `cpu` holds does not show later changes of it.
+        weight: (O, C, 3, 3), any floating-point dtype. `cpu` reads it once, so later changes of it have no effect.
         bias: (O,), any floating-point dtype.
-        dtype: of x and of the result; None: that of the weight. `cpu` serves float32 and bfloat16.
-        doubling: see above.
+        dtype: the dtype of x and of the result; None means that of the weight. `cpu` serves float32 and bfloat16.
+        doubling: whether x is doubled first, see above.
         backend: "auto", or the name of one of `backends.BACKENDS`.
 
-    Called with x (B, C, H, W) of that dtype, and optionally a residual like the result, it returns (B, O, H, W), or
-    (B, O, 2H, 2W), channels last. Inputs that are not dense with their channels last are copied. `out`, a tensor like
-    the result, is written to and returned; it may be the residual, not x. `backend` is the one that serves, `nbytes`
-    says what this object holds. There is no gradient.
+    Calling the object with x (B, C, H, W) in that dtype, and optionally a residual of the shape and dtype of the
+    result, returns (B, O, H, W), or (B, O, 2H, 2W) with `doubling`, dense with its channels last. Inputs of another
+    layout are copied. `out`, a tensor of the shape, dtype and layout of the result, is written to and returned; it may
+    be the residual, but not x. The attribute `backend` names the backend that serves, and `nbytes` is the size of the
+    prepared weights in bytes. There is no gradient.
 
-    Errors: rms against exact arithmetic, times that of PyTorch's direct convolution with channels last in the same
-    dtype: fp32 F(4×4) 1.8, fp32 F(2×2) 0.6, bfloat16 1.4; with channels first PyTorch's fp32 is 2.8 times better.
+    The rms error against exact arithmetic, as a multiple of that of PyTorch's direct convolution with channels last in
+    the same dtype, is 1.8 for fp32 F(4×4), 0.6 for fp32 F(2×2) and 1.4 for bfloat16. With channels first, PyTorch's
+    fp32 error is 2.8 times smaller.
 
-    Raises TypeError for an argument that is no tensor or of another dtype, ValueError for a wrong shape, device, layout
-    or backend; RuntimeError where a gradient would be needed.
+    Raises:
+        TypeError: for an argument that is not a tensor, or of an unsupported or different dtype.
+        ValueError: for a wrong shape, device, layout or backend.
+        RuntimeError: if a gradient would be needed.
 
     Source: Lavin and Gray, "Fast algorithms for convolutional neural networks" (arXiv 1509.09308).
     """

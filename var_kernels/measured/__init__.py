@@ -1,1 +1,1 @@
-"""What the benchmarks measured on one kind of GPU, in files beside the compiled kernels."""
+"""Files with measurements on one kind of GPU: the speeds of the backends, and configurations of Triton kernels."""

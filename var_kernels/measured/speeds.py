@@ -1,7 +1,7 @@
-"""How fast each GPU backend does each op on one kind of GPU: written by the benchmarks, read by :mod:`.backends`.
+"""How fast each GPU backend runs each op on one kind of GPU: written by the benchmarks, read by `backends.py`.
 
-``pytest benchmarks/ --benchmark-only --device cuda`` writes the file. Only what was measured with the kernels, the
-torch and the Triton of this process counts. Deleting the file restores the shipped order.
+``pytest benchmarks/ --benchmark-only --device cuda`` writes the file. Measurements count only if they were made with
+the kernels, the torch and the Triton of this process. Deleting the file restores the shipped order.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import torch
 from ..native import build
 from . import device_file
 
-MARGIN = 0.05  # a backend takes the first place from the shipped one if it is faster by more than this
+MARGIN = 0.05  # a backend replaces the shipped first one only if it is faster by more than this fraction
 
 
 class Speeds(NamedTuple):
-    """By backend, how many times as fast as the baselines of the op's cases (the geometric mean of so many)."""
+    """The speed of each backend as a multiple of the baseline's: the geometric mean over `cases` cases of the op."""
 
     speeds: Mapping[str, float]
     cases: int
 
     def first(self, shipped: str) -> str:
-        """The fastest backend, or `shipped` where none is faster than that by more than the margin."""
+        """The fastest backend, or `shipped` if none is faster than `shipped` by more than the margin."""
         fastest = max(self.speeds, key=self.speeds.get)
         return fastest if self.speeds[fastest] > (1 + MARGIN) * self.speeds[shipped] else shipped
 
@@ -39,13 +39,16 @@ class Speeds(NamedTuple):
 
 
 def path_of(device: str) -> Path:
-    """Where the results of a GPU of this name are kept."""
+    """The path of the file with the results for GPUs of this name."""
     return device_file.path_of("backends", device)
 
 
 def read(device: str, backends: Collection[str]) -> dict[str, Speeds]:
-    """The results by op, a speed for each of `backends`; empty if nothing was measured with the present kernels, torch
-    and Triton. ValueError for a file that is not ours."""
+    """The results by op, with a speed for each of `backends`.
+
+    Empty if nothing was measured with the present kernels, torch and Triton. Raises ValueError for a file that
+    :func:`write` did not write.
+    """
     text = device_file.read_text("backends", device)
     if text is None:
         return {}
@@ -65,14 +68,14 @@ def read(device: str, backends: Collection[str]) -> dict[str, Speeds]:
 
 
 def write(device: str, results: Mapping[str, Speeds]) -> Path:
-    """Replaces the file of this GPU, whole or not at all, and returns its path."""
+    """Replaces the file of this GPU, completely or not at all, and returns its path."""
     ops = {op: {"speeds": dict(entry.speeds), "cases": entry.cases} for op, entry in results.items()}
     return device_file.replace("backends", device, {"device": device, **present(), "ops": ops})
 
 
 @functools.cache
 def present() -> dict[str, str | None]:
-    """What a measurement depends on: the sources of the kernels, by a hash, and the versions of torch and Triton."""
+    """What a measurement depends on: a hash of the kernels' sources, and the versions of torch and Triton."""
     digest = hashlib.sha256(build.source_hash().encode())
     for path in sorted((build.PACKAGE / "triton").glob("*.py")):
         digest.update(path.read_bytes())

@@ -1,4 +1,4 @@
-"""The configurations measured on one kind of GPU: a file that :mod:`.tune` writes and :mod:`.configs` reads."""
+"""The configurations measured on one kind of GPU: a file that `triton/tune.py` writes and `triton/configs.py` reads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ _FIELDS = {"tiles": dict, "num_warps": int, "num_stages": int, "options": dict, 
 
 
 class Key(NamedTuple):
-    """What a measured configuration replaces: that of a kernel, "<stem>.<function>", for one element size in the row of
-    the table that serves problems up to `size`."""
+    """The entry of the table in `triton/configs.py` that a measured configuration replaces.
+
+    It is that of the kernel "<stem>.<function>" for elements of `itemsize` bytes, in the row for problems up to `size`.
+    """
 
     kernel: str
     size: int
@@ -22,8 +24,10 @@ class Key(NamedTuple):
 
 
 def read(device: str) -> dict[Key, dict[str, Any]]:
-    """The fields of each configuration; empty if nothing was measured, or nothing can be read. ValueError for a file
-    that is not ours."""
+    """The fields of each configuration; empty if nothing was measured, or the file cannot be read.
+
+    Raises ValueError for a file that :func:`write` did not write.
+    """
     text = device_file.read_text("tuned", device)
     if text is None:
         return {}
@@ -43,6 +47,6 @@ def read(device: str) -> dict[Key, dict[str, Any]]:
 
 
 def write(device: str, configs: Mapping[Key, Mapping[str, Any]]) -> Path:
-    """Replaces the file of this GPU, whole or not at all, and returns its path."""
+    """Replaces the file of this GPU, completely or not at all, and returns its path."""
     entries = [{**key._asdict(), **values} for key, values in sorted(configs.items())]
     return device_file.replace("tuned", device, {"device": device, "configs": entries})

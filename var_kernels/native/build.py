@@ -1,16 +1,17 @@
-"""The one build of the native library ``_C.abi3.so``.
+"""Builds the native library ``_C.abi3.so``.
 
-Three callers share it: ``setup.py`` (ahead of time), :mod:`.load` (at first use) and this file's own command line
+Three callers share this module: ``setup.py`` (ahead of time), :mod:`.load` (at first use) and its own command line
 (``python -m var_kernels.native.build`` compiles in place; ``python var_kernels/native/build.py`` does so without
-importing torch). It needs the standard library and ninja only, and finds torch by path: importing torch takes seconds,
-and inside pip's isolated build it is not importable at all.
+importing torch). A build needs the standard library and ninja only (the command line also filelock), and finds torch by
+path: importing torch takes seconds, and inside pip's isolated build it is not importable at all.
 
 Sources, relative to ``csrc/``:
 
-* ``cpu/*.cpp`` (not ``.isa.cpp``): doors, compiled once against the LibTorch stable ABI of torch 2.10, so that one
-  library serves every later torch, CPU or CUDA build;
+* ``cpu/*.cpp`` (not ``.isa.cpp``): the entry functions of the ops, which check the arguments and call the kernels. They
+  are compiled once against the LibTorch stable ABI of torch 2.10, so that one library serves every later torch, CPU or
+  CUDA build;
 * ``cpu/*.isa.cpp``: vector code without torch headers, compiled once per level of :data:`ISA_LEVELS`;
-* ``cuda/*.cu``: compiled into the same library where nvcc and a CUDA build of torch are present.
+* ``cuda/*.cu``: compiled into the same library if nvcc and a CUDA build of torch are present.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ INFO_MARKER = b"var_kernels build info: "
 # Not -ffast-math: NaN and infinity must propagate as they do in torch.
 COMMON_FLAGS = (
     "-O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math "
-    "-Wall -Wextra -Wno-psabi"  # psabi: vector types never cross the library's border
+    "-Wall -Wextra -Wno-psabi"  # psabi warns about vector types as arguments, which never cross the library's border
 )
 _AVX2 = "-mavx2 -mfma -mf16c"
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
@@ -61,7 +62,7 @@ ISA_LEVELS = {
     "amx": _AVX512_BF16 + " -mamx-tile -mamx-bf16",
 }
 
-# sm_80 carries its PTX as well, from which the driver makes code for every later GPU without a binary here.
+# sm_80 carries its PTX as well. From it the driver makes code for every later GPU that has no binary here.
 CUDA_ARCHS = {
     "80": "arch=compute_80,code=[sm_80,compute_80]",
     "90a": "arch=compute_90a,code=sm_90a",
@@ -71,16 +72,16 @@ CUDA_ARCHS = {
 
 
 class BuildUnavailable(RuntimeError):
-    """Something the build needs is not installed; the message says what, and how to get it."""
+    """Something that the build needs is not installed; the message says what it is and how to get it."""
 
 
 class BuildFailed(RuntimeError):
-    """The compiler refused the sources; the message carries the end of its output."""
+    """The compiler refused the sources; the message contains the end of its output."""
 
 
 @dataclass(frozen=True)
 class TorchInstall:
-    """A torch found by path: its package directory, its version, the CUDA it was built with (None: a CPU build)."""
+    """A torch found by path: its package directory, its version, and the CUDA it was built with (None: a CPU build)."""
 
     path: Path
     version: str
@@ -120,7 +121,7 @@ def build_mode() -> str:
 
 
 def source_hash() -> str:
-    """Hexadecimal SHA-256 over every source file and this file: two libraries with the same hash are the same code."""
+    """Hexadecimal SHA-256 of every source file and this file: libraries with the same hash have the same code."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
     for path in sources():
         digest.update(f"\0{path.relative_to(CSRC).as_posix()}\0".encode())
@@ -129,12 +130,15 @@ def source_hash() -> str:
 
 
 def sources() -> list[Path]:
-    """Every file that the native library is made of."""
+    """Every source file of the native library."""
     return sorted(path for path in CSRC.rglob("*") if path.suffix in SOURCE_SUFFIXES and path.is_file())
 
 
 def cache_root() -> Path:
-    """Where first-use libraries and object files are kept: ``VAR_KERNELS_CACHE``, else the user's cache directory."""
+    """Where libraries built at first use and object files are kept.
+
+    This is ``VAR_KERNELS_CACHE``, else ``var_kernels`` in the user's cache directory.
+    """
     explicit = os.environ.get("VAR_KERNELS_CACHE")
     if explicit:
         return Path(explicit).expanduser().resolve()
@@ -180,7 +184,10 @@ def require_torch(torch: TorchInstall | None) -> TorchInstall:
 
 
 def find_compiler() -> Compiler:
-    """``CXX``, else the first of g++, c++, clang++ on the path; BuildUnavailable if none, too old, or broken."""
+    """``CXX``, else the first of g++, c++ and clang++ on the path.
+
+    Raises BuildUnavailable if there is none, or if it is too old or does not work.
+    """
     advice = "install g++ >= 11 or clang >= 14 (Debian, Ubuntu: apt-get install g++), or set CXX"
     if sys.platform not in ("linux", "darwin"):
         raise BuildUnavailable(f"the native kernels are built on Linux and macOS only, this is {sys.platform}")
@@ -209,7 +216,8 @@ def find_ninja() -> str:
     if importlib.util.find_spec("ninja"):
         import ninja
 
-        directory = ninja.BIN_DIR or None  # empty where the package does not know; pip's isolated build has it on PATH
+        # BIN_DIR is empty if the package does not know it; in pip's isolated build ninja is on the path.
+        directory = ninja.BIN_DIR or None
     for command in (shutil.which("ninja", path=directory), shutil.which("ninja"), shutil.which("ninja-build")):
         if command:
             return command
@@ -222,7 +230,7 @@ def find_nvcc() -> Nvcc | None:
     for command in (home and os.path.join(home, "bin", "nvcc"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
         if not command or not os.path.exists(command):
             continue
-        # nvcc may be a wrapper outside its toolkit, so the toolkit's place is asked of it.
+        # nvcc may be a wrapper outside its toolkit, so this asks it where the toolkit is.
         dryrun = [command, "--dryrun", "-x", "cu", "-c", "-o", os.devnull, os.devnull]
         answer = subprocess.run(dryrun, capture_output=True, text=True)
         top = re.search(r"^#\$ TOP=(.*)$", answer.stderr + answer.stdout, re.M)
@@ -240,7 +248,10 @@ def nvcc_archs(nvcc: Nvcc) -> tuple[str, ...]:
 
 
 def cuda_compiler(mode: str, torch: TorchInstall) -> Nvcc | None:
-    """The nvcc that a build in `mode` uses: None where there is no CUDA source or nothing that would run it."""
+    """The nvcc that a build in `mode` uses; None if it compiles no CUDA sources.
+
+    Raises BuildUnavailable in mode "cuda" if there is no nvcc.
+    """
     if not any((CSRC / "cuda").glob("*.cu")) or mode == "cpu" or (mode == "auto" and torch.cuda is None):
         return None
     nvcc = find_nvcc()
@@ -250,9 +261,9 @@ def cuda_compiler(mode: str, torch: TorchInstall) -> Nvcc | None:
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) -> None:
-    """Calls `write(temporary path)`, then renames that file onto `path`, whose folder is made where it is missing.
+    """Calls `write(temporary path)`, then renames that file to `path`; the folder is created if it is missing.
 
-    Readers see the old file or the whole new one. Where writing fails, the old one stays and nothing else is left.
+    Readers see the old file or the complete new one. If writing fails, the old file stays, and no other is left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +271,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], object]) ->
     os.close(descriptor)
     try:
         write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner reads
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner may read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -274,7 +285,7 @@ def _umask() -> int:
 
 
 def install_library(library: Path, destination: Path) -> None:
-    """Copies `library` to `destination` atomically: another process may be about to load the old one."""
+    """Copies `library` to `destination` atomically, because another process may be about to load the old one."""
     write_atomically(destination, lambda temporary: shutil.copyfile(library, temporary))
 
 
@@ -290,9 +301,9 @@ def build(
 ) -> dict:
     """Compiles ``csrc`` to the library `destination` and returns its build info.
 
-    Object files stay in `work_dir`, and only what changed is compiled again; two builds must not use one `work_dir` at
-    the same time. With mode "auto" a failing nvcc costs the CUDA kernels only. `report` adds the resource usage of each
-    CUDA kernel to the returned dictionary's "log". Raises BuildUnavailable or BuildFailed.
+    Object files stay in `work_dir`, and only changed sources are compiled again; two builds must not use one `work_dir`
+    at the same time. In mode "auto", if nvcc fails, the library is built without CUDA kernels. `report` adds the
+    resource usage of each CUDA kernel to the "log" of the returned dictionary. Raises BuildUnavailable or BuildFailed.
     """
     torch = require_torch(torch or find_torch())
     compiler, ninja, nvcc = find_compiler(), find_ninja(), cuda_compiler(mode, torch)
@@ -313,7 +324,7 @@ def build(
     plan = _ninja_file(compiler, torch, nvcc, info, report, work_dir.resolve())
     (work_dir / "build.ninja").write_text(plan)
     for compiled in work_dir.glob("*.cu.o") if report else ():
-        compiled.unlink()  # only a compilation reports
+        compiled.unlink()  # the usage is printed only when a kernel is compiled
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     command = [ninja, "-C", str(work_dir), *jobs, *(["-v"] if verbose else [])]
     answer = subprocess.run(command, capture_output=not verbose, text=True)
@@ -322,7 +333,7 @@ def build(
         return build(destination, work_dir, mode="cpu", torch=torch, verbose=verbose)
     if answer.returncode:
         raise BuildFailed(f"compiling the kernels with {compiler.command} failed:\n{_tail(answer)}")
-    if source_hash() != info["source_hash"]:  # edited meanwhile: the library would not be what it says it is
+    if source_hash() != info["source_hash"]:  # a source was edited meanwhile, so the build info would be wrong
         return build(destination, work_dir, mode=mode, torch=torch, archs=archs, report=report, verbose=verbose)
     install_library(work_dir / LIBRARY_NAME, destination)
     return info | {"log": answer.stdout or ""}
@@ -343,7 +354,7 @@ def _build_info_source(info: dict) -> str:
 def _ninja_file(
     compiler: Compiler, torch: TorchInstall, nvcc: Nvcc | None, info: dict, report: bool, work_dir: Path
 ) -> str:
-    """The ninja plan: one object per door, one per vector file and ISA level, one per CUDA file, one link."""
+    """The ninja plan: an object for each file of entry functions, vector file and ISA level, and CUDA file; a link."""
     include = f"-I{shlex.quote(str(CSRC))}"
     stable_abi = stable_abi_flags(torch)
     flags = f"{COMMON_FLAGS} {include} -ffile-prefix-map={shlex.quote(str(CSRC.parent))}=."  # no local paths inside
@@ -352,7 +363,7 @@ def _ninja_file(
         rules["nvcc"] = _nvcc_rule(nvcc, info["cuda_archs"], f"{include} {stable_abi}", report)
     lines = ["ninja_required_version = 1.5"]
     for name, command in rules.items():
-        # The key is a shell comment: it makes ninja compile again whenever a file's content changed, also where a
+        # The key is a shell comment. It makes ninja compile again whenever the content of a file has changed, even if a
         # restored or copied file is older than its object.
         lines += [f"rule {name}", f"  command = {_escape_command(command)} $flags -c $in -o $out # $key"]
         lines += ["  depfile = $out.d", "  deps = gcc", f"  description = {name.upper()} $out"]
@@ -371,14 +382,14 @@ def _ninja_file(
 def _objects(compiler: Compiler, nvcc: Nvcc | None, info: dict, stable_abi: str) -> Iterable[tuple]:
     """(rule, source, object, flags) of every object, in link order.
 
-    The lowest ISA level comes first: of an inline function that several objects carry, the linker keeps the first one,
-    and that must not be one compiled for instructions the processor may lack.
+    The lowest ISA level comes first: if several objects contain the same inline function, the linker keeps the first
+    copy, which must not contain instructions that the processor may lack.
     """
     cpu = sorted((CSRC / "cpu").glob("*.cpp"))
-    door_flags = stable_abi + (" -DVAR_ISA_X86" if compiler.x86_64 else "")
+    entry_flags = stable_abi + (" -DVAR_ISA_X86" if compiler.x86_64 else "")
     for source in cpu:
         if not source.name.endswith(".isa.cpp"):
-            yield "cxx", source, f"{source.stem}.door.o", door_flags
+            yield "cxx", source, f"{source.stem}.entry.o", entry_flags
     for level, name in enumerate(info["isa_levels"]):
         for source in cpu:
             if source.name.endswith(".isa.cpp"):
@@ -390,7 +401,7 @@ def _objects(compiler: Compiler, nvcc: Nvcc | None, info: dict, stable_abi: str)
 
 
 def _with_includes(source: Path, found: list[Path]) -> list[Path]:
-    """`found` and, in a fixed order, `source` with every file of ours that it includes, directly or not."""
+    """`found`, followed in a fixed order by `source` and every file of `csrc` that it includes, directly or not."""
     found.append(source)
     for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', source.read_text(), re.M):
         for path in ((source.parent / name).resolve(), (CSRC / name).resolve()):
@@ -400,15 +411,15 @@ def _with_includes(source: Path, found: list[Path]) -> list[Path]:
 
 
 def stable_abi_flags(torch: TorchInstall) -> str:
-    """What a door needs to find torch's headers, and to use no more of them than its stable ABI."""
+    """The flags with which an entry function finds torch's headers, and uses only the stable ABI in them."""
     places = (torch.path / directory for directory in ("include", "include/torch/csrc/api/include"))
     includes = (f"-isystem {shlex.quote(str(place))}" for place in places)
     return " ".join((f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", *includes))
 
 
 def nvcc_command(nvcc: Nvcc) -> str:
-    """nvcc with the options that decide what its code is."""
-    # nvcc picks its own host compiler unless the user named one.
+    """The nvcc command with the options that determine the generated code."""
+    # nvcc picks its own host compiler unless the user has named one.
     host = f" -ccbin {shlex.quote(os.environ['CXX'])}" if os.environ.get("CXX") else ""
     return f"{shlex.quote(nvcc.command)}{host} -O3 -std=c++20"
 
@@ -422,11 +433,11 @@ def _nvcc_rule(nvcc: Nvcc, archs: Iterable[str], flags: str, report: bool) -> st
 
 
 def _link_flags(torch: TorchInstall, nvcc: Nvcc | None) -> str:
-    """torch's libraries, and the CUDA runtime statically, so that any CUDA build of torch will do."""
+    """The flags that link torch's libraries, and the CUDA runtime statically, so that it works with any CUDA torch."""
     search = f"-L{shlex.quote(str(torch.path / 'lib'))}"
     if sys.platform == "darwin":
         return f"{search} -ltorch -ltorch_cpu -lc10"
-    # -ltorch must stay although nothing refers to it: through it the loader finds torch's CUDA half.
+    # -ltorch must stay although nothing refers to it: through it the loader finds torch's CUDA libraries.
     flags = f"{search} -ltorch_cpu -lc10 -Wl,--push-state,--no-as-needed -ltorch -Wl,--pop-state"
     if nvcc:
         directories = " ".join(f"-L{shlex.quote(str(nvcc.toolkit / d))}" for d in ("lib64", "lib"))
@@ -451,10 +462,12 @@ def object_dir(torch: TorchInstall) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Builds the library from the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m var_kernels.native.build", description="Build the native library.")
-    parser.add_argument("--output", type=Path, default=AHEAD_OF_TIME_LIBRARY, help="where the library goes (in place)")
+    parser.add_argument(
+        "--output", type=Path, default=AHEAD_OF_TIME_LIBRARY, help="path of the library (default: inside the package)"
+    )
     parser.add_argument("--mode", choices=MODES[:3], help="default: VAR_KERNELS_BUILD, else auto")
-    parser.add_argument("--archs", help=f"CUDA architectures, comma-separated; of {','.join(CUDA_ARCHS)}")
-    parser.add_argument("--report", action="store_true", help="print what each CUDA kernel uses")
+    parser.add_argument("--archs", help=f"CUDA architectures, comma-separated, from {','.join(CUDA_ARCHS)}")
+    parser.add_argument("--report", action="store_true", help="print the resources that each CUDA kernel uses")
     parser.add_argument("--verbose", action="store_true", help="print every command")
     options = parser.parse_args(arguments)
     archs = options.archs.split(",") if options.archs else None

@@ -1,7 +1,8 @@
-"""The raw operators. Schemas are defined in Python: importing needs no compiler.
+"""The raw operators. Their schemas are defined in Python, so importing needs no compiler.
 
-They exist twice, under the same names and schemas: in `torch.ops.var_kernels`, implemented per device by the native
-library, and in `torch.ops.var_kernels_triton`, implemented by Triton kernels, which share devices with CUDA kernels.
+They exist twice, under the same names and schemas: in `torch.ops.var_kernels`, implemented for each device by the
+native library, and in `torch.ops.var_kernels_triton`, implemented by Triton kernels. A second namespace is needed
+because Triton and CUDA kernels serve the same devices.
 """
 
 import importlib
@@ -14,20 +15,21 @@ from torch.autograd import forward_ad
 NATIVE = torch.library.Library("var_kernels", "DEF")
 TRITON = torch.library.Library("var_kernels_triton", "DEF")
 
-# The namespace that serves each backend.
+# The namespace of each backend's operators.
 NAMESPACES = {"cpu": NATIVE.ns, "cuda": NATIVE.ns, "triton": TRITON.ns}
 
 _schemas: list[str] = []
-_names: dict[str, list[str]] = {}  # of the raw operators, by the stem of the page that defines them
+_names: dict[str, list[str]] = {}  # the names of the raw operators, by the stem of the module that defines them
 _fakes: dict[str, Callable] = {}
 
 
-def define(schema: str, page: str) -> None:
-    """Define one raw operator, `_name(...) -> ...`, of the op's page (its `__name__`), which adds the fake kernel.
+def define(schema: str, op_module: str) -> None:
+    """Defines one raw operator, `_name(...) -> ...`, of the module `op_module` (its `__name__`).
 
-    Its Triton implementation is the function `name` of the page's module in `triton/`, imported at the first call.
+    That module also registers the operator's shape function. The Triton implementation is the function `name` of the
+    module with the same stem in `triton/`, which is imported at the first call.
     """
-    stem = page.rpartition(".")[2]
+    stem = op_module.rpartition(".")[2]
     _schemas.append(schema)
     for library in (NATIVE, TRITON):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -38,12 +40,13 @@ def define(schema: str, page: str) -> None:
         module = importlib.import_module(f"var_kernels.triton.{stem}")
         return getattr(module, name.removeprefix("_"))(*args, **kwargs)
 
-    for key in ("CUDA", "CPU"):  # on CPU tensors only where launches do not go to a GPU: backends.py sees to it
+    # backends.py chooses Triton for CPU tensors only if launches are handed to a function instead of a GPU.
+    for key in ("CUDA", "CPU"):
         TRITON.impl(name, in_triton, key)
 
 
 def register_fake(name: str):
-    """Decorator: the shape function of the raw operator `name`."""
+    """A decorator that registers the shape function of the raw operator `name`."""
 
     def register(function):
         _fakes[name] = function
@@ -55,12 +58,15 @@ def register_fake(name: str):
 
 
 def names(stem: str) -> tuple[str, ...]:
-    """The raw operators that the page `stem` defines."""
+    """The names of the raw operators that the module with this stem defines."""
     return tuple(_names[stem])
 
 
 def define_again(namespace: str) -> torch.library.Library:
-    """The same operators in one more namespace, for whoever implements them; they last as long as what is returned."""
+    """Defines the same operators in another namespace, in which the caller implements them.
+
+    They exist as long as the returned library does.
+    """
     library = torch.library.Library(namespace, "DEF")
     for schema in _schemas:
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -70,26 +76,27 @@ def define_again(namespace: str) -> torch.library.Library:
 
 
 def raw_ops(backend: str):
-    """The raw operators of a backend that `resolve` chose."""
+    """The namespace with the raw operators of a backend that `resolve` chose."""
     return getattr(torch.ops, NAMESPACES[backend])
 
 
 def needs_grad(*tensors: torch.Tensor) -> bool:
     """Whether autograd has to see this call."""
-    # In forward mode no tensor says requires_grad. The autograd.Function refuses it; a raw op would give zero tangents.
+    # In forward mode no tensor has requires_grad. The autograd.Function refuses forward mode, whereas a raw op would
+    # give zero tangents.
     if forward_ad._current_level >= 0:
         return True
     if not torch.is_grad_enabled():
         return False
-    # Nor does a tensor under vmap, whatever is wrapped in it: a raw op would silently cut the gradient. Compiled code
-    # may contain a vmap as well, and pays nothing for the autograd.Function.
+    # A tensor under vmap does not show the requires_grad of the tensor that it wraps, so a raw op would cut the
+    # gradient without an error. Compiled code may contain a vmap as well, and the autograd.Function costs it nothing.
     if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack() is not None:
         return True
     return any([tensor.requires_grad for tensor in tensors])
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The active autocast dtype on this device, None outside autocast."""
-    if device_type == "meta":  # knows no autocast, and asking would raise
+    """The active autocast dtype on this type of device; None outside autocast."""
+    if device_type == "meta":  # it has no autocast, and the queries below would raise
         return None
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

@@ -1,8 +1,8 @@
-"""Finds, or builds once, and loads the native library; called at the first op that wants ``cpu`` or ``cuda``.
+"""Finds or builds the native library and loads it, once, at the first call of an op that wants ``cpu`` or ``cuda``.
 
-A library is loaded only if the source hash embedded in it is that of the sources present now: a changed file under
-``csrc/`` means a new build, never stale kernels. The order is: the library built ahead of time beside this file, the
-one in the cache, a build into the cache behind a lock.
+A library is loaded only if the source hash embedded in it equals that of the present sources: a changed file under
+``csrc/`` leads to a new build, never to outdated kernels. First comes the library built ahead of time inside the
+package, then the one in the cache, then a build into the cache under a lock.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _LOCK_TIMEOUT_S = 1800
 
 @dataclass(frozen=True)
 class NativeStatus:
-    """Whether the native library serves this process; if not, `reason` says why, else the rest describes it.
+    """Whether the native library serves this process. If not, `reason` says why; if so, the other fields describe it.
 
-    `origin` is "ahead of time", "cached" or "built on first use in N s"; `isa` the level in use and `vector_width` its
-    floats per vector; `build_info` what the library was built from (source_hash, torch, compiler, isa_levels, cuda,
-    cuda_archs).
+    `origin` is "ahead of time", "cached" or "built on first use in N s". `isa` is the level in use, and `vector_width`
+    the number of floats in its vectors. `build_info` says what the library was built from (source_hash, torch,
+    compiler, isa_levels, cuda, cuda_archs).
     """
 
     available: bool
@@ -52,10 +52,10 @@ _status: NativeStatus | None = None
 
 
 def native_library() -> NativeStatus:
-    """The state of the native library, found out at the first call and the same afterwards; safe from any thread.
+    """The state of the native library. The first call loads it, and later calls return the same; safe from any thread.
 
-    Where the library cannot be had, one warning says why and what to install. ``VAR_KERNELS_BUILD=none`` asks for no
-    library, without a warning. Raises ValueError for an invalid ``VAR_KERNELS_BUILD``.
+    If the library is not available, one warning says why and what to install. With ``VAR_KERNELS_BUILD=none`` no
+    library is loaded, without a warning. Raises ValueError for an invalid ``VAR_KERNELS_BUILD``.
     """
     global _status
     if _status is None:
@@ -75,9 +75,9 @@ def _load() -> NativeStatus:
     except (build.BuildUnavailable, build.BuildFailed, OSError) as error:
         reason = str(error)
     warnings.warn(
-        "var_kernels: the native kernels are not available: for CPU tensors plain PyTorch serves instead (slower), for "
-        f"GPU tensors Triton where it can: {reason} "
-        "(VAR_KERNELS_BUILD=none silences this)",
+        "var_kernels: the native kernels are not available. Plain PyTorch serves CPU tensors instead, which is slower, "
+        f"and Triton serves GPU tensors if it is available. The reason is: {reason} "
+        "(VAR_KERNELS_BUILD=none silences this warning)",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -88,17 +88,17 @@ def _load_ahead_of_time(mode: str, found: build.TorchInstall | None) -> NativeSt
     info = _current_info(build.AHEAD_OF_TIME_LIBRARY)
     if info is None:
         return None
-    # Built beside a CPU torch that a CUDA torch replaced since: the CUDA kernels are missing.
+    # The library was built for a CPU torch that a CUDA torch has replaced, so it lacks the CUDA kernels.
     if not info["cuda"] and found and build.cuda_compiler(mode, found):
         return None
     try:
         return _open(build.AHEAD_OF_TIME_LIBRARY, "ahead of time", info)
     except OSError:
-        return None  # Built on another system (an older glibc, say): build one for this system.
+        return None  # The library was built on another system, perhaps with a newer glibc; this one needs its own.
 
 
 def _load_cached(mode: str, found: build.TorchInstall) -> NativeStatus:
-    """Loads the library of these sources from the cache, after building it there if need be, one process at a time."""
+    """Loads the library of these sources from the cache. If it is not there, one process builds it at a time."""
     flavour = "cuda" if build.cuda_compiler(mode, found) else "cpu"
     torch_version = ".".join(map(str, found.major_minor))
     key = f"{build.source_hash()[:16]}-torch{torch_version}-{flavour}-{platform.machine()}"
@@ -118,15 +118,15 @@ def _load_cached(mode: str, found: build.TorchInstall) -> NativeStatus:
 
 
 def _current_info(library: Path) -> dict | None:
-    """The build info of `library` if it is whole and was built from the sources present now."""
+    """The build info of `library` if the file is complete and was built from the present sources, else None."""
     info = read_build_info(library)
     return info if info and info["source_hash"] == build.source_hash() else None
 
 
 def read_build_info(library: Path) -> dict | None:
-    """What `library` was built from, read without loading it; None for a file that is not a whole library of ours.
+    """The build info of `library`, read without loading it; None unless the file is a complete library of this package.
 
-    Loading first and asking then would be too late: the stale kernels would be registered already.
+    Loading it first would be too late, because its outdated kernels would then be registered.
     """
     if not library.is_file() or library.stat().st_size < 64:
         return None
@@ -153,8 +153,8 @@ def _elf_is_complete(data: mmap.mmap) -> bool:
 
 
 def _exclusive(found: build.TorchInstall):
-    """The inter-process lock of the object files that a build for `found` uses."""
-    import filelock  # here, because importing var_kernels costs nothing that the reference does not need
+    """Acquires the inter-process lock of the object files that a build for `found` uses."""
+    import filelock  # imported here, so that importing var_kernels loads only what the reference needs
 
     directory = build.object_dir(found)
     lock = filelock.FileLock(str(directory / "lock"), timeout=_LOCK_TIMEOUT_S)
@@ -174,9 +174,9 @@ def _exclusive(found: build.TorchInstall):
 
 
 def _build_once(library: Path, mode: str, found: build.TorchInstall, arrived: float) -> str:
-    """Builds `library` and returns its origin; the caller holds the lock and came to it at time `arrived`."""
+    """Builds `library` and returns its origin. The caller holds the lock; it began to wait for it at time `arrived`."""
     failure = library.with_name("failure.txt")
-    # Of N processes that wait here, one tries: what failed for it would fail for the others as well.
+    # Of N processes that wait for the lock only one tries a build that fails: it would fail for the others as well.
     if failure.is_file() and failure.stat().st_mtime >= arrived:
         raise build.BuildFailed(failure.read_text())
     build.find_compiler()
@@ -201,7 +201,7 @@ def _build_once(library: Path, mode: str, found: build.TorchInstall, arrived: fl
 
 
 def _discard_old(library: Path) -> None:
-    """Keeps the newest libraries of this flavour and machine in the cache, so that edited sources do not fill it."""
+    """Deletes all but the newest libraries of this flavour and machine: edited sources must not fill the cache."""
     suffix = library.parent.name.split("-", 1)[1]
     with contextlib.suppress(OSError):  # another process may be discarding the same ones
         others = sorted(build.cache_root().glob(f"*-{suffix}"), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -214,7 +214,8 @@ def _open(library: Path, origin: str, info: dict) -> NativeStatus:
     symbols = ctypes.CDLL(str(library))
     symbols.var_kernels_isa.restype = ctypes.c_char_p
     symbols.var_kernels_vector_width.restype = ctypes.c_int
-    isa = symbols.var_kernels_isa()  # null: VAR_KERNELS_ISA names no level of this machine; the first op call raises
+    # This is null if VAR_KERNELS_ISA names no level of this machine; the first call of an op then raises.
+    isa = symbols.var_kernels_isa()
     return NativeStatus(True, None, library, origin, isa and isa.decode(), symbols.var_kernels_vector_width(), info)
 
 

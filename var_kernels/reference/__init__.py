@@ -1,1 +1,1 @@
-"""The specification of every op: plain torch, on any device, differentiable; the kernels are judged by it."""
+"""The specification of every op, in plain torch: differentiable, on any device. The kernels are compared with it."""

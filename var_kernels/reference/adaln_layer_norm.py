@@ -4,7 +4,7 @@ import torch
 
 
 def adaln_layer_norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, *, eps: float = 1e-6) -> torch.Tensor:
-    """`LN(x) * (1 + scale) + shift` over the last dimension, computed in fp32 (fp64 for fp64) and rounded once."""
+    """`LN(x) * (1 + scale) + shift` over the last dimension of x (B, L, C), in fp32 (fp64 for fp64), rounded once."""
     h = _widen(x)
     centred = h - h.mean(-1, keepdim=True)
     normalised = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
@@ -20,9 +20,9 @@ def gated_residual_adaln(
     *,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`residual = x + gate * branch`, rounded to the dtype of x, and `adaln_layer_norm(residual, scale, shift)`.
+    """`residual = x + gate * branch`, and `adaln_layer_norm(residual, scale, shift)`.
 
-    The second in the dtype of branch.
+    The first is rounded to the dtype of x, the second to that of branch. The norm is that of the rounded residual.
     """
     residual = (_widen(x) + _modulation(gate) * _widen(branch)).to(x.dtype)
     return residual, adaln_layer_norm(residual, scale, shift, eps=eps).to(branch.dtype)

@@ -16,8 +16,8 @@ def block_causal_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output (B, H, Lq, D) in q's dtype and the log-sum-exp (B, H, Lq), computed in float32 or float64.
 
-    One scale after another: its queries attend to the keys up to the end of the scale, so an invisible key is never
-    read. No L x L matrix, one (scale x prefix) matrix at a time.
+    It computes one scale after another. The queries of a scale attend to the keys up to the end of the scale, so an
+    invisible key is never read, and there is one (scale x prefix) matrix at a time instead of an L x L matrix.
     """
     compute = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]

@@ -1,4 +1,4 @@
-"""Reference of the multi-scale residual quantizer of VAR (arXiv 2404.02905, algorithms 1 and 2): the specification."""
+"""The multi-scale residual quantizer of VAR (arXiv 2404.02905, algorithms 1 and 2): the specification."""
 
 from collections.abc import Sequence
 
@@ -9,16 +9,16 @@ from .nearest_code import nearest_code
 
 
 def phi_index(k: int, num_scales: int, num_phi: int) -> int:
-    """Which of `num_phi` shared convolutions serves scale `k` (from 0) of `num_scales`.
+    """The index of the shared convolution, of `num_phi`, that scale `k` (from 0) of `num_scales` uses.
 
-    The first minimum of |tick - k / (num_scales - 1)| in float64 over `num_phi` evenly spaced ticks, from 1/3n to
-    1 - 1/3n for n = 4 and from 1/2n to 1 - 1/2n otherwise; a single scale sits at position 0.
+    It is the first minimum of |tick - k / (num_scales - 1)| in float64 over n = `num_phi` evenly spaced ticks. They run
+    from 1/(3n) to 1 - 1/(3n) for n = 4 and from 1/(2n) to 1 - 1/(2n) otherwise. A single scale has position 0.
     """
     margin = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
     start, stop = margin, 1 - margin
     step = (stop - start) / max(num_phi - 1, 1)
-    # The last tick is `stop` itself, as numpy.linspace has it: i * step + start may miss it by one rounding, and ties
-    # between ticks are decided by such roundings.
+    # The last tick is `stop` itself, as in numpy.linspace: i * step + start may miss it by one rounding, and such
+    # roundings decide ties between ticks.
     ticks = [i * step + start for i in range(num_phi - 1)] + [stop if num_phi > 1 else start]
     position = k / max(num_scales - 1, 1)
     distances = [abs(tick - position) for tick in ticks]
@@ -30,13 +30,13 @@ def _phi(code_map: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, ratio
 
 
 def _upsample(codes: torch.Tensor, size: tuple[int, int], full: tuple[int, int]) -> torch.Tensor:
-    """Codes (B, h, w, C) of a map of `size` -> (B, C, H, W), bicubic."""
+    """The codes (B, h, w, C) of a map of `size`, upsampled to (B, C, H, W) by bicubic interpolation."""
     code_map = codes.permute(0, 3, 1, 2)
     return code_map if size == full else F.interpolate(code_map, size=full, mode="bicubic", align_corners=False)
 
 
 def _pool(full_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """A map (B, C, H, W) area-pooled to `size`, channels last: (B, h, w, C)."""
+    """The map (B, C, H, W), area-pooled to `size`, with its channels last: (B, h, w, C)."""
     pooled = full_map if size == tuple(full_map.shape[-2:]) else F.interpolate(full_map, size=size, mode="area")
     return pooled.permute(0, 2, 3, 1)
 

@@ -3,15 +3,16 @@
 import torch
 from torch.nn.functional import normalize
 
-_SCORES_AT_ONCE = 1 << 20  # rows are taken in chunks, so that memory does not grow with N·V
+_SCORES_AT_ONCE = 1 << 20  # rows are processed in chunks, so that memory does not grow with N·V
 
 
 def nearest_code(z: torch.Tensor, codebook: torch.Tensor, *, metric: str = "l2") -> torch.Tensor:
-    """Index of the code with the largest score, `z·c - |c|²/2` (l2) or `z·c/|c|` (cosine), the lowest among equals.
+    """The index of the code with the largest score: `z·c - |c|²/2` for "l2", `z·c/|c|` for "cosine".
 
-    A score that is NaN or -inf is never chosen; a row without any other score gets index 0.
+    Of equal scores the lowest index counts. A score that is NaN or -inf is never chosen, and a row without any other
+    score gets index 0.
     """
-    # fp64, because no setting (TF32, bf16 matmul on CPU, autocast) lowers its precision. MPS has fp32 only.
+    # Scores are fp64, because no setting (TF32, bf16 matmul on CPU, autocast) lowers its precision. MPS has fp32 only.
     wide = torch.float32 if z.device.type == "mps" else torch.float64
     codes = codebook.detach().to(wide)
     if metric == "cosine":

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize
 def qk_norm_cache(
     qkv: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: int, q_factor: torch.Tensor
 ) -> torch.Tensor:
-    """Queries (B, H, L, D), unit vectors times a factor per head; unit keys and the values go into the cache."""
+    """The queries (B, H, L, D), unit vectors times a factor per head; writes unit keys and values into the caches."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     wide = torch.promote_types(qkv.dtype, torch.float32)
     end = start + qkv.shape[1]

@@ -13,10 +13,10 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: floa
 
 
 def restrict(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """−inf outside the top_k largest logits, then outside the smallest set whose probability exceeds top_p.
+    """Sets logits to −inf outside the top_k largest, then outside the smallest set whose probability exceeds top_p.
 
-    0 switches either off. Ties with the k-th largest logit all stay; of tokens equal in logit top-p drops the first
-    ones first; the most likely token always stays.
+    0 switches either off. All ties with the k-th largest logit stay. Of tokens with equal logits top-p drops the one
+    with the lower index first. The most likely token always stays.
     """
     if 0 < top_k < logits.shape[-1]:
         threshold = logits.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
@@ -33,7 +33,7 @@ def sample_tokens(
     conditional: torch.Tensor, unconditional: torch.Tensor | None, guidance: float, top_k: int, top_p: float,
     noise: torch.Tensor | None, seeds: torch.Tensor | None, offset: int,
 ) -> torch.Tensor:
-    """The token with the largest probability / noise: a draw from the distribution if the noise is Exp(1)."""
+    """The token with the largest probability / noise, which is a draw from the distribution if the noise is Exp(1)."""
     wide = torch.promote_types(conditional.dtype, torch.float32)
     logits = conditional.to(wide)
     if unconditional is not None and guidance != 0:
@@ -47,23 +47,23 @@ def sample_tokens(
 
 
 def exponential(seeds: torch.Tensor, offset: int, length: int, vocab: int) -> torch.Tensor:
-    """(B, L, V) variates of Exp(1), fp32, that depend on the sample's seed, the position offset + l and v only.
+    """(B, L, V) variates of Exp(1) in fp32 that depend only on the sample's seed, the position offset + l, and v.
 
-    Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), keyed by the seed. Counter
-    (16·(v // 64) + v % 16, position, 0, 0) gives four words, and v takes the one of index v // 16 % 4: sixteen
-    neighbours of one word then lie side by side.
+    They come from Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), keyed by the
+    seed. The counter (16·(v // 64) + v % 16, position, 0, 0) gives four words, and v takes the word with index
+    v // 16 % 4. Sixteen neighbouring v then take the same word of sixteen neighbouring counters.
     """
     v = torch.arange(vocab, device=seeds.device)
     counter = [16 * (v // 64) + v % 16, offset + torch.arange(length, device=seeds.device).unsqueeze(1)]
     words = philox(seeds.view(-1, 1, 1), *counter)
     chosen = words.gather(0, (v // 16 % 4).expand(1, *words.shape[1:])).squeeze(0)
-    # −log(1 − u) with u in (0, 1) as exact as fp32 can say it near 0, where the winners are.
+    # −log(1 − u) with u in (0, 1). Near 0, where the winners of the draw are, u is as exact as fp32 allows.
     u = chosen.float() * 2.0**-32 + 2.0**-33
     return -torch.log1p(-u)
 
 
 def philox(key: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The four 32-bit words (4, …) of ten rounds, as int64, of 64-bit keys and counters (first, second, 0, 0)."""
+    """The four 32-bit words (4, …), as int64, of ten rounds with a 64-bit key and the counter (first, second, 0, 0)."""
     first, second, key = torch.broadcast_tensors(first, second, key)
     x = [first & _LOW, second & _LOW, torch.zeros_like(first), torch.zeros_like(first)]
     keys = [key & _LOW, key >> 32 & _LOW]
@@ -75,7 +75,7 @@ def philox(key: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torc
 
 
 def _multiply(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The high and the low 32 bits of products of 32-bit numbers in int64, which overflows at 2^63."""
+    """The high and the low 32 bits of the product of two 32-bit numbers in int64, without exceeding 2^63."""
     low = x * (factor & 0xFFFF)
     high = x * (factor >> 16) + (low >> 16)
     return high >> 16, (high << 16 | low & 0xFFFF) & _LOW
