@@ -8,7 +8,7 @@ _LOW = 0xFFFFFFFF
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance: float) -> torch.Tensor:
-    """Classifier-free guidance: (1 + t)·conditional − t·unconditional."""
+    """Classifier-free guidance: (1 + guidance)·conditional − guidance·unconditional."""
     return (1 + guidance) * conditional - guidance * unconditional
 
 
