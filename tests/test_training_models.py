@@ -27,7 +27,6 @@ from var.training import (
 from var.transformer import VAR
 from var.vqvae import VQVAE
 
-
 # --------------------------------------------------------------------------------------------------------- tokenizer
 
 
