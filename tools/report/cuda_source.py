@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tools.gpu_emulation import cuda
+from tools.gpu_emulation.cuda import nvcc
 from var_kernels.native import build
 from var_kernels.triton.problems import Problem
 from var_kernels.triton.targets import TARGETS
 
-from . import nvcc
 from .rows import Binary, functions
 
 COMPILER = "nvcc"

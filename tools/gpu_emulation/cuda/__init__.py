@@ -22,12 +22,12 @@ from unittest import mock
 
 import torch
 
-from tools.report.nvcc import plain_name
 from var_kernels import backends
 from var_kernels.native import build as native_build
 from var_kernels.native import library
 
 from . import binding, build
+from .nvcc import plain_name
 
 __all__ = [
     "Emulation", "EmulationError", "Executor", "Launch", "Report", "Run", "as_backend", "kernel_sources", "load",

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from tools.gpu_emulation import ptx
-from tools.report import nvcc
 
-from . import Launch
+from . import Launch, nvcc
 
 __all__ = ["execute_ptx_of"]
 

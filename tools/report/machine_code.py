@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tools.report import nvcc, sass
-from tools.report.rows import functions
+from tools.gpu_emulation.cuda import nvcc
+
+from . import sass
+from .rows import functions
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 
