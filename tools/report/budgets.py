@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from var_kernels.native.build import write_atomically
 from var_kernels.triton.targets import TARGETS
 
 from .rows import Failure, Row
@@ -120,13 +120,8 @@ def save(budgets: dict[str, dict], releases: Mapping[str, str], path: Path = PAT
     targets = list(TARGETS)
     keys = sorted(budgets, key=lambda key: (*key.split(_SEPARATOR)[:-1], targets.index(key.split(_SEPARATOR)[-1])))
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(budgets[key])}" for key in keys)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     text = f'{{\n "recorded with": {json.dumps(dict(releases))},\n "budgets": {{\n{lines}\n }}\n}}\n'
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def update(results: Sequence[Row | Failure], budgets: dict[str, dict], complete: Collection[str]) -> dict[str, dict]:

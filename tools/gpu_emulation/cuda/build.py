@@ -21,7 +21,6 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -123,15 +122,11 @@ def _compile(source: Path, flags: str, directory: Path) -> Path:
 
 def _prelude(flags: str, directory: Path) -> Path:
     """A header that includes emu_kernels.h, precompiled for these flags: g++ takes the file beside it instead."""
-    place = directory / f"prelude-{_digest(PRELUDE, flags)}"
-    place.mkdir(exist_ok=True)
-    header = place / "prelude.h"
+    header = directory / f"prelude-{_digest(PRELUDE, flags)}" / "prelude.h"
     if not header.is_file():
-        temporary = place / f".{os.getpid()}-{threading.get_ident()}.h"
-        temporary.write_text(f'#include "{PRELUDE}"\n')
-        os.replace(temporary, header)
+        native_build.write_atomically(header, lambda path: Path(path).write_text(f'#include "{PRELUDE}"\n'))
     flags = flags.replace("-x c++", "-x c++-header")
-    _make(f"{native_build.find_compiler().command} {flags} {header} -o", place / "prelude.h.gch")
+    _make(f"{native_build.find_compiler().command} {flags} {header} -o", header.with_name("prelude.h.gch"))
     return header
 
 
@@ -156,12 +151,13 @@ def _link(variant: str, objects: Sequence[Path], directory: Path) -> Path:
 
 def _make(command: str, output: Path) -> Path:
     """`output`, made by `command` if it is not there; by one process or thread at a time."""
-    with filelock.FileLock(f"{output}.lock"):
-        if output.is_file():
-            return output
-        temporary = output.with_name(f".{os.getpid()}-{output.name}")
-        answer = subprocess.run([*shlex.split(command), str(temporary)], capture_output=True, text=True)
+
+    def run(temporary: str) -> None:
+        answer = subprocess.run([*shlex.split(command), temporary], capture_output=True, text=True)
         if answer.returncode:
             raise RuntimeError(f"{command} failed:\n{answer.stderr[-6000:]}")
-        os.replace(temporary, output)
+
+    with filelock.FileLock(f"{output}.lock"):
+        if not output.is_file():
+            native_build.write_atomically(output, run)
     return output

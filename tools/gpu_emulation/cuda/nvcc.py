@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import re
 import shlex
 import subprocess
@@ -51,20 +50,18 @@ def output(source: Path, arch: str, kind: str) -> Path:
     for path in build._with_includes(source, []):
         digest.update(path.read_bytes())
     directory = build.cache_root() / "nvcc"
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)  # the lock is made before the result
     result = directory / f"{source.stem}-{arch}-{digest.hexdigest()[:20]}.{kind}"
     with filelock.FileLock(f"{result}.lock"):
         if not result.is_file():
-            _run(command, source, result)
+            build.write_atomically(result, lambda temporary: _run(command, source, temporary))
     return result
 
 
-def _run(command: str, source: Path, result: Path) -> None:
-    temporary = result.with_name(f".{os.getpid()}-{result.name}")
-    answer = subprocess.run([*shlex.split(command), str(source), "-o", str(temporary)], capture_output=True, text=True)
+def _run(command: str, source: Path, output: str) -> None:
+    answer = subprocess.run([*shlex.split(command), str(source), "-o", output], capture_output=True, text=True)
     if answer.returncode:
         raise build.BuildFailed(f"{command} {source} failed:\n{answer.stderr[-6000:]}")
-    os.replace(temporary, result)
 
 
 def outputs(source: Path, archs: Sequence[str], kind: str) -> list[Path]:
