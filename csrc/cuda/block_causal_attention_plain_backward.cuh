@@ -1,7 +1,8 @@
-// Block-causal attention, backward, for what tensor cores do not take: fp32, rows that 16-byte accesses cannot address,
-// and head dimensions above 128. The same two kernels as in block_causal_attention_backward.cuh, by multiply-adds in
-// fp32: tiles of 32 rows or keys, and blocks of 16 of the other. A thread has two rows (keys) of the tile, and every
-// eighth element of the block or column.
+// Block-causal attention, backward, for what the tensor-core kernels do not take: fp32, rows that 16-byte accesses
+// cannot address, and head dimensions above 128. These are the same two kernels as in
+// block_causal_attention_backward.cuh, with multiply-adds in fp32. A tile has 32 rows (or keys), and blocks of 16 keys
+// (or rows) stream by. A thread has two rows (keys) of the tile, and every eighth element of the block or every eighth
+// column.
 #pragma once
 #include "block_causal_attention_backward.cuh"
 
@@ -13,8 +14,8 @@ constexpr size_t plain_backward_shared_bytes(int dim) {
   return (2 * (kPlainTile + kPlainBlock) * size_t(plain_pitch(dim)) + kPlainTile * kPlainWeights) * sizeof(float);
 }
 
-// log2(p). The product lse·log2(e) is a sum of two numbers: rounded to one it would change p by 5e-6 where logits are
-// 100. An infinite lse has no second part.
+// Computes log2(p). The product lse·log2(e) is kept as a sum of two numbers: rounded to one number, it would change p
+// by 5e-6 where logits are 100. An infinite lse has no second part.
 struct PlainExponent {
   float high, low;
   __device__ __forceinline__ explicit PlainExponent(float lse) : high(lse * kLog2E), low(0.0f) {
@@ -25,21 +26,23 @@ struct PlainExponent {
   }
 };
 
-// How many columns a lane has. To compare with this one number leaves registers that as many columns would take.
+// The number of columns that a lane has. Comparing with this one number takes fewer registers than keeping the index of
+// each column.
 __device__ __forceinline__ int plain_columns(int lane, int dim) { return (dim - lane + 7) / 8; }
 
-// acc += weights · block, where the lanes of a row hold its weights; they pass through its line of shared memory.
+// acc += weights · block. The lanes of a row hold its weights, and exchange them through the row's line of shared
+// memory.
 template <int kDim>
 __device__ __forceinline__ void plain_accumulate(float (&acc)[2][kDim / 8], const float (&weights)[2][2], float* lines,
                                                  const float* block, int row, int lane, int dim) {
-  __syncwarp();  // the last weights are read
+  __syncwarp();  // every lane has read the previous weights
 #pragma unroll
   for (int r = 0; r < 2; ++r)
 #pragma unroll
     for (int j = 0; j < 2; ++j) lines[(row + r) * kPlainWeights + lane + 8 * j] = weights[r][j];
   __syncwarp();
   const int columns = plain_columns(lane, dim);
-  constexpr int kAtOnce = kDim < 128 ? kDim / 8 : 16;  // columns: all 32 of kDim 256 would take too many registers
+  constexpr int kAtOnce = kDim < 128 ? kDim / 8 : 16;  // columns; all 32 of kDim 256 would take too many registers
 #pragma unroll
   for (int from = 0; from < kDim / 8; from += kAtOnce)
 #pragma unroll 1
@@ -73,7 +76,7 @@ __device__ __forceinline__ float plain_delta(const T* out, const T* dout, bool e
   return sum;
 }
 
-// Shared memory: a tile of two tensors' rows (keys), a block of two others', and the lines of weights.
+// Shared memory: a tile of rows (keys) of two tensors, a block of two other tensors, and the lines of weights.
 template <class T>
 struct PlainStages {
   float *x_tile, *z_tile, *y_block, *w_block, *lines;
@@ -90,7 +93,7 @@ struct PlainStages {
     load_plain<T, kPlainTile>(z_tile, head_of<const T>(z, batch, head), z.row, first, end, dim);
   }
 
-  // All threads together, which are done with the last block.
+  // All threads call this together, after they are done with the previous block.
   __device__ __forceinline__ void load_blocks(const HeadRows& y, const HeadRows& w, int batch, int head, int first,
                                               int end) const {
     __syncthreads();
@@ -100,7 +103,7 @@ struct PlainStages {
   }
 };
 
-// x·yᵀ and z·wᵀ of a thread's rows `row`, `row` + 1 of tiles x and z with every eighth row of blocks y and w.
+// x·yᵀ and z·wᵀ, for a thread's rows `row` and `row` + 1 of tiles x and z, and every eighth row of blocks y and w.
 template <class T>
 __device__ __forceinline__ void plain_products(float (&xy)[2][2], float (&zw)[2][2], const PlainStages<T>& stages,
                                                int row, int lane) {

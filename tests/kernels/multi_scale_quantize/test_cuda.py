@@ -276,7 +276,8 @@ FORWARD_MUTANTS = {
     "f_hat forgets a scale": Mutant(RESIDENT, "k == 0 ? float4{}", "k <= 1 ? float4{}", "values"),
 }  # fmt: skip
 BACKWARD_MUTANTS = {
-    "no barrier between two strips": Mutant(GRADIENTS, "__syncthreads();  // the last strip is done with", "", "race"),
+    "no barrier between two strips": Mutant(
+        GRADIENTS, "__syncthreads();  // all threads are done with the previous strip", "", "race"),
     "slices share their sums": Mutant(GRADIENTS, "a.partials + (int64_t(slice) * a.scales + k) * a.phi_floats();",
                                       "a.partials + k * a.phi_floats();", "cross_block_race"),
     "weights are not mirrored": Mutant(MAP, "* 9 + 8 - tap]", "* 9 + tap]", "values", representative=True),
