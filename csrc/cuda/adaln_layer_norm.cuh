@@ -71,7 +71,7 @@ __device__ __forceinline__ void sum_over_row(float (&v)[N], float (*exchange)[N]
   }
 }
 
-// ---- a row in registers: kPacks packs of 16 bytes per thread -------------------------------------------------
+// ---- a row in registers: kPacks packs of 16 bytes per thread -------------------------------------------------------
 
 __device__ __forceinline__ int column(int pack, int width) {
   return (int(threadIdx.x) + pack * int(blockDim.x)) * width;
