@@ -104,7 +104,7 @@ def test_budget_of_a_kernel():
             {"counts": _counts(rounded_fp32=8)},
             "tensor cores: expected IEEE products of fp32, got 8 instructions in tf32",
         ),
-        ({"counts": _counts(atomics=1)}, "atomics: expected none, for the order of sums must not vary, got 1"),
+        ({"counts": _counts(atomics=1)}, "atomics: expected none, because the order of sums must not vary, got 1"),
     ],
 )
 def test_violation(changes, violation):
@@ -145,7 +145,7 @@ def test_kernels_without_budget_and_budgets_without_kernel():
     other = _row(problem="d36")
     assert budgets.check([other], BUDGETS, complete=ALL) == [
         "op, d36, triton, stem.forward, sm_80: has no budget; --update-budgets records one",
-        "op, d16, triton, stem.forward, sm_80: is launched no more; --update-budgets forgets it",
+        "op, d16, triton, stem.forward, sm_80: is no longer launched; --update-budgets removes it",
     ]
     assert len(budgets.check([other], BUDGETS, complete=())) == 1
     assert set(budgets.update([other], BUDGETS, complete=())) == {*BUDGETS, "op | d36 | triton | stem.forward | sm_80"}

@@ -1,4 +1,4 @@
-"""``python -m tools.report``: compiles every GPU kernel for every target and reports what the code says."""
+"""``python -m tools.report``: compiles every GPU kernel for every target and reports on the machine code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .sources import SOURCES, collect
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.report",
-        description="Compile the GPU kernels of named problems for GPUs that need not be there, and print "
+        description="Compile the GPU kernels of named problems for GPUs that need not be present, and print "
         "registers, spills, shared memory, occupancy, tensor-core instructions, widths of accesses and the bounds "
         "that follow from published peaks. Nothing is run: these are static bounds, not measurements.",
     )
@@ -53,7 +53,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _select(parser: argparse.ArgumentParser, options: argparse.Namespace, ops: Sequence[str]) -> None:
-    """Adds problems, targets and backends that the options name; `complete`: of these backends all that there is."""
+    """Adds the problems, targets and backends that the options name. `complete`: nothing of these backends is left
+    out."""
     options.problems = [
         problem for problem in PROBLEMS
         if problem.op in ops and (options.problem is None or options.problem in problem.name)
@@ -75,7 +76,7 @@ def _select(parser: argparse.ArgumentParser, options: argparse.Namespace, ops: S
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on the error stream, where that is a terminal."""
+    """Shows a progress bar on the error stream, if that is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -144,14 +145,14 @@ def _report(
 
 
 def _other_compilers(backends: list[str], releases: dict[str, str]) -> Iterator[str]:
-    """A sentence for each compiler that is not the one of the budgets: its code may differ."""
+    """A sentence for each compiler of another release than that of the budgets, whose code may differ."""
     for compiler, release in _releases(backends).items():
         if releases.get(compiler) not in (None, release):
             yield f"the budgets are those of {compiler} {releases[compiler]}, this is {release}"
 
 
 def _releases(backends: list[str]) -> dict[str, str]:
-    """Of their compilers."""
+    """The release of each backend's compiler."""
     return {SOURCES[name].COMPILER: SOURCES[name].release() for name in backends}
 
 

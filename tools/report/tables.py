@@ -57,7 +57,7 @@ def bounds(problems: Sequence[Problem], targets: Sequence[str]) -> Table:
 
 
 def _short(value: float) -> str:
-    """Three digits, without an exponent for large ones."""
+    """Three digits, without an exponent for large numbers."""
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
@@ -94,8 +94,8 @@ def _loop(row: Row) -> str:
 
 
 def _matrix(title: str, rows: Sequence[Row], targets: Sequence[str], cell: Callable[[Row], str]) -> Table:
-    """A line per problem, backend and kernel, a column per target. Specialisations of a kernel in one problem are
-    numbered."""
+    """A table with a line per problem, backend and kernel, and a column per target. Specialisations of a kernel in one
+    problem are numbered."""
     lines: dict[tuple[str, str, str, int], dict[str, str]] = {}
     for row in rows:
         number = 1
@@ -114,7 +114,7 @@ def _function(kernel: str) -> str:
 
 
 def details(rows: Sequence[Row]) -> Table:
-    """One line per kernel and target. Registers of AMD GPUs: vector (v) and scalar (s)."""
+    """One line per kernel and target. Registers of AMD GPUs are vector (v) and scalar (s) registers."""
     header = (
         "problem", "backend", "kernel", "target", "programs", "waves", "regs", "spills", "KiB", "blocks", "occupancy",
         "tensor", "128-bit", "shfl", "exp", "bar", "instr", "main loop",
