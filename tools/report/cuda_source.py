@@ -8,7 +8,6 @@ running them. So these rows need g++ and nvcc. `unavailable_reason` says what is
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import re
 import shutil
@@ -31,7 +30,6 @@ def unavailable_reason() -> str | None:
     """Why these kernels cannot be compiled and read here; None if they can."""
     for needed, found in {
         "nvcc": nvcc.unavailable_reason() is None,
-        "pybind11": importlib.util.find_spec("pybind11") is not None,
         "addr2line": shutil.which("addr2line") is not None,
         "c++filt": shutil.which("c++filt") is not None,
     }.items():
