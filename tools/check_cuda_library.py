@@ -1,4 +1,4 @@
-"""What must hold for a native library with CUDA kernels, without a GPU: under a CPU and under a CUDA build of torch.
+"""Checks a native library with CUDA kernels, without a GPU, under a CPU build or a CUDA build of torch.
 
     python tools/check_cuda_library.py [LIBRARY]     # default: the one that was built ahead of time
 
@@ -19,12 +19,12 @@ from var_kernels import _self_check, adaln_layer_norm, backends
 from var_kernels.native import build, load
 
 STREAM = "aoti_torch_get_current_cuda_stream"
-# What a library for every build of torch must not ask the loader for.
+# Libraries that a library for every build of torch must not require.
 FORBIDDEN = ("libcudart", "libcuda.", "libc10_cuda", "libtorch_cuda")
 
 
 def file_faults(library: Path) -> Iterator[str]:
-    """What the file says to the loader."""
+    """Faults in the library's dependencies and symbols, as the loader sees them."""
     if shutil.which("readelf") is None:
         print("readelf is not installed: what the library needs is not checked")
         return
@@ -43,7 +43,7 @@ def file_faults(library: Path) -> Iterator[str]:
 
 
 def kernel_faults(library: Path) -> Iterator[str]:
-    """What is registered by the loaded library."""
+    """Faults in the kernels that the loaded library registers."""
     sources = "".join(path.read_text() for path in (build.CSRC / "cuda").glob("*.cu"))
     expected = {"CPU": set(), "CUDA": set(re.findall(r'm\.impl\("(\w+)"', sources))}
     names = {name for op in backends.OPS for name in library.names(backends.page_of(op))}
@@ -52,13 +52,13 @@ def kernel_faults(library: Path) -> Iterator[str]:
         found = {n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(f"var_kernels::{n}", key)}
         if found != wanted:
             yield f"kernels for {key}: expected {sorted(wanted)}, got {sorted(found)}"
-    # Through the library's own dependencies, as the loader binds the weak symbol.
+    # Looked up through the library's own dependencies, as the loader binds the weak symbol.
     if hasattr(ctypes.CDLL(str(library)), STREAM) != (torch.version.cuda is not None):
         yield f"{STREAM}: expected with a CUDA build of torch, and with that only; this is {torch.__version__}"
 
 
 def call_faults() -> Iterator[str]:
-    """CPU tensors are served, and "cuda" says clearly why it does not serve."""
+    """Faults in calls: CPU tensors must work, and backend "cuda" must say clearly why it is not available."""
     for check in _self_check.run():
         if check.failure is not None:
             yield f"{check.op}, {check.backend}, {check.dtype}: {check.failure}"
@@ -79,7 +79,7 @@ def call_faults() -> Iterator[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Checks everything, and prints what was checked."""
+    """Runs all checks, and prints the faults and what was checked."""
     if arguments:
         build.AHEAD_OF_TIME_LIBRARY = Path(arguments[0]).resolve()
     status = load.native_library()

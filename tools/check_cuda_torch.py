@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> None:
-    """Runs a command, whose output is shown; CalledProcessError if it fails."""
+    """Runs a command and shows its output. CalledProcessError if it fails."""
     print("+", *command, flush=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("VAR_KERNELS_", "PYTHON"))}
     subprocess.run(command, cwd=cwd, env=kept | environment, check=True)
 
 
 def check(directory: Path, torch: str, archs: str | None) -> None:
-    """Everything, in `directory`."""
+    """Creates the environment in `directory`, installs everything there and runs the checks."""
     cache = {"VAR_KERNELS_CACHE": str(directory / "cache")}
     run(sys.executable, "-m", "venv", "venv", cwd=directory)
     python = directory / "venv/bin/python"

@@ -1,4 +1,4 @@
-// The launchers and the door of adaln_layer_norm and gated_residual_adaln on CUDA devices.
+// The launchers and the entry functions of adaln_layer_norm and gated_residual_adaln on CUDA devices.
 #include "adaln_layer_norm.cuh"
 #include "adaln_layer_norm_backward.cuh"
 
@@ -22,7 +22,8 @@ using torch::stable::Tensor;
 
 // ---- which threads do what ----------------------------------------------------------------------------------------
 
-// `warps` in flight keep a GPU busy; where there are more rows, a worker gets several tokens, `least` to `most`.
+// Divides the rows among workers. `warps` warps in flight keep a GPU busy. If there are more rows than that, a worker
+// gets several tokens, from `least` to `most`.
 Partition partition_of(const Tensor& x, int threads, int64_t warps, int64_t least, int64_t most) {
   const int64_t samples = x.size(0), length = x.size(1);
   constexpr int64_t kMost = std::numeric_limits<int>::max();
@@ -34,21 +35,22 @@ Partition partition_of(const Tensor& x, int threads, int64_t warps, int64_t leas
   return {int(samples), int(length), int(workers)};
 }
 
-// Forward pays for a worker with reading modulation once more, so a large problem may well be several waves of workers.
+// In forward, each additional worker reads the modulation once more. That is cheap, so a large problem may have several
+// waves of workers.
 Partition forward_partition(const Tensor& x, int threads) { return partition_of(x, threads, 4096, 1, 16); }
-// Backward pays with a row of partial sums: these warps are one wave on a GPU of 108 multiprocessors and write at most
-// 5 MB of sums, which the L2 cache then holds.
+// In backward, each additional worker writes a row of partial sums. This number of warps is one wave on a GPU of 108
+// multiprocessors and writes at most 5 MB of sums, which fit in the L2 cache.
 Partition backward_partition(const Tensor& x, int threads, bool gated) {
   return partition_of(x, threads, gated ? 1536 : 2048, 4, std::numeric_limits<int>::max());
 }
 
-// Four workers of one warp make a block; a worker of more warps is one.
+// Four workers of one warp share a block; a worker of several warps is a block of its own.
 LaunchShape launch_shape(int threads, const Partition& partition) {
   const int64_t per_block = threads == 32 ? 4 : 1, workers = partition.samples * partition.workers;
   return {dim3(unsigned(ceil_div(workers, per_block))), dim3(unsigned(threads), unsigned(per_block))};
 }
 
-// Which kernel serves the rows: `elements` channels for each of `threads` threads; elements 0 is the plain kernel.
+// Which kernel serves the rows: each of `threads` threads has `elements` channels. 0 elements mean the plain kernel.
 struct Tiling {
   int elements, threads;
 };
@@ -79,7 +81,7 @@ void launch_forward(const OnDevice& device, const Tiling& tile, const LaunchShap
   launch(device, kGated ? "gated_residual_adaln" : "adaln_layer_norm", kernel, shape, arguments);
 }
 
-// Fewer than forward may have: up to three rows of sums stay in registers as well.
+// Backward allows fewer elements than forward, because up to three rows of sums stay in registers as well.
 constexpr int kBackwardElements = 8;
 
 template <class T, bool kGated>
@@ -92,7 +94,8 @@ void launch_backward(const OnDevice& device, const Tiling& tile, const LaunchSha
 
 void forward(const OnDevice& device, const Tensor& x, const Tensor& y, Forward arguments) {
   if (x.numel() == 0) return;
-  // More elements in a thread are more bytes in flight, and fewer warps to wait for; one warp shares out short rows.
+  // With more elements per thread, more bytes are in flight and fewer warps have to be waited for. Short rows get fewer
+  // elements per thread, so that all lanes of one warp have some.
   const Tiling tile = tiling(x, x.size(2) <= 256 ? 8 : 16,
                              {&arguments.x, &arguments.branch, &arguments.gate, &arguments.scale, &arguments.shift});
   arguments.partition = forward_partition(x, tile.threads);
@@ -107,7 +110,7 @@ void forward(const OnDevice& device, const Tensor& x, const Tensor& y, Forward a
   });
 }
 
-// One modulation gradient: its output, and its partial sums unless it has a row for every token.
+// One modulation gradient: its output, and its partial sums unless the output has a row for every token.
 struct Reduction {
   Tensor out, partial;
   bool per_token;
@@ -125,7 +128,7 @@ struct Reduction {
   }
 };
 
-// The partial sums, in an order that the shape determines, become the gradients.
+// Adds the partial sums up to the gradients. The shape determines the order of the sums.
 void finish(const OnDevice& device, const Tensor& x, std::initializer_list<const Reduction*> reductions) {
   PartialSums sums = {};
   sums.channels = int(x.size(2));

@@ -1,17 +1,19 @@
-// Modulated LayerNorm, y = (x - mean)·rstd·(1 + scale) + shift, with the gated residual sum in front of it if wanted.
+// Modulated LayerNorm, y = (x - mean)·rstd·(1 + scale) + shift. The gated form adds a gated residual sum before it.
 //
-// The limit is memory. With N = B·L·C elements, forward has to move 2 N (x in, y out) and 4 N in the gated form,
-// backward 3 N (dy, x in, dx out) and 6 N. That is what these kernels move: a row is read once, 16 bytes at a time, and
-// stays in registers between the passes over it, so the plain two-pass variance (mean first, then the squares of the
-// centred values) costs no traffic, and is safe where E[x²] - E[x]² cancels.
+// Memory bandwidth is the limit. With N = B·L·C elements, forward has to move 2 N (x in, y out), and 4 N in the gated
+// form; backward has to move 3 N (dy, x in, dx out), and 6 N in the gated form. These kernels move no more than that: a
+// row is read once, 16 bytes at a time, and stays in registers between the passes over it. So the plain two-pass
+// variance (the mean first, then the squares of the centred values) costs no traffic, and it is accurate where
+// E[x²] - E[x]² would cancel.
 //
-// A worker is the threads that share a row: one warp, or a block of up to 16. It works on consecutive tokens of one
-// sample, so modulation of the sample is read once and, in backward, summed in registers. Each worker then writes one
-// row of fp32 partial sums, and a second kernel adds these in a fixed order. How many workers there are depends on the
-// shape alone, not on the GPU: gradients are the same bits everywhere.
+// A worker is the group of threads that share a row: one warp, or a block of up to 16 warps. It works on consecutive
+// tokens of one sample, so it reads the modulation of the sample once and, in backward, sums its gradient in registers.
+// Each worker then writes one row of fp32 partial sums, and a second kernel adds these in a fixed order. The number of
+// workers depends on the shape alone, not on the GPU, so gradients have the same bits on every GPU.
 //
-// Rows whose 16-byte accesses would be misaligned (C no multiple of 4 or 8, odd strides) or that are too long for the
-// registers (8192 channels in forward, 4096 in backward) go to plain kernels that read a row again for each pass.
+// Some rows go to plain kernels, which read a row again for each pass: rows whose 16-byte accesses would be misaligned
+// (C is no multiple of 4 or 8, or strides are odd), and rows that are too long for the registers (more than 8192
+// channels in forward, 4096 in backward).
 #pragma once
 #include <type_traits>
 
@@ -21,7 +23,7 @@
 namespace var_kernels {
 namespace {
 
-constexpr int kMaxThreads = 512;  // of a worker; it leaves each thread 128 registers on every architecture
+constexpr int kMaxThreads = 512;  // per worker; this leaves each thread 128 registers on every architecture
 constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr int kPlainThreads = 256;
 
@@ -49,8 +51,8 @@ __device__ __forceinline__ const T* row_of(const Rows& rows, int sample, int tok
   return static_cast<const T*>(rows.data) + sample * rows.per_sample + token * rows.per_token;
 }
 
-// Sums over the worker's threads, the same in each. Two buffers take turns: a thread can be one sum ahead of the
-// slowest thread of its worker, not two, so one barrier for each sum is enough.
+// Sums over the worker's threads; every thread gets the same result. Two buffers are used in turn: a thread can be one
+// sum ahead of the slowest thread of its worker, but not two, so one barrier per sum is enough.
 template <int N>
 __device__ __forceinline__ void sum_over_row(float (&v)[N], float (*exchange)[N]) {
 #pragma unroll
@@ -69,13 +71,14 @@ __device__ __forceinline__ void sum_over_row(float (&v)[N], float (*exchange)[N]
   }
 }
 
-// ---- a row in registers: kPacks packs of 16 bytes for each thread -------------------------------------------------
+// ---- a row in registers: kPacks packs of 16 bytes per thread -------------------------------------------------------
 
 __device__ __forceinline__ int column(int pack, int width) {
   return (int(threadIdx.x) + pack * int(blockDim.x)) * width;
 }
 
-// Zeros where there is no column, and where there is no row at all. Packs of 8 bytes lie beside the 16 of fp32.
+// Loads a row. Missing columns are zero, and so is a missing row. A pack of 8 bytes of 16-bit elements goes with a pack
+// of 16 bytes of fp32.
 template <class T, class Pack, int kPacks>
 __device__ __forceinline__ void load_row(Pack (&packs)[kPacks], const Rows& rows, int sample, int token,
                                          int channels) {
@@ -120,7 +123,7 @@ __device__ __forceinline__ void store_statistics(const Forward& a, int row, floa
   a.rstd[row] = rstd;
 }
 
-// residual = x + gate·branch, rounded to T as it is stored: the norm is that of the rounded sum.
+// residual = x + gate·branch, rounded to T, because that is what is stored: the LayerNorm is taken of the rounded sum.
 template <class T, class Branch, class BranchPack, int kPacks>
 __device__ __forceinline__ void add_branch(uint4 (&x)[kPacks], const BranchPack (&branch)[kPacks],
                                            const uint4 (&gate)[kPacks], void* residual, int row, int channels) {
@@ -139,7 +142,7 @@ __device__ __forceinline__ void add_branch(uint4 (&x)[kPacks], const BranchPack 
   }
 }
 
-// Branch: the type of branch and y, T or one of half its bytes.
+// Branch: the type of branch and y. It is T, or a type of half its size.
 template <class T, bool kGated, int kPacks, class Branch = T>
 __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(Forward a) {
   constexpr int kWidth = kPackWidth<T>;
@@ -195,7 +198,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) forward_kernel(Forward a) {
   }
 }
 
-// Any strides, any C: each pass reads the row again, which the caches then hold.
+// Takes any strides and any C. Each pass reads the row again; the caches hold it by then.
 template <class T, bool kGated, class Branch = T>
 __global__ void __launch_bounds__(kPlainThreads, 1) plain_forward_kernel(Forward a) {
   __shared__ float exchange[2][kMaxWarps][1];
@@ -214,7 +217,7 @@ __global__ void __launch_bounds__(kPlainThreads, 1) plain_forward_kernel(Forward
       T* residual = static_cast<T*>(a.residual) + int64_t(row) * channels;
       for (int c = int(threadIdx.x); c < channels; c += step)
         residual[c] = from_float<T>(to_float(x[c]) + to_float(gate[c]) * to_float(branch[c]));
-      x = residual;  // each thread reads only what it has written itself
+      x = residual;  // no barrier: each thread reads only what it has written itself
     }
     for (int c = int(threadIdx.x); c < channels; c += step) sum[0] += to_float(x[c]);
     sum_over_row(sum, exchange[0]);

@@ -1,22 +1,23 @@
 // Modulated LayerNorm, backward. With h = (x - mean)·rstd, g = dy·(1 + scale) and means over the row:
 //   dx = rstd·(g - mean(g) - h·mean(g·h)) [+ dresidual],   dscale = Σ dy·h,   dshift = Σ dy,
-// and in the gated form dbranch = dx·gate, dgate = Σ dx·branch. Where modulation is broadcast along the tokens, a second
-// kernel sums the workers' rows of partial sums.
+// and in the gated form dbranch = dx·gate, dgate = Σ dx·branch. If the modulation is broadcast along the tokens, a
+// second kernel adds up the workers' rows of partial sums.
 #pragma once
 #include "adaln_layer_norm.cuh"
 
 namespace var_kernels {
 namespace {
 
-// Where one of the modulation gradients goes: per token straight into the output, else into rows of partial sums.
+// Where one modulation gradient goes: straight into the output if it has a row per token, else into rows of partial
+// sums.
 struct ModulationGrad {
   void* per_token;  // (B, L, C) dense, or null
   float* partial;   // (workers of all samples, C) dense, or null
 };
 
 struct Backward {
-  Rows dresidual, dy;  // (B, L, C); zeros where data is null; dresidual in the gated form only
-  Rows x;              // (B, L, C): what was normalised, the saved residual in the gated form
+  Rows dresidual, dy;  // (B, L, C); null data means zeros; dresidual in the gated form only
+  Rows x;              // (B, L, C): what was normalised; in the gated form, the saved residual
   Rows branch, gate;   // (B, L, C) or broadcast; in the gated form only
   Rows scale;
   const float *mean, *rstd;  // (B, L) dense
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(Backward a) {
     uint4 x[kPacks], dy[kPacks], upstream[kPacks], branch[kPacks];
     load_row<T>(x, a.x, work.sample, token, a.channels);
     load_row<T>(dy, a.dy, work.sample, token, a.channels);
-    if constexpr (kGated) {  // asked for before the sums below are waited for
+    if constexpr (kGated) {  // loaded early: the sums below have to be waited for
       load_row<T>(upstream, a.dresidual, work.sample, token, a.channels);
       load_row<T>(branch, a.branch, work.sample, token, a.channels);
       if (first || a.gate.per_token != 0) load_row<T>(gate, a.gate, work.sample, token, a.channels);
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(Backward a) {
       put_grad<T>(a.dshift, dshift[i], row, i, d, a.channels);
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
-        d[j] *= (h[j] - mean) * rstd;  // 0 where there is no column, since dy is
+        d[j] *= (h[j] - mean) * rstd;  // 0 in missing columns, because dy is 0 there
         sum[1] += d[j] * (1.0f + s[j]);
       }
       put_grad<T>(a.dscale, dscale[i], row, i, d, a.channels);
@@ -118,13 +119,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(Backward a) {
       store_pack<T>(a.dx, row, i, d, a.channels);
     }
   }
-  if (work.begin == work.end) return;  // a partition leaves no worker of a sample without tokens
+  if (work.begin == work.end) return;  // only workers after the last sample have no tokens
   store_sum<T>(a.dscale, dscale, work.worker, a.channels);
   store_sum<T>(a.dshift, dshift, work.worker, a.channels);
   if constexpr (kGated) store_sum<T>(a.dgate, dgate, work.worker, a.channels);
 }
 
-// One element of put_grad and store_sum together: the sum is kept in the worker's row of partial sums itself.
+// Does for one element what put_grad and store_sum do together: it keeps the sum in the worker's row of partial sums.
 template <class T>
 __device__ __forceinline__ void add_grad(const ModulationGrad& grad, int row, int worker, int channels, int c,
                                          float v, bool first) {
@@ -195,11 +196,11 @@ struct PartialSums {
   int channels;
 };
 
-// Eight threads share a column, each with every eighth row; their sums are added in order.
+// Eight threads share a column, and each of them adds every eighth row. Their sums are then added in order.
 template <class T>
 __global__ void __launch_bounds__(kSumColumns * kSumSlices) sum_partials_kernel(PartialSums a) {
   __shared__ float sums[kSumSlices][kSumColumns];
-  // Chosen by value: an index would put the parameters into local memory.
+  // Selected by value, because an index would put the parameters into local memory.
   const PartialSum mine = blockIdx.z == 0 ? a.of[0] : blockIdx.z == 1 ? a.of[1] : a.of[2];
   const int c = int(blockIdx.x) * kSumColumns + int(threadIdx.x), slice = int(threadIdx.y);
   for (int row = int(blockIdx.y); row < mine.rows; row += int(gridDim.y)) {

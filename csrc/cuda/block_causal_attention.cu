@@ -1,4 +1,4 @@
-// The launchers and the door of block_causal_attention on CUDA devices.
+// The launchers and the entry functions of block_causal_attention on CUDA devices.
 #include "block_causal_attention.cuh"
 #include "block_causal_attention_backward.cuh"
 #include "block_causal_attention_parts.cuh"
@@ -36,18 +36,18 @@ HeadRows output_rows(const Tensor& x) {
   return {x.mutable_data_ptr(), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2)};
 }
 
-// Whether rows consist of whole, aligned 16-byte chunks, of `width` elements.
+// Whether rows consist of whole, aligned 16-byte chunks of `width` elements.
 bool chunks_fit(const HeadRows& x, int64_t dim, int64_t width = 8) {
   return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (x.batch | x.head | x.row | dim) % width == 0;
 }
 
-// empty_like(x), without its lookup by name where x is contiguous.
+// Like empty_like(x), but a contiguous x does not pay for empty_like's lookup by name.
 Tensor empty_as(const OnDevice& device, const Tensor& x) {
   if (x.is_contiguous()) return device.empty({x.size(0), x.size(1), x.size(2), x.size(3)}, x.scalar_type());
   return torch::stable::empty_like(x);
 }
 
-// The width that kernels are compiled for which serves head dimension `dim`.
+// The width, of those that kernels are compiled for, which serves head dimension `dim`.
 constexpr int kMaxTensorCoreDim = 128;
 template <class F>
 void with_tensor_core_dim(int64_t dim, const F& f) {
@@ -69,7 +69,7 @@ void with_plain_dim(int64_t dim, const F& f) {
 
 // ---- schedules and grids ------------------------------------------------------------------------------------------
 
-// The numbers of a schedule in device memory. A part of them travels as arguments of each of these launches.
+// Writes the numbers of a schedule to device memory. Each of these launches takes a part of the numbers as arguments.
 Tensor write_schedule(const OnDevice& device, const std::vector<int32_t>& numbers) {
   Tensor memory = device.empty({int64_t(numbers.size())}, ScalarType::Int);
   int32_t* const target = memory.mutable_data_ptr<int32_t>();
@@ -82,16 +82,18 @@ Tensor write_schedule(const OnDevice& device, const std::vector<int32_t>& number
   return memory;
 }
 
-// One launch over `tiles`, for each of `heads` heads in the batch, of which every `group` share a key head.
+// One launch over `tiles`, for each of the `heads` heads of every batch entry. `group` consecutive heads share a key
+// head.
 struct Grid {
   AttentionProblem problem = {};
-  Tensor memory;  // of the schedule, if it needs any
+  Tensor memory;  // holds the schedule if it does not fit in the arguments
   unsigned blocks;
 
   Grid(const OnDevice& device, const Tensor& q, const Tensor& k, const Lens& lens, int64_t q_offset,
        const std::vector<AttentionTile>& tiles, int64_t heads, int64_t streamed_rows)
       : memory(q) {
-    // Keys and values of a section, or queries and dout: less than half of the L2 cache of an A100, H100 or B200.
+    // The keys and values of a section, or its queries and dout, take less than half of the L2 cache of an A100, H100
+    // or B200.
     constexpr int64_t kSectionBytes = 16 << 20;
     const int64_t pairs = q.size(0) * heads, bytes = q.scalar_type() == ScalarType::Float ? 4 : 2;
     const int64_t per_pair = 2 * std::max<int64_t>(streamed_rows, 1) * q.size(3) * bytes;
@@ -118,7 +120,7 @@ struct Grid {
     }
   }
 
-  // `times`: how many blocks there are for each tile.
+  // `times`: the number of blocks per tile.
   LaunchShape shape(size_t shared_bytes, int times = 1) const {
     return {dim3(blocks, unsigned(times)), dim3(kAttentionThreads), shared_bytes};
   }
@@ -130,8 +132,8 @@ void check_lengths(const Tensor& k) {
 
 // ---- forward ------------------------------------------------------------------------------------------------------
 
-// How many parts the keys of a tile may fall into: one if each multiprocessor has a block without that, else as many as
-// make no more blocks than can be resident at once. `limit`: the most keys that a tile sees.
+// The largest number of parts that the keys of a tile may be divided into. It is one if each multiprocessor has a block
+// anyway; else it is such that all blocks can be resident at once. `limit`: the most keys that a tile sees.
 int most_parts(const OnDevice& device, const Grid& grid, int limit) {
   const int64_t count = multiprocessors(device);
   if (grid.blocks >= count) return 1;
@@ -187,7 +189,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   if (lse.numel() == 0) return {out, lse};
   AttentionForward arguments = {rows_of(q), rows_of(k), rows_of(v), output_rows(out), lse.mutable_data_ptr<float>(),
                                 0.0f, softmax_scale < 0 ? 0x80008000u : 0u, {}};
-  // Not zero: the -inf of an invisible score times zero would be NaN.
+  // Never zero, because an invisible score is -inf, and -inf times zero would be NaN.
   arguments.scale_log2 = std::max(float(std::abs(softmax_scale) * 1.4426950408889634), 1e-30f);
   const bool fp32 = q.scalar_type() == ScalarType::Float;
   bool tensor_cores = (!fp32 || allow_tf32) && q.size(3) <= kMaxTensorCoreDim;
@@ -198,7 +200,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                                   !tensor_cores ? kPlainKeys : fp32 ? kTf32Keys : kForwardKeys);
   const Grid grid(device, q, k, scale_lens, q_offset, tiles, q.size(1), k.size(2) * k.size(1) / q.size(1));
   arguments.problem = grid.problem;
-  const int limit = tiles.front().limit;  // the most
+  const int limit = tiles.front().limit;  // the largest of all tiles
   with_dtype(q, [&](auto zero) { launch_forward<decltype(zero)>(device, arguments, grid, limit, tensor_cores); });
   return {out, lse};
 }
@@ -242,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
   const Tensor lse = checked_statistics("lse", lse_in, q);
   const Tensor dlse = dlse_in ? checked_statistics("dlse", *dlse_in, q) : lse;
   Tensor dq = empty_as(device, q), dk = empty_as(device, k), dv = empty_as(device, v);
-  if (lse.numel() == 0) {  // no query: nothing depends on the keys
+  if (lse.numel() == 0) {  // there is no query, so nothing depends on the keys
     if (dk.numel() > 0) torch::stable::zero_(dk), torch::stable::zero_(dv);
     return {dq, dk, dv};
   }

@@ -1,20 +1,21 @@
 // Block-causal attention, forward: FlashAttention over the tiles of a staircase (block_causal_attention_tiles.h).
 //
-// With c = softmax_scale·log2(e) and all sums in fp32, a tile of query rows walks over the blocks of keys that it sees
-// and keeps, per row, the maximum m of the scaled scores so far, the sum l of the exponentials, and the sum of values;
-// what was summed under an older maximum is rescaled:
+// Let c = softmax_scale·log2(e). All sums are in fp32. For each tile of query rows, a thread block walks over the
+// blocks of keys that the tile sees. For each row it keeps the maximum m of the scaled scores so far, the sum l of the
+// exponentials, and the sum of the weighted values. When the maximum grows, the older sums are rescaled:
 //   s = c·q kᵀ    m' = max(m, rowmax(s))    p = exp2(s - m')    l = l·exp2(m - m') + rowsum(p)
 //   acc = acc·exp2(m - m') + p v            out = acc / l       lse = ln(2)·(m + log2(l))
 //
-// 16-bit tensors go to tensor cores: 64 rows by 64 keys, four warps of 16 rows. q stays in registers; k and v have two
-// stages each in shared memory, and while one is multiplied the next is copied. Blocks of keys that all rows see come
-// in a loop of their own, without predicates. Where tiles are too few to fill the GPU, the keys of each are divided
-// among several blocks (block_causal_attention_parts.cuh). A row's sums have one order: results do not depend on
-// timing. They depend on the GPU by its number of multiprocessors, from which, and from the number of tiles, that of
-// the parts follows.
+// 16-bit tensors use tensor cores: a step is 64 rows by 64 keys, and four warps have 16 rows each. q stays in
+// registers; k and v have two stages each in shared memory, and while one stage is multiplied the next is copied.
+// Blocks of keys that all rows see are handled by a loop of their own, without predicates. If there are too few tiles
+// to fill the GPU, the keys of each tile are divided among several thread blocks (block_causal_attention_parts.cuh).
 //
-// fp32, rows that 16-byte accesses cannot address, and head dimensions above 128 go to a plain kernel of fp32
-// multiply-adds; fp32 to tensor cores as well where TF32 is allowed (block_causal_attention_tf32.cuh).
+// The sums of a row have a fixed order, so results do not depend on timing. They do depend on the GPU's number of
+// multiprocessors, because the number of parts follows from it and from the number of tiles.
+//
+// fp32 tensors, rows that 16-byte accesses cannot address, and head dimensions above 128 go to a plain kernel of fp32
+// multiply-adds. If TF32 is allowed, fp32 tensors use tensor cores as well (block_causal_attention_tf32.cuh).
 #pragma once
 #include "block_causal_attention_device.cuh"
 
@@ -25,7 +26,7 @@ struct AttentionForward {
   HeadRows q, k, v, out;
   float* lse;  // (B, H, Lq) dense
   float scale_log2;   // > 0
-  uint32_t sign;      // the bits that negate two elements of q if the softmax scale is negative, else 0
+  uint32_t sign;      // the sign bits of two elements of q if the softmax scale is negative, else 0
   AttentionProblem problem;
 };
 static_assert(sizeof(AttentionForward) <= 4096);
@@ -34,11 +35,11 @@ static_assert(sizeof(AttentionForward) <= 4096);
 
 constexpr int kForwardRows = 64, kForwardKeys = 64;
 
-// A thread's share of 16 rows: rows lane / 4 and lane / 4 + 8 of its warp's.
+// A thread's share of its warp's 16 rows: rows lane / 4 and lane / 4 + 8.
 template <int kDim>
 struct SoftmaxRows {
   float acc[kDim / 8][4];
-  float peak[2], total[2];  // m; this thread's part of l
+  float peak[2], total[2];  // m, and this thread's part of l
 };
 
 template <int kDim, int kTiles>  // of eight keys
@@ -69,7 +70,7 @@ __device__ __forceinline__ void softmax_step(float (&s)[kTiles][4], SoftmaxRows<
   }
 }
 
-// The scores of keys from `first` on that the thread's two rows do not see, of which each sees `visible`.
+// Sets the scores of invisible keys to -inf. The keys begin at `first`; each of the thread's two rows sees `visible`.
 template <int kTiles>
 __device__ __forceinline__ void hide(float (&s)[kTiles][4], int first, const int (&visible)[2]) {
   first += int(threadIdx.x) % 4 * 2;
@@ -80,7 +81,7 @@ __device__ __forceinline__ void hide(float (&s)[kTiles][4], int first, const int
       if (first + n * 8 + i % 2 >= visible[i / 2]) s[n][i] = -INFINITY;
 }
 
-// Makes `total` that of the whole row in each of its threads.
+// Gives each thread of a row the `total` of the whole row.
 template <int kDim>
 __device__ __forceinline__ void sum_totals(SoftmaxRows<kDim>& rows) {
 #pragma unroll
@@ -90,7 +91,7 @@ __device__ __forceinline__ void sum_totals(SoftmaxRows<kDim>& rows) {
   }
 }
 
-// Stores lse of the thread's rows, `row` and `row` + 8 of the tile, and gives 1 / l.
+// Stores lse of the thread's rows, `row` and `row` + 8 of the tile, and returns 1 / l.
 template <int kDim>
 __device__ __forceinline__ void store_lse(float (&inverse)[2], const SoftmaxRows<kDim>& rows, const AttentionForward& a,
                                           const AttentionPlace& place, int row) {
@@ -103,7 +104,7 @@ __device__ __forceinline__ void store_lse(float (&inverse)[2], const SoftmaxRows
   }
 }
 
-// The keys and values of one head, and their stages: block b in stage b % 2.
+// The keys and values of one head, and their stages in shared memory. Block b is in stage b % 2.
 template <class T, int kDim, int kKeys>
 struct KeyStages {
   static constexpr int kTile = kKeys * kDim;
@@ -114,7 +115,8 @@ struct KeyStages {
 
   __device__ __forceinline__ T* key_tile(int block) const { return keys + block % 2 * kTile; }
   __device__ __forceinline__ T* value_tile(int block) const { return values + block % 2 * kTile; }
-  // Each is one group of copies, empty where there is no such block: what to wait for is the same in every step.
+  // Each call starts one group of copies. The group is empty if the block does not exist, so that every step waits for
+  // the same number of groups.
   __device__ __forceinline__ void start_keys(int block) const {
     if (block * kKeys < limit)
       start_copy<T, kDim, kKeys>(key_tile(block), k, k_row, block * kKeys, limit, dim);
@@ -127,14 +129,14 @@ struct KeyStages {
   }
 };
 
-// One block of keys. `visible`: how many keys each of the thread's two rows sees, asked for only if kMasked.
+// Adds one block of keys. `visible`: how many keys each of the thread's two rows sees; it is used only if kMasked.
 template <bool kMasked, class T, int kDim>
 __device__ __forceinline__ void attend(SoftmaxRows<kDim>& rows, const uint32_t (&q)[kDim / 16][4],
                                        const KeyStages<T, kDim, kForwardKeys>& stages, int block,
                                        const int (&visible)[2], float scale_log2) {
   float s[kForwardKeys / 8][4] = {};
-  ptx::cp_async_wait<1>();  // the keys of this block; its values may be on their way
-  __syncthreads();          // and every warp is done with the keys of the last block
+  ptx::cp_async_wait<1>();  // the keys of this block are here; its values may be in flight
+  __syncthreads();          // and every warp is done with the keys of the previous block
   stages.start_keys(block + 1);
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k)
@@ -149,11 +151,11 @@ __device__ __forceinline__ void attend(SoftmaxRows<kDim>& rows, const uint32_t (
 
 constexpr size_t forward_shared_bytes(int dim) { return size_t(4) * kForwardKeys * dim * 2; }
 
-// Blocks that a multiprocessor is to hold at once: one copies while another multiplies.
+// The number of blocks that a multiprocessor should hold at once, so that one copies while another multiplies.
 constexpr int forward_blocks(int dim) { return dim <= 64 ? 3 : 2; }
 
-// The softmax of a tile over the keys from block `begin` to key `limit`, which is the tile's own or a multiple of
-// kForwardKeys; then `total` is that of the whole row in each of its threads.
+// The softmax of a tile over the keys from block `begin` to key `limit`, which is the tile's own limit or a multiple of
+// kForwardKeys. Afterwards each thread has the `total` of its whole rows.
 template <class T, int kDim>
 __device__ __forceinline__ void attend_tile(SoftmaxRows<kDim>& rows, const AttentionForward& a,
                                             const AttentionPlace& place, T* keys, int begin, int limit) {
@@ -166,7 +168,7 @@ __device__ __forceinline__ void attend_tile(SoftmaxRows<kDim>& rows, const Atten
   const KeyStages<T, kDim, kForwardKeys> stages = {
       keys, values, head_of<const T>(a.k, batch, head / p.group), head_of<const T>(a.v, batch, head / p.group),
       a.k.row, a.v.row, limit, p.dim};
-  // q passes through a stage of values that is not in use before the second barrier of the first step.
+  // q is loaded through a stage of values that is not used before the second barrier of the first step.
   T* const q_tile = stages.value_tile(begin + 1);
   static_assert(kForwardRows == kForwardKeys);
   start_copy<T, kDim, kForwardRows>(q_tile, head_of<const T>(a.q, batch, head), a.q.row, tile.first,
@@ -206,27 +208,27 @@ __global__ void __launch_bounds__(kAttentionThreads, forward_blocks(kDim))
   float inverse[2];
   store_lse(inverse, rows, a, place, first_row + int(threadIdx.x) % 32 / 4);
   T* const out = head_of<T>(a.out, place.pair / a.problem.heads, place.pair % a.problem.heads);
-  // Nothing is on its way, and no warp has read keys since the last barrier.
+  // No copy is in flight, and no warp has read keys since the last barrier, so their memory can be reused.
   store_rows<T, kDim>(rows.acc, inverse, keys, first_row, tile.count, out + tile.first * a.out.row, a.out.row,
                       a.problem.dim);
 }
 
 // ---- plain --------------------------------------------------------------------------------------------------------
 
-// 32 rows by 32 keys: a thread has 2 rows, and every eighth key or column.
+// A step is 32 rows by 32 keys: a thread has 2 rows, and every eighth key or column.
 constexpr int kPlainRows = 32, kPlainKeys = 32;
 
-// Rows of fp32 in shared memory. An odd pitch: eight rows at one column lie in eight banks.
+// The pitch of fp32 rows in shared memory. It is odd, so that one column of eight rows lies in eight banks.
 __host__ __device__ constexpr int plain_pitch(int dim) { return dim | 1; }
 constexpr size_t plain_forward_shared_bytes(int dim) {
   return ((kPlainRows + kPlainKeys) * size_t(plain_pitch(dim)) + kPlainRows * (kPlainKeys + 1)) * sizeof(float);
 }
 
-// Rows [first, first + kRows) of a head times `factor`; zeros from row `limit` on.
+// Loads rows [first, first + kRows) of a head, times `factor`. Rows from `limit` on are zero.
 template <class T, int kRows>
 __device__ __forceinline__ void load_plain(float* tile, const T* head, int64_t row_stride, int first, int limit,
                                            int dim, float factor = 1.0f) {
-#pragma unroll 1  // more addresses at once would take registers that the sums need
+#pragma unroll 1  // unrolled, the addresses would take registers that the sums need
   for (int index = int(threadIdx.x); index < kRows * dim; index += kAttentionThreads) {
     const int row = index / dim, column = index % dim;
     tile[row * plain_pitch(dim) + column] =
@@ -234,7 +236,7 @@ __device__ __forceinline__ void load_plain(float* tile, const T* head, int64_t r
   }
 }
 
-// The softmax of a thread's two rows, whose elements eight neighbouring lanes share; p goes to `weights`.
+// The softmax of a thread's two rows, whose elements eight neighbouring lanes share. It writes p to `weights`.
 template <int kDim>
 __device__ __forceinline__ void plain_softmax_step(float (&s)[2][kPlainKeys / 8], float* weights,
                                                    float (&acc)[2][kDim / 8], float (&peak)[2], float (&total)[2],
@@ -271,14 +273,14 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const int batch = place.pair / p.heads, head = place.pair % p.heads, dim = p.dim, pitch = plain_pitch(dim);
   const int row = int(threadIdx.x) / 8 * 2, lane = int(threadIdx.x) % 8;
   float* const q = reinterpret_cast<float*>(shared);
-  float* const block = q + kPlainRows * pitch;  // of keys, then of values
+  float* const block = q + kPlainRows * pitch;  // holds a block of keys, then of values
   float* const weights = block + kPlainKeys * pitch;
   load_plain<T, kPlainRows>(q, head_of<const T>(a.q, batch, head), a.q.row, tile.first, tile.first + tile.count, dim,
                             a.sign != 0 ? -1.0f : 1.0f);
   const int visible[2] = {visible_keys(p, tile, row), visible_keys(p, tile, row + 1)};
   float acc[2][kDim / 8] = {}, peak[2] = {-INFINITY, -INFINITY}, total[2] = {};
   for (int first = 0; first < tile.limit; first += kPlainKeys) {
-    __syncthreads();  // the last block's values are done with
+    __syncthreads();  // every thread is done with the values of the previous block
     load_plain<T, kPlainKeys>(block, head_of<const T>(a.k, batch, head / p.group), a.k.row, first, tile.limit, dim);
     __syncthreads();
     float s[2][kPlainKeys / 8] = {};
@@ -324,7 +326,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
   }
 }
 
-// ---- schedules that are no arguments ------------------------------------------------------------------------------
+// ---- schedules too long for arguments ------------------------------------------------------------------------------
 
 struct ScheduleNumbers {
   int32_t* target;

@@ -1,11 +1,11 @@
-// Block-causal attention, backward. It recomputes p = exp(score - lse). With delta = rowsum(dout·out) - dlse, which is
-// where a gradient of lse enters, and ds = p·(dout vᵀ - delta):
+// Block-causal attention, backward. It recomputes p = exp(score - lse). With delta = rowsum(dout·out) - dlse, where
+// dlse is the gradient of lse, and ds = p·(dout vᵀ - delta):
 //   dq = softmax_scale·ds k      dk = softmax_scale·dsᵀ q      dv = pᵀ dout
 //
-// Two kernels without atomics, so that every sum has one order: dq over tiles of rows, which also leaves delta for the
-// second; dk and dv over tiles of keys, through all heads that share them. On tensor cores a tile is 64 rows or keys,
-// 16 for each warp, and what streams by comes in blocks of 64, or of 32 or 16 where larger head dimensions leave no
-// registers for more.
+// There are two kernels, without atomics, so that every sum has one order. The first computes dq over tiles of rows,
+// and stores delta for the second. The second computes dk and dv over tiles of keys, through all heads that share the
+// keys. On tensor cores a tile is 64 rows or keys, 16 for each warp. The other side streams by in blocks of 64, or of
+// 32 or 16 where larger head dimensions leave no registers for more.
 #pragma once
 #include "block_causal_attention.cuh"
 
@@ -22,10 +22,10 @@ struct AttentionBackward {
 static_assert(sizeof(AttentionBackward) <= 4096);
 
 constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLog2ERest = 1.925963033500681e-08f;  // log2(e) less its value in fp32
+constexpr float kLog2ERest = 1.925963033500681e-08f;  // log2(e) minus its value in fp32
 
 constexpr int kBackwardTile = 64;
-// How many keys, or rows, stream by at a time.
+// How many keys or rows stream by at a time.
 __host__ __device__ constexpr int backward_keys(int dim) { return dim <= 64 ? 64 : 32; }
 __host__ __device__ constexpr int backward_rows(int dim) { return dim <= 64 ? 64 : dim <= 96 ? 32 : 16; }
 
@@ -38,7 +38,7 @@ constexpr size_t backward_queries_shared_bytes(int dim) {
 // A thread's two rows of a tile.
 struct BackwardRows {
   int visible[2];    // how many keys each sees
-  float lse[2];      // times log2(e); inf for rows that do not exist, which makes their p = 0
+  float lse[2];      // times log2(e); inf for rows that do not exist, so that their p is 0
   float delta[2];
 };
 
@@ -69,7 +69,7 @@ __device__ __forceinline__ void add_dq(float (&acc)[kDim / 8][4], const uint32_t
   multiply<T, kDim, kKeys>(acc, s, stages.key_tile(block));
 }
 
-// delta without dlse, from dout in registers and a tile of out.
+// delta without dlse, computed from dout in registers and a tile of out.
 template <class T, int kDim>
 __device__ __forceinline__ void dot_rows(float (&delta)[2], const uint32_t (&dout)[kDim / 16][4], const T* out_tile,
                                          int first_row) {
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   start_copy<T, kDim, kBackwardTile>(q_tile, head_of<const T>(a.q, batch, head), a.q.row, tile.first, end, p.dim);
   start_copy<T, kDim, kBackwardTile>(dout_tile, head_of<const T>(a.dout, batch, head), a.dout.row, tile.first, end,
                                      p.dim);
-  // out is needed once, before there are values.
+  // The memory of the values holds out first, which is needed once, before the values are loaded.
   start_copy<T, kDim, kBackwardTile>(values, head_of<const T>(a.out, batch, head), a.out.row, tile.first, end, p.dim);
   stages.start_keys(0);
   ptx::cp_async_wait<0>();
@@ -146,14 +146,14 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   for (; block < tile.common / kKeys; ++block) add_dq<false>(acc, q, dout, stages, block, rows, a.scale_log2);
   for (; block * kKeys < tile.limit; ++block) add_dq<true>(acc, q, dout, stages, block, rows, a.scale_log2);
   ptx::cp_async_wait<0>();
-  // A warp reads no rows of q but its own.
+  // A warp reads only its own rows of q, so no barrier is needed.
   store_rows<T, kDim>(acc, {a.softmax_scale, a.softmax_scale}, q_tile, first_row, tile.count,
                       head_of<T>(a.dq, batch, head) + tile.first * a.dq.row, a.dq.row, p.dim);
 }
 
 // ---- dk and dv, key by key ----------------------------------------------------------------------------------------
 
-// What the threads know about the rows of a block, in two stages like the block.
+// Statistics of the rows of a block, in two stages like the block.
 template <int kRows>
 struct RowStatistics {
   float lse[2][kRows], delta[2][kRows];  // lse times log2(e)
@@ -165,7 +165,7 @@ constexpr size_t backward_keys_shared_bytes(int dim) {
   return (2 * kBackwardTile + 4 * block) * dim * 2 + 6 * block * sizeof(float);
 }
 
-// The rows that see a tile of keys: blocks of one head of the group, then of the next, as one sequence of steps.
+// The rows that see a tile of keys, as one sequence of steps: the blocks of the group's first head, then of the next.
 template <class T, int kDim>
 struct RowStages {
   static constexpr int kRows = backward_rows(kDim), kTile = kRows * kDim;
@@ -187,7 +187,7 @@ struct RowStages {
   __device__ __forceinline__ void start_queries(int step) const { start(query_tile(step), a.q, step); }
   __device__ __forceinline__ void start_dout(int step) const { start(dout_tile(step), a.dout, step); }
 
-  // Of the first threads, lse of a row each, of the next ones delta. Loaded a step before it is needed.
+  // Each of the first threads loads lse of one row, each of the next threads delta, one step before it is needed.
   __device__ __forceinline__ float load_statistic(int step) const {
     const AttentionProblem& p = a.problem;
     const int t = int(threadIdx.x), row = first(step) + t % kRows;
@@ -256,8 +256,8 @@ __device__ __forceinline__ void add_dk_dv(float (&dk)[kDim / 8][4], float (&dv)[
   multiply<T, kDim, kRows>(dk, ds, stages.query_tile(step));
 }
 
-// The pairs of this kernel are those of batch and key head, and `heads` is the number of key heads. Blocks are
-// transposed, (keys, rows): pᵀ and dsᵀ are what is multiplied by dout and q.
+// Here the pairs are those of batch and key head, and `heads` is the number of key heads. Blocks are transposed, (keys,
+// rows), because pᵀ and dsᵀ are multiplied by dout and q.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     attention_backward_keys_kernel(const __grid_constant__ AttentionBackward a) {
@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
       add_dk_dv<T, kDim>(dk, dv, k_tile, v_tile, stages, step, statistic, key, tile.common, a.scale_log2);
     ptx::cp_async_wait<0>();
   }
-  // A warp reads no rows of k and v but its own.
+  // A warp reads only its own rows of k and v, so no barrier is needed.
   store_rows<T, kDim>(dk, {a.softmax_scale, a.softmax_scale}, k_tile, first_row, tile.count,
                       head_of<T>(a.dk, batch, head) + tile.first * a.dk.row, a.dk.row, p.dim);
   store_rows<T, kDim>(dv, {1.0f, 1.0f}, v_tile, first_row, tile.count,

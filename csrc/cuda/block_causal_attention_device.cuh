@@ -20,11 +20,11 @@ __device__ __forceinline__ T* head_of(const HeadRows& x, int batch, int head) {
   return static_cast<T*>(x.data) + batch * x.batch + head * x.head;
 }
 
-// What every kernel is told about the problem.
+// What every kernel knows about the problem.
 struct AttentionProblem {
-  int heads, group;  // query heads; how many of them share a key head
+  int heads, group;  // the number of query heads, and how many of them share a key head
   int queries, keys, dim, q_offset;
-  int pairs, section;  // pairs of batch and head that the grid covers, and how many of them share the L2 cache
+  int pairs, section;  // the pairs of batch and head that the grid covers, and how many of them share the L2 cache
   AttentionSchedule schedule;
 };
 
@@ -39,8 +39,9 @@ struct AttentionPlace {
   AttentionTile tile;
 };
 
-// The table begins with the tiles of most work, so all heads start with those. One section of heads after another:
-// else each of a thousand heads would read its keys from memory, not from the L2 cache, at every tile.
+// The table begins with the tiles that have the most work, so all heads start with those. The grid takes one section of
+// heads after another. Otherwise each of a thousand heads would read its keys from memory, not from the L2 cache, at
+// every tile.
 __device__ __forceinline__ AttentionPlace my_place(const AttentionProblem& p) {
   const int block = int(blockIdx.x), tiles = p.schedule.tiles;
   const int first = block / (tiles * p.section) * p.section, width = min(p.section, p.pairs - first);
@@ -53,7 +54,7 @@ __device__ __forceinline__ AttentionPlace my_place(const AttentionProblem& p) {
 // How many keys a token sees: the end of its scale.
 __device__ __forceinline__ int visible_keys(const AttentionSchedule& schedule, int token) {
   const int runs = schedule.tiles * 4;
-  int low = 0, high = schedule.runs - 1;  // the last run that begins at or before the token
+  int low = 0, high = schedule.runs - 1;  // searches the last run that begins at or before the token
   while (low < high) {
     const int middle = (low + high + 1) / 2;
     if (number(schedule, runs + 2 * middle) <= token)
@@ -65,7 +66,7 @@ __device__ __forceinline__ int visible_keys(const AttentionSchedule& schedule, i
   return first + ((token - first) / length + 1) * length;
 }
 
-// The same for a row of a tile; 0 for rows that do not exist.
+// How many keys a row of a tile sees; 0 for rows that do not exist.
 __device__ __forceinline__ int visible_keys(const AttentionProblem& p, const AttentionTile& tile, int row) {
   if (row >= tile.count) return 0;
   return tile.common == tile.limit ? tile.limit : visible_keys(p.schedule, p.q_offset + tile.first + row);
@@ -73,9 +74,10 @@ __device__ __forceinline__ int visible_keys(const AttentionProblem& p, const Att
 
 // ---- tiles in shared memory ---------------------------------------------------------------------------------------
 
-// A tile is rows of kDim elements without padding. Its 16-byte chunks are permuted within their row such that chunk c
-// of 8 consecutive rows, what ldmatrix reads at once, lies in 8 different groups of 4 banks. Where a row is no multiple
-// of 128 bytes (16-bit elements, kDim 96), every second row begins half a turn of the banks further: two bits suffice.
+// A tile has rows of kDim elements without padding. The 16-byte chunks of a row are permuted: ldmatrix reads chunk c of
+// 8 consecutive rows at once, and these 8 chunks must lie in 8 different groups of 4 banks. If a row is no multiple of
+// 128 bytes (16-bit elements, kDim 96), every second row begins 64 bytes further in the banks, so permuting by two bits
+// is enough.
 template <class T, int kDim>
 __device__ __forceinline__ int swizzled(int row, int chunk) {
   constexpr int kChunks = kDim / kPackWidth<T>;
@@ -84,9 +86,9 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * kDim + permuted * kPackWidth<T>;
 }
 
-// Starts the copy of rows [first, first + kRows) of a head; zeros from row `limit` and column `dim` on. Eight threads
-// copy 128 bytes of a row, or four 64, so that each has one source address, a multiple of 8 rows between its chunks,
-// and with that one place in shared memory: the rest are constant distances.
+// Starts the copy of rows [first, first + kRows) of a head, with zeros from row `limit` and from column `dim` on. Eight
+// threads copy 128 bytes of a row, or four threads 64 bytes. The chunks of a thread are then a multiple of 8 rows
+// apart, so it computes one source address and one place in shared memory, and the others are at constant distances.
 template <class T, int kDim, int kRows>
 __device__ __forceinline__ void start_copy(T* tile, const T* head, int64_t row_stride, int first, int limit, int dim) {
   constexpr int kWidth = kPackWidth<T>, kChunks = kDim / kWidth;
@@ -105,14 +107,14 @@ __device__ __forceinline__ void start_copy(T* tile, const T* head, int64_t row_s
 
 // ---- products -----------------------------------------------------------------------------------------------------
 
-// 16 rows of a tile, from `row` on, as the left operand of products over kDim.
+// Loads 16 rows of a tile, from `row` on, as the left operand of products over kDim.
 template <class T, int kDim>
 __device__ __forceinline__ void load_left(uint32_t (&a)[4], const T* tile, int row, int k) {
   const int lane = int(threadIdx.x) % 32;
   ptx::ldmatrix_x4(a, tile + swizzled<T, kDim>(row + lane % 16, 2 * k + lane / 16));
 }
 
-// s (16, kRows) += a (16, 16) · the transpose of columns [16 k, 16 k + 16) of a tile (kRows, kDim).
+// s (16, kRows) += a (16, 16) · tᵀ, t being columns [16 k, 16 k + 16) of a tile (kRows, kDim).
 template <class T, int kDim, int kRows>
 __device__ __forceinline__ void multiply_transposed(float (&s)[kRows / 8][4], const uint32_t (&a)[4], const T* tile,
                                                     int k) {
@@ -126,7 +128,7 @@ __device__ __forceinline__ void multiply_transposed(float (&s)[kRows / 8][4], co
   }
 }
 
-// acc (16, kDim) += p (16, kRows), rounded to T, · a tile (kRows, kDim).
+// acc (16, kDim) += p · tile, with p (16, kRows) rounded to T, and a tile (kRows, kDim).
 template <class T, int kDim, int kRows>
 __device__ __forceinline__ void multiply(float (&acc)[kDim / 8][4], const float (&p)[kRows / 8][4], const T* tile) {
   const int lane = int(threadIdx.x) % 32, row = lane % 16, chunk = lane / 16;
@@ -145,8 +147,8 @@ __device__ __forceinline__ void multiply(float (&acc)[kDim / 8][4], const float 
   }
 }
 
-// Stores a warp's 16 rows of products, from row `row` of a tile on, which has `count` rows and begins at `target`. They
-// pass through the warp's own rows of `tile` to be stored 16 bytes at a time.
+// Stores a warp's 16 rows of products, beginning at row `row` of a tile that has `count` rows and begins at `target`.
+// The products pass through the warp's own rows of `tile`, so that they can be stored 16 bytes at a time.
 template <class T, int kDim>
 __device__ __forceinline__ void store_rows(const float (&acc)[kDim / 8][4], const float (&factor)[2], T* tile, int row,
                                            int count, T* target, int64_t row_stride, int dim) {
@@ -169,9 +171,9 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kDim / 8][4], cons
   }
 }
 
-// Stores a warp's 16 rows of products in fp32, from row `row` of a tile on, which has `count` rows and begins at
-// `target`. Two neighbouring lanes have two columns each of two rows: the even one stores four columns of the first
-// row, the odd one of the second.
+// Stores a warp's 16 rows of products in fp32, beginning at row `row` of a tile that has `count` rows and begins at
+// `target`. Two neighbouring lanes hold two columns each of two rows. The even lane stores all four columns of the
+// first row, the odd lane those of the second.
 template <int kDim>
 __device__ __forceinline__ void store_rows(const float (&acc)[kDim / 8][4], const float (&factor)[2], int row,
                                            int count, float* target, int64_t row_stride, int dim) {
@@ -194,11 +196,13 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kDim / 8][4], cons
 
 constexpr float kLn2 = 0.693147180559945309f;
 
-// Against a maximum of -inf (nothing but -inf yet) or inf every difference would be NaN, where exp2(-inf) = 0 and
-// exp2(inf) = inf are meant: 0 gives these, and with them PyTorch's results, out = 0/0 and lse = -inf or inf.
+// The number that is subtracted from the scores of a row. It is the maximum if that is finite. If the maximum is -inf
+// (all scores so far are -inf) or inf, a difference inf - inf would be NaN, but exp2(-inf) = 0 and exp2(inf) = inf are
+// wanted: subtracting 0 gives these, and with them PyTorch's results, out = 0/0 and lse = -inf or inf.
 __device__ __forceinline__ float finite_shift(float peak) { return fabsf(peak) == INFINITY ? 0.0f : peak; }
 
-// lse from the maximum of the scores, in units of ln(2), and the sum of the exponentials less that.
+// lse, from the maximum of the scores (in units of ln(2)) and the sum of the exponentials after the maximum is
+// subtracted.
 __device__ __forceinline__ float log_sum_exp(float peak, float total) {
   return fmaf(finite_shift(peak), kLn2, log2f(total) * kLn2);
 }

@@ -1,37 +1,37 @@
-// Block-causal attention of few queries against many keys, as in a step with a key-value cache: its tiles of rows are
-// too few to fill a GPU, so the keys of each tile are divided into consecutive parts, one thread block each. A part
-// leaves what the walk over its keys ends with, for each row the maximum m, the sum l and the unnormalised sum of
-// values, and a second kernel adds the parts up in their order, rescaled to their common maximum:
+// Block-causal attention of few queries against many keys, as in a step with a key-value cache. There are too few tiles
+// of rows to fill a GPU, so the keys of each tile are divided into consecutive parts, one thread block each. For each
+// row, a part stores the result of its walk over the keys: the maximum m, the sum l and the unnormalised sum of values.
+// A second kernel adds the parts up in their order, rescaled to their common maximum:
 //   m = max over parts of m_i    l = sum of l_i·exp2(m_i - m)    out = (sum of acc_i·exp2(m_i - m)) / l
-// which is how the walk itself goes from block to block: non-finite values give what they give there.
+// The walk rescales from block to block by the same formula, so non-finite values give the same results in both.
 //
-// Synchronising the blocks of one kernel instead would save the second launch, but a tile's blocks would have to be
-// resident together.
+// One kernel whose blocks synchronise would save the second launch, but all blocks of a tile would have to be resident
+// at the same time.
 #pragma once
 #include "block_causal_attention.cuh"
 
 namespace var_kernels {
 namespace {
 
-// What the parts leave, in fp32, dense: (parts, B, H, Lq, D) and (parts, B, H, Lq).
+// The results of the parts, in fp32 and dense: (parts, B, H, Lq, D) and (parts, B, H, Lq).
 struct AttentionParts {
-  int most;            // how many parts a tile may have
+  int most;            // the largest number of parts of a tile
   float* sums;
   float2* statistics;  // m and l
 };
 static_assert(sizeof(AttentionForward) + sizeof(AttentionParts) <= 4096);
 
-// A part shorter than 256 keys takes less time than what is added by the second kernel. More than 32 parts are so much
-// to add up that they save no more time.
+// A part of fewer than 256 keys takes less time than the second kernel adds. With more than 32 parts, adding them up
+// takes the time that they save.
 constexpr int kPartBlocks = 4, kMostParts = 32;
 
-// How many parts the keys of a tile fall into.
+// The number of parts that the keys of a tile are divided into.
 __host__ __device__ constexpr int parts_of(int limit, int most) {
   const int parts = limit / (kForwardKeys * kPartBlocks);
   return parts < 1 ? 1 : parts < most ? parts : most;
 }
 
-// The place of this part's row `row` of a tile in the tensors of AttentionParts, less the column.
+// The index of row `row` of a tile, for this part, in the tensors of AttentionParts, without the column.
 __device__ __forceinline__ int64_t part_row(const AttentionProblem& p, const AttentionPlace& place, int part, int row) {
   return (int64_t(part) * p.pairs + place.pair) * p.queries + place.tile.first + row;
 }
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kAttentionThreads, forward_blocks(kDim))
                    to.sums + part_row(a.problem, place, part, 0) * a.problem.dim, a.problem.dim, a.problem.dim);
 }
 
-// Blocks of a tile's 64 rows: a thread has eight columns of one.
+// The number of blocks that combine a tile's 64 rows. A thread has eight columns of one row.
 __host__ __device__ constexpr int combine_blocks(int dim) {
   return (kForwardRows * (dim / 8) + kAttentionThreads - 1) / kAttentionThreads;
 }

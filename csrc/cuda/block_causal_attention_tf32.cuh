@@ -1,14 +1,15 @@
-// Block-causal attention of fp32 tensors by tensor cores, forward, where PyTorch's setting allows TF32.
+// Block-causal attention of fp32 tensors on tensor cores, forward, used if PyTorch's setting allows TF32.
 //
-// TF32 keeps 11 bits of an operand, too few for the softmax of large scores. A number is therefore split in two,
-// x = big + small but for 2^-22 of x, and a product becomes three, of which the small ones have sums of their own:
+// TF32 keeps 11 bits of an operand, which is too few for the softmax of large scores. Each number is therefore split
+// into two, x = big + small with an error of 2^-22 of x, and a product becomes three. The two small ones have sums of
+// their own:
 //   x·y = big_x·big_y + (small_x·big_y + big_x·small_y)
-// which is nearly as accurate as fp32, at less than a third of the rate of TF32. A small sum that is not finite is
-// dropped: an infinite operand leaves inf - inf = NaN there, and the product of the big parts is what fp32 gives.
+// This is nearly as accurate as fp32, at less than a third of the rate of TF32. A small sum that is not finite is
+// dropped: an infinite operand makes it inf - inf = NaN, while the product of the big parts is what fp32 gives.
 //
-// Otherwise as the kernel for 16-bit tensors, with 64 rows by 32 keys, and q in shared memory, 96 KiB in all for 128
-// columns: in registers it would take those of the sums. Keys are not divided into parts. The backward has no such
-// kernel.
+// Otherwise this is the kernel for 16-bit tensors, but with 64 rows by 32 keys, and with q in shared memory, because in
+// registers q would leave none for the sums. It uses 96 KiB of shared memory for 128 columns. Keys are not divided into
+// parts. Backward has no such kernel.
 #pragma once
 #include "block_causal_attention.cuh"
 
@@ -51,14 +52,14 @@ __device__ __forceinline__ void add_finite(float (&sum)[4], const float (&rest)[
   for (int i = 0; i < 4; ++i) sum[i] += fabsf(rest[i]) < INFINITY ? rest[i] : 0.0f;
 }
 
-// swizzled(row, chunk + constant): of the addresses that differ in `constant`, all but four differ by constants, which
-// leaves registers for the sums.
+// Computes swizzled(row, chunk + constant). Of the addresses for the different constants, all but four are a constant
+// distance from another one, which leaves registers for the sums.
 template <int kDim>
 __device__ __forceinline__ int swizzled_from(int row, int chunk, int constant) {
   return swizzled<float, kDim>(row, chunk + constant % 8) + constant / 8 * 8 * kPackWidth<float>;
 }
 
-// s (16, kTf32Keys) = 16 rows of q, from `first_row` on, with the bits of `sign` flipped · the transpose of a tile.
+// s (16, kTf32Keys) = q · tileᵀ, with 16 rows of q from `first_row` on, whose bits `sign` are flipped.
 template <int kDim>
 __device__ __forceinline__ void multiply_keys(float (&s)[kTf32Keys / 8][4], const float* q, int first_row,
                                               uint32_t sign, const float* tile) {
@@ -66,7 +67,7 @@ __device__ __forceinline__ void multiply_keys(float (&s)[kTf32Keys / 8][4], cons
   float rest[kTf32Keys / 8][4] = {};
 #pragma unroll
   for (int k = 0; k < kDim / 8; ++k) {
-    uint32_t x[4];  // an element of fp32 is two of the 16-bit elements that ldmatrix speaks of
+    uint32_t x[4];  // ldmatrix moves 16-bit elements; two of them are one fp32 element
     ptx::ldmatrix_x4(x, q + swizzled_from<kDim>(first_row + lane % 16, lane / 16, 2 * k));
     const Tf32Left a = split_tf32(__uint_as_float(x[0] ^ sign), __uint_as_float(x[1] ^ sign),
                                   __uint_as_float(x[2] ^ sign), __uint_as_float(x[3] ^ sign));
@@ -82,8 +83,8 @@ __device__ __forceinline__ void multiply_keys(float (&s)[kTf32Keys / 8][4], cons
   for (int n = 0; n < kTf32Keys / 8; ++n) add_finite(s[n], rest[n]);
 }
 
-// acc (16, kDim) += p (16, kTf32Keys) · a tile. A thread has columns 2t and 2t + 1 of eight keys of p, where a left
-// operand has t and t + 4: keys are multiplied in that order, in p as in the tile.
+// acc (16, kDim) += p (16, kTf32Keys) · a tile. Of eight keys of p, a thread has columns 2t and 2t + 1, but a left
+// operand needs t and t + 4. So the keys are taken in a permuted order, which is the same in p and in the tile.
 template <int kDim>
 __device__ __forceinline__ void multiply_values(float (&acc)[kDim / 8][4], const float (&p)[kTf32Keys / 8][4],
                                                 const float* tile) {
@@ -107,8 +108,8 @@ __device__ __forceinline__ void attend_tf32(SoftmaxRows<kDim>& rows, const float
                                             const KeyStages<float, kDim, kTf32Keys>& stages, int block,
                                             const int (&visible)[2], float scale_log2) {
   float s[kTf32Keys / 8][4] = {};
-  ptx::cp_async_wait<1>();  // the keys of this block, and q; its values may be on their way
-  __syncthreads();          // and every warp is done with the keys of the last block
+  ptx::cp_async_wait<1>();  // the keys of this block and q are here; its values may be in flight
+  __syncthreads();          // and every warp is done with the keys of the previous block
   stages.start_keys(block + 1);
   multiply_keys<kDim>(s, q, first_row, sign, stages.key_tile(block));
   if constexpr (kMasked) hide(s, block * kTf32Keys, visible);

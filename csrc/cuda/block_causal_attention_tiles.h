@@ -1,14 +1,14 @@
-// Which tiles of a block-causal score matrix exist: found on the host, read by the kernels.
+// The tiles of a block-causal score matrix. The host finds them, and the kernels read them.
 //
-// The visible part of the matrix is a staircase. A kernel cuts one of its sides into tiles of at most so many rows (or
-// keys) and walks over whole blocks of the other. Where the cuts are decides how much of the staircase's outside is
-// visited: a tile that ends where a scale ends visits nothing that its last row does not see, and small scales share a
-// tile, since a tile of few rows costs as much as a full one.
+// The visible part of the matrix is a staircase. A kernel cuts the rows (or the keys) into tiles of limited size, and
+// for each tile walks over whole blocks of the other side. The places of the cuts decide how much of the invisible part
+// is visited. A tile that ends where a scale ends visits nothing that its last row does not see. Small scales share a
+// tile, because a tile of few rows costs as much as a full one.
 //
-// The tables are recomputed by each call, a few microseconds, and travel as arguments of the kernel: no copy, nothing
-// cached that a CUDA graph could outlive, and another schedule is no other kernel. Schedules too long for that (a few
-// hundred different lengths, or some ten thousand tokens) are written to device memory by kernels that take a part of
-// them as arguments each, which a graph can capture as well.
+// Each call computes the tables again, which takes a few microseconds, and passes them as arguments of the kernel. So
+// nothing is copied, nothing is cached that a CUDA graph could outlive, and a new schedule needs no new kernel.
+// Schedules that are too long for arguments (a few hundred different lengths, or some ten thousand tokens) are written
+// to device memory by kernels that take a part of them as arguments each. A graph can capture that as well.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -20,20 +20,21 @@
 
 namespace var_kernels {
 
-// Of query rows: `count` from `first`; all of them see the keys below `common`, some those below `limit`.
-// Of keys: `count` from `first`; rows from `common` on see all of them, rows below `limit` none.
+// A tile of query rows has `count` rows from `first` on. All of them see the keys below `common`, and some of them see
+// keys up to `limit`. A tile of keys has `count` keys from `first` on. Rows from `common` on see all of them, and rows
+// below `limit` see none.
 struct AttentionTile {
   int32_t first, count, common, limit;
 };
 static_assert(sizeof(AttentionTile) == 4 * sizeof(int32_t));
 
-// The tiles, as numbers, and after them the lengths of the scales as runs: the first token, and the length of each
-// scale from there to the next run.
+// The tiles as numbers, and after them the lengths of the scales as runs. A run is its first token and the length that
+// every scale has from there to the next run.
 struct AttentionSchedule {
-  static constexpr int kInline = 896;  // numbers; with the other arguments they stay below the 4 KiB of any driver
+  static constexpr int kInline = 896;  // numbers; all arguments stay below the 4 KiB of any driver
 
   int tiles, runs;
-  const int32_t* in_memory;  // the numbers, if there are more than kInline, else null
+  const int32_t* in_memory;  // the numbers if there are more than kInline, else null
   int32_t numbers[kInline];
 };
 
@@ -43,9 +44,9 @@ using Lens = std::vector<int64_t>;
 
 // Cuts [0, bounds.back()) into pieces of at most `size` such that the sum of the pieces' costs is least.
 //
-// A piece costs what the interval (bounds[i-1], bounds[i]] of its last element says, costs[i], which does not
-// decrease, and 1 for its start. Elements of equal cost that follow the last one may as well join the piece if there
-// is room, so a piece ends at the bound before the next cost or is full: few ends are to be tried.
+// A piece costs costs[i], where i is the interval (bounds[i-1], bounds[i]] of its last element, plus 1 for its start;
+// costs do not decrease. If there is room, the elements of equal cost that follow may join the piece for nothing. So a
+// piece either ends at a bound or is full, and few ends have to be tried.
 inline std::vector<std::pair<int64_t, int64_t>> cheapest_cuts(const Lens& bounds, const Lens& costs, int64_t size) {
   Lens ends, prices;
   for (size_t i = 0; i < bounds.size(); ++i) {
@@ -55,7 +56,7 @@ inline std::vector<std::pair<int64_t, int64_t>> cheapest_cuts(const Lens& bounds
   }
   constexpr int64_t kNever = std::numeric_limits<int64_t>::max();
   struct Cut {
-    int64_t cost = kNever, before = 0;  // of all before it; the cut before it
+    int64_t cost = kNever, before = 0;  // the cost of everything before it, and the cut before it
   };
   std::vector<Cut> best(ends.back() + 1);
   best[0].cost = 0;
@@ -73,8 +74,9 @@ inline std::vector<std::pair<int64_t, int64_t>> cheapest_cuts(const Lens& bounds
   return pieces;
 }
 
-// Tiles of at most `rows` of the query rows, tokens `q_offset` to `q_offset + queries`, for a kernel that visits the
-// keys from 0 in blocks of `keys`. Most work first: the short tiles fill the gaps at the end.
+// Cuts the query rows, tokens `q_offset` to `q_offset + queries`, into tiles of at most `rows`, for a kernel that
+// visits the keys from 0 in blocks of `keys`. The tiles with the most work come first; the short ones fill the gaps at
+// the end.
 inline std::vector<AttentionTile> of_queries(const Lens& lens, int64_t q_offset, int64_t queries, int64_t rows,
                                              int64_t keys) {
   Lens ends, bounds, costs;
@@ -97,8 +99,8 @@ inline std::vector<AttentionTile> of_queries(const Lens& lens, int64_t q_offset,
   return tiles;
 }
 
-// Tiles of at most `keys` of all keys, for a kernel that visits, in blocks of `rows`, the rows that see some key of
-// the tile. A tile that no row sees has limit = common = queries. Most work first.
+// Cuts all keys into tiles of at most `keys`, for a kernel that visits, in blocks of `rows`, the rows that see some key
+// of the tile. A tile that no row sees has limit = common = queries. The tiles with the most work come first.
 inline std::vector<AttentionTile> of_keys(const Lens& lens, int64_t q_offset, int64_t queries, int64_t keys,
                                           int64_t rows) {
   Lens starts, first_rows, bounds, costs;
@@ -108,7 +110,7 @@ inline std::vector<AttentionTile> of_keys(const Lens& lens, int64_t q_offset, in
     first_rows.push_back(std::clamp<int64_t>(total - q_offset, 0, queries));
     total += length;
   }
-  // The rows that see a tile follow from its first key. From the last key backwards this is the problem above.
+  // The rows that see a tile follow from its first key. Counted backwards from the last key, this is the problem above.
   for (size_t i = starts.size(); i-- > 0;) {
     bounds.push_back(total - starts[i]);
     costs.push_back(ceil_div(queries - first_rows[i], rows));
@@ -125,7 +127,7 @@ inline std::vector<AttentionTile> of_keys(const Lens& lens, int64_t q_offset, in
   return tiles;
 }
 
-// The numbers of a schedule, see AttentionSchedule; `runs` becomes how many runs there are.
+// The numbers of a schedule (see AttentionSchedule). `runs` receives the number of runs.
 inline std::vector<int32_t> numbers_of(const std::vector<AttentionTile>& tiles, const Lens& lens, int& runs) {
   std::vector<int32_t> numbers;
   numbers.reserve(4 * tiles.size() + 2 * lens.size());

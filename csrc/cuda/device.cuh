@@ -1,8 +1,10 @@
-// What kernels share on the device: every PTX instruction that CUDA C++ has no name for, and 16-byte packs of elements.
+// What kernels share on the device: wrappers of the PTX instructions that CUDA C++ has no function for, and 16-byte
+// packs of elements.
 //
-// The instruction set is that of compute capability 8.0, which runs on 8.0 ... 12.x. Kernels contain no assembly of
-// their own, and take dynamic shared memory through VAR_DYN_SMEM: that is all a build for another executor (the tests'
-// emulation on a CPU, under VAR_EMULATE) has to replace, and this is the one file that knows of it.
+// The instructions are those of compute capability 8.0, which GPUs of 8.0 ... 12.x execute. Kernels contain no assembly
+// of their own, and take dynamic shared memory through VAR_DYN_SMEM. So the wrappers and that macro are all that
+// another executor has to replace (the emulation on a CPU, under VAR_EMULATE), and this is the only file that knows
+// about it.
 #pragma once
 #ifndef VAR_EMULATE
 #include <cuda_runtime.h>
@@ -29,15 +31,15 @@ namespace ptx {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// 16 bytes of global memory that nothing writes while the kernel runs.
+// Loads 16 bytes of global memory that nothing writes while the kernel runs.
 __device__ __forceinline__ uint4 load16(const void* p) { return __ldg(static_cast<const uint4*>(p)); }
 __device__ __forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
-// The same of 8 bytes.
+// Loads 8 bytes of such memory.
 __device__ __forceinline__ uint2 load8(const void* p) { return __ldg(static_cast<const uint2*>(p)); }
 __device__ __forceinline__ void store8(void* p, uint2 v) { *static_cast<uint2*>(p) = v; }
 
-// Four 8×8 matrices of 16-bit elements; lane 8i + j gives the address of row j of matrix i, 16-byte aligned.
-// Lane 4r + c receives elements (r, 2c) and (r, 2c + 1) of each; in the transposed form (2c, r) and (2c + 1, r).
+// Loads four 8×8 matrices of 16-bit elements. Lane 8i + j gives the address of row j of matrix i, aligned to 16 bytes.
+// Lane 4r + c receives elements (r, 2c) and (r, 2c + 1) of each matrix; in the transposed form (2c, r) and (2c + 1, r).
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
@@ -47,7 +49,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 
-// d (16×8, fp32) += a (16×16) · b (16×8). With g = lane / 4 and t = lane % 4, pairs of elements: a[0] (g, 2t),
+// d (16×8, fp32) += a (16×16) · b (16×8). With g = lane / 4 and t = lane % 4, a lane has these pairs of elements, named
+// by the first one, the second one being in the next column (of b: in the next row): a[0] (g, 2t),
 // a[1] (g + 8, 2t), a[2] (g, 2t + 8), a[3] (g + 8, 2t + 8); b0 (2t, g), b1 (2t + 8, g); d[0..1] (g, 2t),
 // d[2..3] (g + 8, 2t).
 template <class T>
@@ -70,8 +73,8 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
-// d (16×8, fp32) += a (16×8) · b (8×8) in TF32. As above: a[0] (g, t), a[1] (g + 8, t), a[2] (g, t + 4),
-// a[3] (g + 8, t + 4); b0 (t, g), b1 (t + 4, g).
+// d (16×8, fp32) += a (16×8) · b (8×8) in TF32. A lane has single elements of a and b: a[0] (g, t), a[1] (g + 8, t),
+// a[2] (g, t + 4), a[3] (g + 8, t + 4); b0 (t, g), b1 (t + 4, g); d as above.
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
                "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -79,9 +82,9 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Asynchronous copy of 16 bytes from global to shared memory; zeros, without reading `src`, if it is not `valid`.
-// It has landed for the calling thread after wait<N>, which leaves the N youngest committed groups in flight, and for
-// other threads after a barrier following that.
+// Starts an asynchronous copy of 16 bytes from global to shared memory. If `valid` is false, zeros are written and
+// `src` is not read. wait<N> waits until at most the N youngest committed groups are in flight; then the calling thread
+// can read what the other groups copied, and after a barrier the other threads can.
 __device__ __forceinline__ void cp_async16(void* dst, const void* src, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :: "r"(shared_address(dst)), "l"(src), "r"(valid ? 16 : 0) : "memory");
@@ -92,7 +95,7 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// 2^x within 2 units in the last place; subnormal results are 0.
+// 2^x with an error of at most 2 units in the last place. Subnormal results become 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -143,7 +146,7 @@ __device__ __forceinline__ float2 unpack2<fp16>(uint32_t pair) {
 }
 
 template <class T>
-constexpr int kPackWidth = 16 / sizeof(T);  // elements of 16 bytes
+constexpr int kPackWidth = 16 / sizeof(T);  // elements in 16 bytes
 
 template <class T>
 __device__ __forceinline__ void unpack(uint4 pack, float (&v)[kPackWidth<T>]) {
@@ -173,7 +176,7 @@ __device__ __forceinline__ uint4 pack(const float (&v)[kPackWidth<T>]) {
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Four elements of 16 bits, which lie beside a pack of fp32.
+// Four elements of 16 bits: they go with a pack of four fp32 elements.
 template <class T>
 __device__ __forceinline__ void unpack(uint2 pack, float (&v)[4]) {
   const float2 low = unpack2<T>(pack.x), high = unpack2<T>(pack.y);

@@ -1,7 +1,9 @@
-// What the doors of the CUDA kernels share on the host: the device and its current stream, allocation, launches whose
-// errors are raised, and the registration of ops. Nothing here synchronises, so launches can be captured in a graph.
+// What the entry functions of the CUDA kernels share on the host: the device and its current stream, allocation,
+// launches that raise errors, and the registration of ops. Nothing here synchronises, so a CUDA graph can capture the
+// launches.
 //
-// torch's CUDA half is not linked: the current stream comes through a weak symbol, which a CPU build of torch lacks.
+// The library is not linked against torch's CUDA libraries: it finds the current stream through a weak symbol, which a
+// CPU build of torch does not have.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -17,7 +19,7 @@
 #include "../empty.h"
 #include "device.cuh"
 
-// Which ops a file implements: `VAR_CUDA_OPS(m) { m.impl(...); }`. A build for another executor defines its own.
+// Names the ops that a file implements: `VAR_CUDA_OPS(m) { m.impl(...); }`. The emulation defines its own macro.
 #ifndef VAR_CUDA_OPS
 #define VAR_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(var_kernels, CUDA, m)
 #endif
@@ -26,7 +28,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace var_kernels {
 
-// The device of a tensor, made the current one as long as this lives, and its current stream.
+// The device of a tensor, and its current stream. While an object lives, its device is the current one.
 struct OnDevice {
   torch::stable::accelerator::DeviceGuard guard;
   int32_t type, index;
@@ -41,13 +43,13 @@ struct OnDevice {
     stream = static_cast<cudaStream_t>(current);
   }
 
-  // A dense tensor on this device, with unspecified contents.
+  // Makes a dense tensor on this device, with unspecified contents.
   torch::stable::Tensor empty(std::initializer_list<int64_t> sizes, torch::headeronly::ScalarType dtype) const {
     return empty_dense(sizes, dtype, type, index);
   }
 };
 
-// f of a zero of the type of a tensor's elements, which are fp32, bf16 or fp16.
+// Calls f(T{}), T being the tensor's element type: fp32, bf16 or fp16.
 template <class F>
 void with_dtype(const torch::stable::Tensor& x, const F& f) {
   switch (x.scalar_type()) {
@@ -64,14 +66,15 @@ struct LaunchShape {
 
 inline void check_cuda(cudaError_t error, const char* kernel, const LaunchShape& shape, int32_t device) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // reported here, so it must not be found again by the next call of another library
+  cudaGetLastError();  // clears the error, so that no later call of another library finds it again
   const dim3 grid = shape.grid, block = shape.block;
   STD_TORCH_CHECK(false, "var_kernels: kernel ", kernel, ": ", cudaGetErrorString(error), " (grid ", grid.x, "x",
                   grid.y, "x", grid.z, ", block ", block.x, "x", block.y, "x", block.z, ", ", shape.shared_bytes,
                   " bytes of shared memory, device ", device, ")");
 }
 
-// Above 48 KiB a kernel must be told so on each device; never less than before, or an earlier shape would fail.
+// A kernel must be allowed more than 48 KiB of shared memory on each device. The limit is never lowered: else an
+// earlier shape would fail.
 inline void allow_shared_memory(const void* kernel, const char* name, const LaunchShape& shape, int32_t device) {
   constexpr size_t kAlwaysAllowed = 48 << 10;
   if (shape.shared_bytes <= kAlwaysAllowed) return;
@@ -85,7 +88,7 @@ inline void allow_shared_memory(const void* kernel, const char* name, const Laun
   bytes = shape.shared_bytes;
 }
 
-// How many multiprocessors the device has, asked for once: grids are chosen by it in every call.
+// The number of multiprocessors of the device. Every call chooses its grid by it, so the driver is asked once only.
 inline int multiprocessors(const OnDevice& device) {
   static std::mutex mutex;
   static std::map<int32_t, int> known;
@@ -98,8 +101,9 @@ inline int multiprocessors(const OnDevice& device) {
   return count;
 }
 
-// Starts `kernel` in the device's current stream. RuntimeError with the kernel's name and the configuration where that
-// fails; errors while it runs are found by whoever synchronises, as for every kernel.
+// Starts `kernel` in the device's current stream. If that fails, it raises a RuntimeError with the kernel's name and
+// the launch configuration. An error while the kernel runs is reported by the next call that synchronises, as always in
+// CUDA.
 template <class... P, class... A>
 void launch(const OnDevice& device, const char* name, void (*kernel)(P...), const LaunchShape& shape,
             A&&... arguments) {

@@ -1,4 +1,4 @@
-// The launchers and the doors of multi_scale_quantize and next_scale_input on CUDA devices.
+// The launchers and the entry functions of multi_scale_quantize and next_scale_input on CUDA devices.
 #include "multi_scale_quantize.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -12,13 +12,13 @@
 namespace var_kernels {
 namespace {
 
-// What a block may have on every GPU from compute capability 8.0 on, less what the kernel declares itself.
+// The shared memory that a block may have on every GPU from compute capability 8.0 on, minus what the kernel declares.
 constexpr size_t kMostSharedBytes = (99 << 10) - sizeof(float) * kMapThreads / 32;
 
-// Whether a block for each image is less work for the busiest multiprocessor than launches over the whole GPU: by
-// counts of multiply-adds and what the start of a kernel is worth in them. Estimates; no GPU has been measured.
+// Whether one block per image is less work for the busiest multiprocessor than launches over the whole GPU. It compares
+// counts of multiply-adds, with the start of a kernel counted in clocks. These are estimates; no GPU has been measured.
 bool resident_is_cheaper(const Quantize& a, const Schedule& schedule, const OnDevice& device) {
-  constexpr double kMultiplyAdds = 64, kStart = 4000, kStarts = 4;  // of a clock; clocks; of a scale
+  constexpr double kMultiplyAdds = 64, kStart = 4000, kStarts = 4;  // per clock; clocks; per scale
   const MapShape& shape = a.shape;
   const double search = double(schedule.length) * a.codes * shape.channels;
   const double update = double(a.scales) * shape.pixels() * shape.channels * (9.0 * shape.channels + 16);

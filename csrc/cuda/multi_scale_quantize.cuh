@@ -3,10 +3,10 @@
 //   h = (1 - ratio)·u + ratio·(conv3x3(u, weight) + bias)    u = bicubic(codebook[tokens_k])
 //   f_hat += h    rest -= h    errors_k = sum of rest²
 //
-// Two ways, which give the same bits. Resident: one launch, a block for each image, whose residual map stays in shared
-// memory through all scales. That is the least traffic and one start, but an image takes one multiprocessor, so it is
-// for batches that fill the GPU and for small models. Stepwise: the maps in device memory, three or four launches a
-// scale, each spread over the whole GPU.
+// There are two ways to compute this, and they give the same bits. Resident: one launch with a block for each image,
+// whose residual map stays in shared memory through all scales. This has the least traffic and starts one kernel, but
+// each image uses one multiprocessor only, so it is for batches that fill the GPU and for small models. Stepwise: the
+// maps are in device memory, and each scale takes three or four launches, each of which is spread over the whole GPU.
 #pragma once
 #include "multi_scale_quantize_map.cuh"
 
@@ -15,19 +15,19 @@ namespace {
 
 struct Quantize {
   ImageMaps f;
-  const float *codebook, *searched;  // (codes, channels) dense; the same, or normalised
+  const float *codebook, *searched;  // (codes, channels) dense; `searched` is the codebook itself or the normalised one
   Phi phi;
-  float *f_hat, *rest;    // (images) maps; rest only stepwise
+  float *f_hat, *rest;    // (images) maps; rest is used stepwise only
   float* out;             // (images, channels, height, width) dense
   int64_t* tokens;        // (images, length) dense
-  float* errors;          // resident: (images, scales); stepwise: of every tile, (images, scales, tiles)
+  float* errors;          // resident: (images, scales); stepwise: one for every tile, (images, scales, tiles)
   MapShape shape;
   int codes, images, length, scales;
   bool normalised;
 };
 
-// f_hat and rest of a thread's part of a tile after scale k, and the sum of its rest². `map` is the image's residual
-// map; f_hat ends in `out`, NaN where f is not finite.
+// Updates f_hat and rest of a thread's part of a tile for scale k, and returns the sum of its rest². `map` is the
+// image's residual map. The last f_hat is written to `out`; it is NaN where f is not finite.
 template <bool kVectors, bool kAhead, class Code>
 __device__ __forceinline__ float update_tile(const Quantize& a, ConvolutionMemory& memory, int image, int k,
                                              const Scale& scale, const MapTile& tile, float* map, const Code& code) {
@@ -62,7 +62,7 @@ __device__ __forceinline__ float update_tile(const Quantize& a, ConvolutionMemor
 
 // ---- resident -----------------------------------------------------------------------------------------------------
 
-// The tiles of the search: of many tokens, of some, of few.
+// The tiles of the search, for many tokens, for some, and for few.
 using ManyTokens = SearchTile<8, 8, 4, 2>;
 using SomeTokens = SearchTile<8, 4, 2, 4>;
 using FewTokens = SearchTile<2, 4, 2, 4>;
@@ -70,7 +70,7 @@ static_assert(ManyTokens::kThreads == kMapThreads && SomeTokens::kThreads == kMa
 
 __host__ __device__ constexpr int pooled_pitch(int channels) { return (channels + kChunk - 1) / kChunk * kChunk + 4; }
 
-// Shared memory: the residual map, the tokens of a scale, and what either the search or the convolution needs.
+// Shared memory holds the residual map, the tokens of a scale, and what the search or the convolution needs, in turn.
 inline size_t resident_shared_bytes(const MapShape& shape, int largest) {
   const size_t search =
       sizeof(SearchMemory<ManyTokens>) + sizeof(float) * ManyTokens::kRows * pooled_pitch(shape.channels);
@@ -80,7 +80,7 @@ inline size_t resident_shared_bytes(const MapShape& shape, int largest) {
 
 struct ResidentQuantize {
   Quantize problem;
-  int largest;  // tokens of a scale
+  int largest;  // the largest number of tokens of a scale
   Scale schedule[kMostScales];
 };
 
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kMapThreads, 1)
   for (int k = 0; k < a.scales; ++k) {
     const Scale& scale = resident.schedule[k];
     for (int first = 0; first < scale.tokens();) {
-      __syncthreads();  // the residual is complete; nobody searches or convolves any more
+      __syncthreads();  // the residual is complete; all threads are done with the search and the convolution
       const int left = scale.tokens() - first;
       if (left > SomeTokens::kRows) {
         search_tokens<ManyTokens, kVectors>(a, step, rest, scale, first, image, tokens);
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kMapThreads, 1)
 
 // ---- stepwise -----------------------------------------------------------------------------------------------------
 
-// The images' maps (images, pixels, pitch) of f.
+// Copies f to the images' maps, (images, pixels, pitch).
 __global__ void __launch_bounds__(kMapThreads) load_maps_kernel(ImageMaps f, MapShape shape, int images, float* maps) {
   const ImagePart part = my_part(shape.pixels() * (shape.pitch / 4), images);
   if (!part.exists) return;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kMapThreads) load_maps_kernel(ImageMaps f, Map
       f.load(part.image, pixel / shape.width, pixel % shape.width, c, shape.channels);
 }
 
-// Maps pooled to (height, width): out (images, height · width, channels) dense.
+// Pools maps to (height, width). `out` is (images, height · width, channels), dense.
 __global__ void __launch_bounds__(kMapThreads)
     pool_kernel(const float* maps, MapShape shape, int images, int height, int width, float* out) {
   const int pieces = shape.pitch / 4;
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kMapThreads)
     if (c + n < shape.channels) row[c + n] = values[n];
 }
 
-// A grid of the tiles of all images by tiles of channels.
+// The grid is the tiles of all images by tiles of channels.
 template <bool kVectors>
 __global__ void __launch_bounds__(kMapThreads, 2)
     quantize_update_kernel(const __grid_constant__ Quantize a, Scale scale, int k) {
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kMapThreads, 2)
     a.errors[((int64_t(image) * a.scales + k) * gridDim.y + blockIdx.y) * tiles + tile] = error;
 }
 
-// Sums of `count` consecutive numbers, in their order.
+// Adds up each `count` consecutive numbers, in their order.
 __global__ void __launch_bounds__(kMapThreads) sum_tiles_kernel(const float* parts, int count, int sums, float* out) {
   const int i = int(blockIdx.x) * kMapThreads + int(threadIdx.x);
   if (i >= sums) return;
@@ -214,7 +214,7 @@ struct AddScale {
   MapShape shape;
 };
 
-// f_hat + phi of the upsampled codes. A grid of the tiles of all images by tiles of channels.
+// Computes f_hat + phi of the upsampled codes. The grid is the tiles of all images by tiles of channels.
 template <bool kVectors>
 __global__ void __launch_bounds__(kMapThreads, 2) add_scale_kernel(const __grid_constant__ AddScale a, Scale scale) {
   VAR_DYN_SMEM(shared);

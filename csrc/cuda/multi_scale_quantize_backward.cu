@@ -1,4 +1,4 @@
-// The launchers and the door of the backward of multi_scale_quantize on CUDA devices.
+// The launchers and the entry function of the backward of multi_scale_quantize on CUDA devices.
 #include "multi_scale_quantize_backward.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -11,7 +11,8 @@
 namespace var_kernels {
 namespace {
 
-// Of the batch, each with its own sums of the gradients of phi: enough blocks for a GPU, few enough sums.
+// The batch is divided into slices, each with its own sums of the gradients of phi. This number gives enough blocks for
+// a GPU, and not too many sums.
 constexpr int64_t kMostSlices = 16;
 
 void check_tokens(const Tensor& tokens, int64_t images, int64_t length) {
@@ -43,7 +44,7 @@ void run(const OnDevice& device, const QuantizeBackward& a) {
          map_grid(ceil_div(a.codes, warps), ceil_div(shape.channels, 32)), a);
 }
 
-// Tokens are those of the forward: nothing here waits for the GPU to check them.
+// The tokens are those of the forward. They are not checked, because that would wait for the GPU.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& f, const Tensor& codebook_in,
                                                     const Tensor& phi_weight_in, const Tensor& phi_bias_in,
                                                     const Tensor& tokens_in, const Tensor& derrors, Sizes heights,

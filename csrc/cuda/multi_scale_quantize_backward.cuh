@@ -1,13 +1,14 @@
 // The gradients of E = sum over images and scales of derrors · |f_hat_k - f|², for known tokens.
 //
-// With f_hat_k = h_0 + … + h_k, the gradient of h_k is S_k = sum over j >= k of 2 · derrors_j · (f_hat_j - f), that of f
-// is -S_0, and from S_k every scale goes its own way back through h = (1 - ratio)·u + ratio·(conv(u) + bias):
+// With f_hat_k = h_0 + … + h_k, the gradient of h_k is S_k = sum over j >= k of 2 · derrors_j · (f_hat_j - f), that of
+// f is -S_0, and from S_k each scale has its own gradients through h = (1 - ratio)·u + ratio·(conv(u) + bias):
 //   dweight[tap] = ratio · sum over pixels of u[pixel + tap] S[pixel]ᵀ        dbias = ratio · sum over pixels of S
-//   du = (1 - ratio)·S + ratio·conv(S), the weights mirrored and transposed
-//   dcodes = the adjoint of bicubic upsampling, of du        dcodebook[v] = sum of dcodes over the tokens equal to v
+//   du = (1 - ratio)·S + ratio·conv(S), with the weights mirrored and transposed
+//   dcodes = bicubic upsampling's adjoint, applied to du        dcodebook[v] = sum of dcodes over the tokens equal to v
 //
-// The scales no longer wait for one another: each kernel takes all scales of all images. Two maps per image and scale
-// are kept, h, which becomes S, and du; u is upsampled again. All sums have one order, without atomics.
+// In backward no scale depends on another one, so each kernel takes all scales of all images. Two maps per image and
+// scale are stored: h, which becomes S, and du. u is not stored but upsampled again. There are no atomics, so all sums
+// have one order.
 #pragma once
 #include "multi_scale_quantize_map.cuh"
 
@@ -34,7 +35,7 @@ struct QuantizeBackward {
 };
 static_assert(sizeof(QuantizeBackward) <= 4096);
 
-// Which map, and which tile of it, a block of the grid has: the tiles of all maps by tiles of channels.
+// Which map, and which tile of it, a block has. The grid is the tiles of all maps by tiles of channels.
 struct MapPlace {
   int map, image, k;
   MapTile tile;
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kMapThreads, 2) scale_maps_kernel(const __grid
   store_mixed(a, place, h, load_bias(a.phi, scale.phi, a.shape, place.tile.channel + thread_channel()), a.maps);
 }
 
-// h_k of every image becomes S_k, and df = -S_0: four channels of a pixel a thread.
+// Replaces h_k of every image by S_k, and stores df = -S_0. A thread has four channels of a pixel.
 __global__ void __launch_bounds__(kMapThreads) suffix_sums_kernel(const __grid_constant__ QuantizeBackward a) {
   const MapShape& shape = a.shape;
   const ImagePart part = my_part(shape.pixels() * (shape.pitch / 4), a.images);
@@ -100,15 +101,15 @@ __global__ void __launch_bounds__(kMapThreads) suffix_sums_kernel(const __grid_c
 
 // ---- the gradients of phi -----------------------------------------------------------------------------------------
 
-constexpr int kStripRows = 8;  // of a tile at a time: two strips and more fit a multiprocessor
+constexpr int kStripRows = 8;  // rows of a tile at a time; a multiprocessor has room for two strips and more
 
 struct PhiGradientMemory {
   float u[(kStripRows + 2) * kBorderedSide * kTileChannels], s[kStripRows * kTileSide * kTileChannels];
 };
 
-// Sums over the pixels of a slice of the images, for 32 by 32 channels of all nine taps: a thread has one channel of
-// the input and four of the output, and keeps the input's 3×3 neighbourhood in registers from pixel to pixel of a row.
-// A grid of pairs of tiles of channels by scales by slices.
+// Sums over the pixels of a slice of the images, for 32 by 32 channels of all nine taps. A thread has one channel of
+// the input and four of the output. From pixel to pixel of a row it keeps the input's 3×3 neighbourhood in registers.
+// The grid is the pairs of tiles of channels by scales by slices.
 template <bool kVectors>
 __global__ void __launch_bounds__(kMapThreads, 2) phi_gradients_kernel(const __grid_constant__ QuantizeBackward a) {
   VAR_DYN_SMEM(shared);
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kMapThreads, 2) phi_gradients_kernel(const __g
       const MapTile tile = tile_at(shape, strip / (kTileSide / kStripRows), 0);
       const int y0 = tile.y + strip % (kTileSide / kStripRows) * kStripRows;
       if (y0 >= shape.height) continue;
-      __syncthreads();  // the last strip is done with
+      __syncthreads();  // all threads are done with the previous strip
       fill_pixels(memory.u, kStripRows + 2, kBorderedSide, shape, y0 - 1, tile.x - 1, input,
                   [&](int y, int x, int c) { return code_pixel<kVectors>(a, image, scale, y, x, c); });
       fill_pixels(memory.s, kStripRows, kTileSide, shape, y0, tile.x, output,
@@ -171,8 +172,8 @@ __global__ void __launch_bounds__(kMapThreads, 2) phi_gradients_kernel(const __g
   if (input + i == 0) store(partial + 9 * channels * channels, total);
 }
 
-// The partial sums of the scales that a convolution serves, in their order: a thread for each entry, a grid of blocks of
-// entries by convolutions.
+// Adds the partial sums of the scales that a convolution serves, in their order. There is a thread for each entry. The
+// grid is the blocks of entries by convolutions.
 __global__ void __launch_bounds__(kMapThreads) reduce_phi_kernel(const __grid_constant__ QuantizeBackward a) {
   const int entry = int(blockIdx.x) * kMapThreads + int(threadIdx.x), convolution = int(blockIdx.y);
   const int channels = a.shape.channels, weights = 9 * channels * channels;
@@ -192,7 +193,7 @@ __global__ void __launch_bounds__(kMapThreads) reduce_phi_kernel(const __grid_co
 
 // ---- the gradients of the codes -----------------------------------------------------------------------------------
 
-// du of every map.
+// Computes du of every map.
 __global__ void __launch_bounds__(kMapThreads, 2) code_maps_kernel(const __grid_constant__ QuantizeBackward a) {
   VAR_DYN_SMEM(shared);
   const MapPlace place = my_map(a);
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(kMapThreads, 2) code_maps_kernel(const __grid_
   store_mixed(a, place, du, {}, a.dmaps);
 }
 
-// The weight of pixel `at` of the full axis in pixel `index` of one of `size` pixels.
+// The weight that pixel `at` of the full axis gives to pixel `index` of an axis of `size` pixels.
 __device__ __forceinline__ float cubic_weight(int index, int at, int size, float ratio) {
   const CubicPosition position = cubic_position(at, size, ratio);
   float weight = 0.0f;
@@ -213,8 +214,8 @@ __device__ __forceinline__ float cubic_weight(int index, int at, int size, float
   return weight;
 }
 
-// The pixels of the full axis, from `begin` to `end`, that pixel `index` of an axis of `size` may have a weight in: those
-// whose place is up to two and a half pixels away, one more for its rounding. 64-bit: sides are up to 2^30.
+// The pixels of the full axis, from `begin` to `end`, in which pixel `index` of an axis of `size` may have a weight.
+// They are up to two and a half pixels away, plus one for rounding. 64-bit numbers, because sides are up to 2^30.
 struct Reach {
   int begin, end;
 };
@@ -224,8 +225,8 @@ __device__ __forceinline__ Reach reach_of(int index, int size, int full) {
   return {int(max(begin, int64_t(0))), int(min(end, int64_t(full)))};
 }
 
-// The adjoint of upsampling: dcodes. A warp for each token, four lanes of rows of pixels by eight of four channels; a grid
-// of the tokens of all images by tiles of channels.
+// The adjoint of upsampling, which gives dcodes. There is a warp for each token: four lanes of rows of pixels by eight
+// lanes of four channels. The grid is the tokens of all images by tiles of channels.
 __global__ void __launch_bounds__(kMapThreads) downsample_kernel(const __grid_constant__ QuantizeBackward a) {
   const MapShape& shape = a.shape;
   const int64_t token = int64_t(blockIdx.x) * (kMapThreads / 32) + threadIdx.x / 32;
@@ -260,8 +261,8 @@ __global__ void __launch_bounds__(kMapThreads) downsample_kernel(const __grid_co
   if (exists && lane < kPieces) *reinterpret_cast<float4*>(a.dcodes + token * shape.pitch + c) = sum;
 }
 
-// dcodebook: a warp for each code goes through all tokens, 32 at a time, and adds the rows of those that are its own, in
-// their order, a lane for each channel. A grid of codes by 32 channels.
+// Computes dcodebook. A warp for each code goes through all tokens, 32 at a time, and adds the rows of the tokens that
+// equal its code, in their order; there is a lane for each channel. The grid is the codes by 32 channels.
 __global__ void __launch_bounds__(kMapThreads) sum_tokens_kernel(const __grid_constant__ QuantizeBackward a) {
   const int code = int(blockIdx.x) * (kMapThreads / 32) + int(threadIdx.x) / 32;
   if (code >= a.codes) return;  // the whole warp

@@ -1,4 +1,5 @@
-// What the doors of multi_scale_quantize on CUDA devices share: tensors as kernels see them, schedules and grids.
+// What the entry functions of multi_scale_quantize on CUDA devices share: tensors as kernels see them, schedules,
+// grids.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -14,7 +15,7 @@ namespace {
 
 using namespace multi_scale;
 
-// A grid of `x` blocks by `y`.
+// A grid of `x` by `y` blocks.
 inline LaunchShape map_grid(int64_t x, int64_t y = 1, size_t shared_bytes = 0) {
   VAR_CHECK(x <= std::numeric_limits<int>::max(), "f", "less than 2^31 tiles in all images", x);
   return {dim3(unsigned(x), unsigned(y)), dim3(kMapThreads), shared_bytes};
@@ -28,7 +29,7 @@ inline MapShape map_shape(const char* name, const Tensor& f) {
   check_float(f, name, 4);
   const int64_t channels = f.size(1), height = f.size(2), width = f.size(3);
   VAR_CHECK(channels > 0 && height > 0 && width > 0, name, "channels, height and width", "none");
-  VAR_CHECK(channels <= 1 << 13, name, "at most 8192 channels", channels);  // 32-bit numbers count the weights
+  VAR_CHECK(channels <= 1 << 13, name, "at most 8192 channels", channels);  // because 32-bit numbers count the weights
   VAR_CHECK(f.size(0) < kMostRows && ceil_div(channels, 4) * 4 * height * width < kMostRows, name,
             "less than 2^30 elements in a map", channels * height * width);
   return {int(channels), int(ceil_div(channels, 4) * 4), int(height), int(width)};
@@ -45,7 +46,7 @@ inline Scale make_scale(const MapShape& shape, int64_t height, int64_t width, in
 
 struct Schedule {
   std::vector<Scale> scales;
-  int64_t length = 0, largest = 0;  // tokens of all scales, of one
+  int64_t length = 0, largest = 0;  // tokens of all scales, and of the largest scale
 };
 
 inline Schedule make_schedule(const MapShape& shape, const Sizes& heights, const Sizes& widths, const Sizes& phi_index,

@@ -1,13 +1,13 @@
 // What the kernels of multi_scale_quantize share: maps, bicubic upsampling, and the convolution phi of a tile.
 //
-// A map of an image is pixel-major, (height · width, pitch) floats: a code, a row of the codebook, is one pixel. The
-// pitch is the number of channels rounded up to 4, and what is beyond the channels is zero, so that maps are read and
-// written 16 bytes at a time whatever the number of channels.
+// A map of an image is pixel-major, (height · width, pitch) floats, so a code (a row of the codebook) is one pixel. The
+// pitch is the number of channels rounded up to a multiple of 4, and the padding is zero, so maps are read and written
+// 16 bytes at a time for every number of channels.
 //
-// A block of 256 threads takes a tile of 16×16 pixels and 32 channels. Its input, with a border of one pixel, is made
-// in shared memory 32 channels at a time: upsampled from the codes, or copied. A thread has 8 pixels of a row and 4
-// channels: per row of the kernel and 4 input channels it loads 10 pixels and 12 rows of weights, for 384
-// multiply-adds in exact fp32.
+// A block of 256 threads computes a tile of 16×16 pixels and 32 channels. Its input, with a border of one pixel, is
+// upsampled from the codes, or copied, to shared memory, 32 channels at a time. A thread has 8 pixels of a row and 4
+// channels. For each row of the 3×3 kernel and each 4 input channels, it loads 10 pixels and 12 rows of weights, and
+// does 384 multiply-adds in fp32.
 #pragma once
 #include "nearest_code_search.cuh"
 
@@ -17,7 +17,7 @@ namespace {
 constexpr int kMapThreads = 256;
 constexpr int kTileSide = 16, kTileChannels = 32;
 constexpr int kThreadPixels = 8, kThreadChannels = 4;
-constexpr int kPieces = kTileChannels / 4;  // of 16 bytes, of a pixel of a tile
+constexpr int kPieces = kTileChannels / 4;  // pieces of 16 bytes in a pixel of a tile
 constexpr int kBorderedSide = kTileSide + 2;
 static_assert(kTileSide * kTileSide / kThreadPixels * kPieces == kMapThreads && kTileChannels == kChunk);
 
@@ -31,7 +31,7 @@ struct MapShape {
   __host__ __device__ int channel_tiles() const { return (channels + kTileChannels - 1) / kTileChannels; }
 };
 
-// A scale's map of codes; `ratio_y` and `ratio_x` are its sides over those of the full map, in fp32.
+// A scale's map of codes. `ratio_y` and `ratio_x` are its sides divided by those of the full map, in fp32.
 struct Scale {
   int height, width, phi, first_token;
   float ratio_y, ratio_x;
@@ -39,7 +39,7 @@ struct Scale {
   __host__ __device__ int tokens() const { return height * width; }
 };
 
-constexpr int kMostScales = 64;  // of a schedule, which is an argument of the kernels
+constexpr int kMostScales = 64;  // in a schedule, which is passed to the kernels as an argument
 
 // The convolutions of all scales: (n, channels, channels, 3, 3) and (n, channels), dense.
 struct Phi {
@@ -58,7 +58,7 @@ __device__ __forceinline__ MapTile tile_at(const MapShape& shape, int index, int
 
 // ---- four channels ------------------------------------------------------------------------------------------------
 
-// Channels [c, c + 4) of a dense row of `channels`, zeros where there are none. kVectors: rows are aligned pieces.
+// Loads channels [c, c + 4) of a dense row of `channels`; missing channels are zero. kVectors: rows are aligned pieces.
 template <bool kVectors>
 __device__ __forceinline__ float4 load_channels(const float* row, int c, int channels) {
   if constexpr (kVectors) {
@@ -88,7 +88,7 @@ __device__ __forceinline__ const float* weight_of(const Phi& phi, int convolutio
 
 // ---- images -------------------------------------------------------------------------------------------------------
 
-// f (B, C, H, W) of any strides, in elements.
+// f (B, C, H, W) with any strides, in elements.
 struct ImageMaps {
   const float* data;
   int64_t image, channel, row, column;
@@ -114,7 +114,7 @@ __device__ __forceinline__ void store_channels(float* out, const MapShape& shape
     if (c + i < shape.channels) out[int64_t(c + i) * shape.pixels() + pixel] = values[i];
 }
 
-// A thread's part of an image's work: `count` threads for each of `images`, as a grid of whole blocks.
+// A thread's part of an image's work. There are `count` threads for each of `images` images, in a grid of whole blocks.
 struct ImagePart {
   int64_t image;
   int index;
@@ -127,8 +127,9 @@ __device__ __forceinline__ ImagePart my_part(int count, int images) {
 
 // ---- bicubic upsampling -------------------------------------------------------------------------------------------
 
-// Where pixel `at` of the full axis lies on an axis of `size` pixels: four pixels from `first` on have a weight in it, and
-// it is `t` behind the second of them. PyTorch's cubic convolution, A = -0.75 and align_corners = False.
+// Where pixel `at` of the full axis lies on an axis of `size` pixels. Four pixels, from `first` on, have a weight in
+// it, and it lies `t` after the second of them. This is PyTorch's cubic convolution, A = -0.75 and align_corners =
+// False.
 struct CubicPosition {
   int first;
   float t;
@@ -147,7 +148,7 @@ __device__ __forceinline__ CubicPosition cubic_position(int at, int size, float 
   return {below - 1, fminf(fmaxf(position - float(below), 0.0f), 1.0f)};
 }
 
-// Channels [c, c + 4) of pixel (y, x) of a scale's code map at full size. code(q): the row of code q of that map.
+// Channels [c, c + 4) of pixel (y, x) of a scale's code map at full size. code(q) is the row of code q of that map.
 template <bool kVectors, class Code>
 __device__ __forceinline__ float4 upsampled(const MapShape& shape, const Scale& scale, int y, int x, int c,
                                             const Code& code) {
@@ -156,7 +157,7 @@ __device__ __forceinline__ float4 upsampled(const MapShape& shape, const Scale& 
   const CubicPosition rows = cubic_position(y, scale.height, scale.ratio_y);
   const CubicPosition columns = cubic_position(x, scale.width, scale.ratio_x);
   float4 result = {};
-#pragma unroll 1  // sixteen codes at once would take the registers of a second block
+#pragma unroll 1  // loading sixteen codes at once would take the registers of a second block
   for (int i = 0; i < 4; ++i) {
     const int row = rows.index(i, scale.height) * scale.width;
     float4 line = {};
@@ -171,7 +172,8 @@ __device__ __forceinline__ float4 upsampled(const MapShape& shape, const Scale& 
 
 // ---- a tile's input -----------------------------------------------------------------------------------------------
 
-// Rows of pixels, (kBorderedSide, kTileChannels) each, from pixel (y, x) on; pixel(y, x, c) for the pixels that exist.
+// Writes rows of pixels, (kBorderedSide, kTileChannels) each, from pixel (y, x) on. It calls pixel(y, x, c) for the
+// pixels that exist.
 template <class Pixel>
 __device__ __forceinline__ void fill_pixels(float* rows, int count, int across, const MapShape& shape, int y, int x,
                                             int channel, const Pixel& pixel) {
@@ -192,16 +194,19 @@ __device__ __forceinline__ float4 load_pixel(const float* map, const MapShape& s
 
 constexpr int kStepInputs = 4;  // input channels whose weights are in shared memory at a time
 constexpr int kStepWeights = kStepInputs * 9 * kTileChannels;
-// Of the weights of one input channel and tap in shared memory: a pitch of 32 would store 36 of them to one bank.
+// The pitch of the weights of one input channel and tap in shared memory. With a pitch of 32, 36 of them would be
+// stored to one bank.
 constexpr int kWeightPitch = kTileChannels + 4;
 
-// Two blocks of this, but not with the weights of two steps, fit the multiprocessors that have the least: 100 KiB.
+// Two blocks of this size fit in 100 KiB, the least that a multiprocessor has. With the weights of two steps they would
+// not fit.
 struct ConvolutionMemory {
   float pixels[kBorderedSide * kBorderedSide * kTileChannels];
   float weights[kStepInputs * 9 * kWeightPitch];
 };
 
-// The weights of a step on their way from memory. Transposed: what takes the gradient of the output to the input's.
+// The weights of a step, in flight from memory. kTransposed: the weights that turn the gradient of the output into that
+// of the input.
 template <bool kTransposed>
 struct StepWeights {
   static constexpr int kCount = (kStepWeights + kMapThreads - 1) / kMapThreads;
@@ -227,16 +232,16 @@ struct StepWeights {
   }
 };
 
-// A thread's pixels of a tile: 8 of a row; its channels: 4.
+// A thread has 8 pixels of a row of a tile, and 4 channels.
 __device__ __forceinline__ int thread_row() { return int(threadIdx.x) / kPieces / 2; }
 __device__ __forceinline__ int thread_column() { return int(threadIdx.x) / kPieces % 2 * kThreadPixels; }
 __device__ __forceinline__ int thread_channel() { return int(threadIdx.x) % kPieces * kThreadChannels; }
 
 struct ConvolvedPixels {
   float sums[kThreadPixels][kThreadChannels];
-  const float* middle;  // of the thread's first pixel, in shared memory: the map itself
+  const float* middle;  // the thread's first pixel in shared memory, which is that of the map itself
 
-  // (1 - ratio) · map + ratio · (sums + bias): phi, and with the transposed weights and no bias its adjoint.
+  // (1 - ratio) · map + ratio · (sums + bias). This is phi; with transposed weights and without bias it is its adjoint.
   __device__ __forceinline__ float4 mixed(int pixel, float ratio, const float4& bias) const {
     const float4 same = *reinterpret_cast<const float4*>(middle + pixel * kTileChannels);
     const float keep = 1.0f - ratio;
@@ -245,11 +250,11 @@ struct ConvolvedPixels {
   }
 };
 
-// One step of four input channels, from channel `input` of the pixels in shared memory on.
+// One step: four input channels, from channel `input` of the pixels in shared memory on.
 __device__ __forceinline__ void convolve_step(float (&sums)[kThreadPixels][kThreadChannels], const float* pixels,
                                               const float* weights) {
   const float* const first = pixels + (thread_row() * kBorderedSide + thread_column()) * kTileChannels;
-#pragma unroll 1  // and the pixels of two rows at once
+#pragma unroll 1  // unrolled, the pixels of two rows would be in registers at once
   for (int ky = 0; ky < 3; ++ky) {
     float v[kThreadPixels + 2][kStepInputs];
 #pragma unroll
@@ -274,12 +279,11 @@ __device__ __forceinline__ void convolve_step(float (&sums)[kThreadPixels][kThre
   }
 }
 
-// A thread's part of the convolution of a tile; `weight`: (channels, channels, 3, 3). The channels of the tile itself
-// come last, so that they are in `memory` at the end. The first barrier lies before anything is written to `memory`;
-// another must follow before something else is.
-//
-// kAhead: the weights of the next step are asked for before a step is computed, which hides their latency where no other
-// block of the multiprocessor does, and takes registers that two blocks do not have.
+// A thread's part of the convolution of a tile. `weight` is (channels, channels, 3, 3). The channels of the tile itself
+// come last, so that they are in `memory` at the end. A barrier comes before the first write to `memory`; the caller
+// needs another barrier before `memory` is used for something else. kAhead: the weights of the next step are loaded
+// before a step is computed. This hides their latency if the multiprocessor has no other block that would, and it takes
+// registers that two blocks do not have.
 template <bool kTransposed, bool kAhead, class Pixel>
 __device__ __forceinline__ void convolve_tile(ConvolvedPixels& out, ConvolutionMemory& memory, const MapShape& shape,
                                               const MapTile& tile, const float* weight, const Pixel& pixel) {
@@ -296,7 +300,7 @@ __device__ __forceinline__ void convolve_tile(ConvolvedPixels& out, ConvolutionM
     __syncthreads();
     fill_pixels(memory.pixels, kBorderedSide, kBorderedSide, shape, tile.y - 1, tile.x - 1, input, pixel);
     for (int i = 0; i < end; i += kStepInputs) {
-      if (i > 0) __syncthreads();  // the weights of the last step are done with
+      if (i > 0) __syncthreads();  // the weights of the previous step are no longer needed
       step.store(memory.weights);
       __syncthreads();
       if (kAhead) step.load(weight, shape.channels, input + i + kStepInputs, tile.channel);
@@ -308,7 +312,7 @@ __device__ __forceinline__ void convolve_tile(ConvolvedPixels& out, ConvolutionM
       memory.pixels + ((thread_row() + 1) * kBorderedSide + thread_column() + 1) * kTileChannels + thread_channel();
 }
 
-// f(pixel of the thread, index in the map) for those of a thread's pixels of a tile that exist, if its channels do.
+// Calls f(pixel of the thread, index in the map) for those of a thread's pixels that exist, if its channels exist.
 template <class F>
 __device__ __forceinline__ void for_own_pixels(const MapShape& shape, const MapTile& tile, const F& f) {
   const int y = tile.y + thread_row(), x = tile.x + thread_column();
@@ -320,7 +324,7 @@ __device__ __forceinline__ void for_own_pixels(const MapShape& shape, const MapT
 
 // ---- area pooling -------------------------------------------------------------------------------------------------
 
-// Channels [c, c + 4) of a token: the mean over its window of the full map, whose rows are `pitch` apart.
+// Channels [c, c + 4) of a token, which are the mean over its window of the full map. Rows are `pitch` apart.
 __device__ __forceinline__ float4 pooled(const MapShape& shape, const float* map, int height, int width, int token,
                                          int c) {
   const int i = token / width, j = token % width;
@@ -336,7 +340,7 @@ __device__ __forceinline__ float4 pooled(const MapShape& shape, const float* map
   return {sum.x / count, sum.y / count, sum.z / count, sum.w / count};
 }
 
-// The sum over a block of 256 threads, in thread 0; a barrier must follow before `exchange` is used again.
+// The sum over a block of 256 threads; only thread 0 gets it. A barrier must follow before `exchange` is used again.
 __device__ __forceinline__ float block_sum(float v, float (&exchange)[kMapThreads / 32]) {
   v = warp_sum(v);
   if (threadIdx.x % 32 == 0) exchange[threadIdx.x / 32] = v;

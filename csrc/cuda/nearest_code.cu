@@ -1,4 +1,4 @@
-// The door of nearest_code on CUDA devices.
+// The entry function of nearest_code on CUDA devices.
 #include "nearest_code_launch.h"
 
 #include <torch/csrc/stable/library.h>
@@ -24,7 +24,7 @@ Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) 
   const OnDevice device(z_in);
   Tensor best = device.empty({z_in.size(0)}, ScalarType::Long);
   if (z_in.size(0) == 0) return best;
-  // Normalised codes are fp32: so are the vectors then.
+  // Normalised codes are fp32, so the vectors must be fp32 as well.
   const Tensor z = dense_rows(cosine ? torch::stable::to(z_in, ScalarType::Float) : z_in);
   const Tensor codebook = dense_rows(codebook_in);
   NearestCode arguments = {matrix_of("z", z), matrix_of("codebook", codebook),

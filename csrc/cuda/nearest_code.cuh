@@ -1,5 +1,6 @@
-// nearest_code on CUDA devices: a block searches the codes of up to 64 vectors, in all of the codebook or, where there
-// are too few vectors to keep the GPU busy, in one of several splits of it, whose winners a second kernel compares.
+// nearest_code on CUDA devices. A block searches the codes of up to 64 vectors, in the whole codebook. If there are too
+// few vectors to keep the GPU busy, it searches in one of several splits of the codebook, and a second kernel compares
+// the winners of the splits.
 #pragma once
 #include "nearest_code_search.cuh"
 
@@ -10,7 +11,7 @@ constexpr int kSearchThreads = 128;
 template <int kThreadRows>
 using NearestTile = SearchTile<kThreadRows, 8, 2, 2>;
 
-// Where the code of vector `row` goes: those of an image are consecutive, `stride` after those of the one before.
+// Where the code of vector `row` is stored. The codes of an image are consecutive; images are `stride` apart.
 struct TokenPlaces {
   int64_t* tokens;
   int per_image;
@@ -24,9 +25,9 @@ struct TokenPlaces {
 struct NearestCode {
   Matrix z, codebook;
   TokenPlaces places;
-  Candidate* candidates;  // (splits, rows), if there are several splits
-  int split_codes;        // a multiple of the tile
-  bool normalised;  // the codes
+  Candidate* candidates;  // (splits, rows), used if there are several splits
+  int split_codes;        // codes of a split, a multiple of the tile
+  bool normalised;  // whether the codes are
 };
 
 template <class Tile>
@@ -35,7 +36,8 @@ constexpr size_t nearest_code_shared_bytes(int channels) {
   return sizeof(SearchMemory<Tile>) + sizeof(float) * z_stages * Tile::kRows * kChunkPitch;
 }
 
-// A grid of tiles of vectors by splits. Vectors of one chunk stay in shared memory; longer ones stream like the codes.
+// The grid is the tiles of vectors by splits. Vectors of one chunk stay in shared memory; longer ones stream like
+// codes.
 template <class T, bool kVectors, int kThreadRows>
 __global__ void __launch_bounds__(kSearchThreads, 3) nearest_code_kernel(NearestCode a) {
   using Tile = NearestTile<kThreadRows>;
@@ -61,8 +63,8 @@ __global__ void __launch_bounds__(kSearchThreads, 3) nearest_code_kernel(Nearest
     a.candidates[int64_t(blockIdx.y) * a.z.rows + row] = best;
 }
 
-// Codes over max(|c|, 1e-12), dense: a warp each. Divided before they are multiplied, as in the specification, because
-// codes that point the same way are equal then, and the lowest index is theirs.
+// Writes codes divided by max(|c|, 1e-12), dense, with one warp per code. As in the reference, codes are divided before
+// they are multiplied: codes that point the same way are then equal, and the lowest of their indices wins.
 template <class T>
 __global__ void __launch_bounds__(kSearchThreads) normalise_codes_kernel(Matrix codebook, float* out) {
   const int code = int(blockIdx.x) * (kSearchThreads / 32) + int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
@@ -71,12 +73,12 @@ __global__ void __launch_bounds__(kSearchThreads) normalise_codes_kernel(Matrix 
   float sum = 0.0f;
   for (int c = lane; c < codebook.channels; c += 32) sum = fmaf(to_float(row[c]), to_float(row[c]), sum);
   float norm = sqrtf(warp_sum(sum));
-  if (norm < 1e-12f) norm = 1e-12f;  // a NaN stays
+  if (norm < 1e-12f) norm = 1e-12f;  // a NaN stays NaN
   for (int c = lane; c < codebook.channels; c += 32)
     out[int64_t(code) * codebook.channels + c] = to_float(row[c]) / norm;
 }
 
-// In the order of the splits, so that of equal scores the lowest index wins.
+// Compares in the order of the splits, so that among equal scores the lowest index wins.
 __global__ void __launch_bounds__(kSearchThreads)
     best_candidate_kernel(const Candidate* candidates, int splits, int rows, TokenPlaces places) {
   const int row = int(blockIdx.x) * kSearchThreads + int(threadIdx.x);

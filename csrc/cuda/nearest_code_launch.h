@@ -1,5 +1,5 @@
-// The launcher of nearest_code, for the doors that search: into how many splits a search of the codebook is divided,
-// and how many vectors a thread takes.
+// The launcher of nearest_code, for the entry functions that search. It decides into how many splits a search of the
+// codebook is divided, and how many vectors a thread takes.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -14,11 +14,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 struct SearchSplits {
-  int count, codes;  // codes of each split, a multiple of the tile; the last one may have fewer
+  int count, codes;  // splits; codes of each, a multiple of the tile (the last split may have fewer)
 };
 
-// The fewest splits that make the busiest multiprocessor's work least. A block's start and end, and the second kernel,
-// cost about as much as two tiles of the codebook.
+// The number of splits with which the busiest multiprocessor has the least work; of equal numbers, the smallest. The
+// start and end of a block, and the second kernel, cost about as much as two tiles of the codebook.
 inline SearchSplits search_splits(int64_t row_tiles, int64_t codes, int64_t tile_codes, const OnDevice& device) {
   constexpr int64_t kOverhead = 2, kMostSplits = 128;
   const int64_t tiles = ceil_div(codes, tile_codes), processors = multiprocessors(device);
@@ -32,7 +32,8 @@ inline SearchSplits search_splits(int64_t row_tiles, int64_t codes, int64_t tile
   return {int(ceil_div(tiles, split_tiles)), int(split_tiles * tile_codes)};
 }
 
-// f of the vectors of a thread, eight times as many of the block: 8, or so few that half of them exist.
+// Calls f with the number of vectors of a thread; a block has eight times as many. It is 8, or fewer if fewer vectors
+// exist: at least half of a block's vectors should exist.
 template <class F>
 void with_thread_rows(int64_t rows, const F& f) {
   if (rows > 32) return f(std::integral_constant<int, 8>());
@@ -61,7 +62,7 @@ void search_with(const OnDevice& device, NearestCode arguments) {
   });
 }
 
-// The codes of a codebook of T, dense and normalised.
+// Makes the dense, normalised codes of a codebook of T.
 template <class T>
 Tensor normalised_codes(const OnDevice& device, const Matrix& codebook) {
   Tensor codes = device.empty({codebook.rows, codebook.channels}, ScalarType::Float);
@@ -72,7 +73,7 @@ Tensor normalised_codes(const OnDevice& device, const Matrix& codebook) {
   return codes;
 }
 
-// Vectors of T, at least one.
+// Searches the codes of vectors of T; there is at least one vector.
 template <class T>
 void search(const OnDevice& device, const NearestCode& arguments) {
   if constexpr (sizeof(T) == 4)

@@ -1,14 +1,15 @@
-// Nearest codes of a tile of vectors: the search that nearest_code and multi_scale_quantize share.
+// The search for the nearest codes of a tile of vectors, which nearest_code and multi_scale_quantize share.
 //
-//   score(z, c) = z·c - |c|²/2, which is -|z - c|²/2 without what all codes have in common; of normalised codes z·c
-// The largest score wins, the lowest index among equals. Sums are fp32 multiply-adds over the channels in their order,
-// whatever the tile: equal codes have equal scores, and a vector's code does not depend on what it is searched with.
+//   score(z, c) = z·c - |c|²/2, which is -|z - c|²/2 plus a term that all codes share; for normalised codes it is z·c
+// The largest score wins; among equal scores, the lowest index. Sums are fp32 multiply-adds over the channels in their
+// order, for every shape of tile. So equal codes have equal scores, and the code of a vector does not depend on the
+// other vectors of the call.
 //
-// A block goes through the codebook in tiles of kCodes codes by kChunk channels, two in shared memory: one is
-// multiplied while the next is copied. A thread has kThreadRows vectors and kThreadCodes codes; per 4 channels it loads
-// one 16-byte piece of each and does 4·rows·codes multiply-adds. The best score so far stays in registers; lanes and
-// warps that share a vector agree at the end. |c|² is summed from the tile itself, one code a thread: a thirty-second
-// of the work, and nothing to prepare or to keep.
+// A block goes through the codebook in tiles of kCodes codes by kChunk channels. Two tiles are in shared memory: one is
+// multiplied while the next is copied. A thread has kThreadRows vectors and kThreadCodes codes. For each 4 channels it
+// loads a 16-byte piece of each and does 4·rows·codes multiply-adds. The best score so far stays in registers; at the
+// end, the lanes and warps that share a vector compare theirs. |c|² is summed from the tile itself, one code per
+// thread: this is a thirty-second of the work, and nothing has to be prepared or stored.
 #pragma once
 #include <climits>
 
@@ -18,10 +19,11 @@ namespace var_kernels {
 namespace {
 
 constexpr int kChunk = 32;
-// Of a row of a chunk in shared memory: the same piece of 8 rows, what a quarter of a warp reads, lies in 32 banks.
+// The pitch of a row of a chunk in shared memory. A quarter of a warp reads the same piece of 8 rows, which this pitch
+// spreads over 32 banks.
 constexpr int kChunkPitch = kChunk + 4;
 
-// How a block of threads is laid over vectors and codes: a warp is 4 lanes of vectors by 8 lanes of codes.
+// How the threads of a block are assigned to vectors and codes. A warp is 4 lanes of vectors by 8 lanes of codes.
 template <int kThreadRows_, int kThreadCodes_, int kRowWarps_, int kCodeWarps_>
 struct SearchTile {
   static constexpr int kThreadRows = kThreadRows_, kThreadCodes = kThreadCodes_, kRowWarps = kRowWarps_;
@@ -44,7 +46,7 @@ struct Matrix {
   int rows, channels;
 };
 
-constexpr int64_t kMostRows = int64_t(1) << 30;  // so that 32-bit numbers count them, and the tiles behind their end
+constexpr int64_t kMostRows = int64_t(1) << 30;  // so that 32-bit numbers can count them, and the tiles after their end
 
 // Whether rows of fp32 consist of aligned pieces of 16 bytes.
 inline bool vectors_fit(const Matrix& matrix) {
@@ -70,8 +72,8 @@ struct SearchMemory {
   Candidate winners[Tile::kCodeWarps][Tile::kRows];
 };
 
-// Starts the copy of channels [first_channel, first_channel + kChunk) of `count` rows; zeros where there is nothing.
-// kVectors: the rows consist of aligned pieces of 16 bytes. Else elements are widened to fp32 on their way.
+// Starts the copy of channels [first_channel, first_channel + kChunk) of `count` rows; missing elements are zero.
+// kVectors: the rows consist of aligned pieces of 16 bytes. Otherwise the copy converts the elements to fp32.
 template <class T, bool kVectors>
 __device__ __forceinline__ void start_chunk(float* tile, int count, const Matrix& matrix, int first_row,
                                             int first_channel) {
@@ -96,11 +98,11 @@ __device__ __forceinline__ void start_chunk(float* tile, int count, const Matrix
 
 // ---- the search ---------------------------------------------------------------------------------------------------
 
-// sums += vectors · codes, over one chunk.
+// sums += vectors · codes, over the channels of one chunk.
 template <class Tile>
 __device__ __forceinline__ void multiply_chunk(float (&sums)[Tile::kThreadRows][Tile::kThreadCodes], const float* z,
                                                int pitch, const float* codes) {
-#pragma unroll 1  // twice as many operands would take the registers of a third block
+#pragma unroll 1  // unrolled twice, the operands would take the registers of a third block
   for (int piece = 0; piece < kChunk; piece += 4) {
     float4 a[Tile::kThreadRows];
 #pragma unroll
@@ -126,20 +128,21 @@ __device__ __forceinline__ void add_squares(float4& squares, const float* code) 
   }
 }
 
-// What makes a product a score. A code that does not exist is never chosen.
+// The term that turns a product into a score. A code that does not exist is never chosen.
 __device__ __forceinline__ float score_term(const float4& squares, bool exists) {
   return exists ? -0.5f * ((squares.x + squares.y) + (squares.z + squares.w)) : -INFINITY;
 }
 
-// The best of codes [begin, end) for vector threadIdx.x of the tile, in its first kRows threads.
+// The best of codes [begin, end). Each of the first kRows threads returns that of vector threadIdx.x of the tile.
 //
-// z(step, chunk): kRows rows in shared memory, `pitch` apart, from the chunk's first channel on, zeros behind the last.
-// start(step, code, channel, target): starts the copy of kCodes codes by kChunk channels. Both have landed, for all
-// threads, when the block has waited for its copies and met a barrier. No thread reads either after this has returned.
+// z(step, chunk) returns kRows rows in shared memory, `pitch` apart, from the chunk's first channel on, with zeros
+// after the last channel. start(step, code, channel, target) starts the copy of kCodes codes by kChunk channels. All
+// threads can read both when the block has waited for its copies and passed a barrier. After this function returns, no
+// thread reads them.
 template <class Tile, class Z, class Start>
 __device__ __forceinline__ Candidate search_codes(SearchMemory<Tile>& memory, int begin, int end, int channels,
                                                   bool normalised, int pitch, const Z& z, const Start& start) {
-  static_assert(sizeof(SearchMemory<Tile>) % 16 == 0);  // what lies behind it is read 16 bytes at a time
+  static_assert(sizeof(SearchMemory<Tile>) % 16 == 0);  // the memory after it is read 16 bytes at a time
   const int thread = int(threadIdx.x), chunks = (channels + kChunk - 1) / kChunk;
   const int steps = (end - begin + Tile::kCodes - 1) / Tile::kCodes * chunks;
   const auto start_step = [&](int step) {
@@ -171,7 +174,7 @@ __device__ __forceinline__ Candidate search_codes(SearchMemory<Tile>& memory, in
 #pragma unroll
       for (int i = 0; i < Tile::kThreadRows; ++i) {
         const float score = sums[i][j] + term;
-        if (score > best[i].score) best[i] = {score, index};  // never for NaN; a thread's indices rise
+        if (score > best[i].score) best[i] = {score, index};  // never true for NaN; the indices of a thread increase
         sums[i][j] = 0.0f;
       }
     }

@@ -1,4 +1,4 @@
-// The launcher and the door of qk_norm_cache on CUDA devices.
+// The launcher and the entry function of qk_norm_cache on CUDA devices.
 #include "qk_norm_cache.cuh"
 
 #include <torch/csrc/stable/library.h>

@@ -1,7 +1,8 @@
-// Unit queries and keys, and the rows of the KV cache, from one packed qkv.
+// Computes unit queries and keys, and the rows of the KV cache, from one packed qkv.
 //
-// The limit is memory: 3·H·D elements of a token come in, as many go out. Some lanes share a head, each with 16 bytes of it
-// (two times 16 where D needs them); query, key and value of the head are all on their way before the first is used.
+// Memory bandwidth is the limit: for each token, 3·H·D elements are read and as many are written. Several lanes share a
+// head, and each has 16 bytes of it (twice 16 bytes if D needs them). Query, key and value of the head are all
+// requested before the first one is used.
 #pragma once
 #include "../qk_norm_cache.h"
 #include "device.cuh"
@@ -13,11 +14,11 @@ constexpr int kQkNormThreads = 128;
 // Where a head of a token comes from and goes to.
 template <class T>
 struct HeadPlaces {
-  const T* in;  // of the query; key and value follow at `part` and twice `part`
+  const T* in;  // the query; key and value follow at `part` and twice `part`
   int64_t part;
   T *q, *k, *v;
 
-  // 32-bit divisions: the door sees to it that there are fewer groups.
+  // The divisions are 32-bit: the entry function checks that there are few enough groups.
   __device__ HeadPlaces(const QkNormCache& a, unsigned group) : part(a.qkv_part) {
     const unsigned row = group / unsigned(a.heads), length = unsigned(a.length);
     const int64_t head = group % unsigned(a.heads), sample = row / length, token = row % length;
@@ -37,7 +38,7 @@ __device__ __forceinline__ float scale_of(float squares, float factor) {
   return factor / (norm < 1e-12f ? 1e-12f : norm);  // NaN stays NaN
 }
 
-// `lanes` threads, a power of two, for each head; 16-byte aligned rows of whole packs.
+// Each head has `lanes` threads, a power of two. Rows are aligned to 16 bytes and consist of whole packs.
 template <class T, int kPacks>
 __global__ void __launch_bounds__(kQkNormThreads) qk_norm_cache_kernel(const QkNormCache a, int lanes) {
   constexpr int kWidth = kPackWidth<T>;
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kQkNormThreads) qk_norm_cache_kernel(const QkN
   }
 }
 
-// A warp for each head, element by element: any dimension and any alignment.
+// A warp for each head, element by element. This takes any dimension and any alignment.
 template <class T>
 __global__ void __launch_bounds__(kQkNormThreads) plain_qk_norm_cache_kernel(const QkNormCache a) {
   const int lane = int(threadIdx.x) % 32;

@@ -1,4 +1,4 @@
-// The launcher and the door of sample_tokens on CUDA devices.
+// The launcher and the entry function of sample_tokens on CUDA devices.
 #include "sample_tokens.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -15,7 +15,7 @@ using torch::stable::Tensor;
 
 template <class T>
 void run(const OnDevice& device, const SampleTokens& a) {
-  // Tokens by counters of a thread, four by each.
+  // Each random counter of a thread serves four tokens.
   const bool small = a.vocab <= 1024, medium = a.vocab <= 4096;
   const auto kernel = small    ? sample_tokens_kernel<T, 1, 256>
                       : medium ? sample_tokens_kernel<T, 4, 256>

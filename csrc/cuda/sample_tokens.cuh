@@ -1,23 +1,23 @@
-// One token for each row of logits: guidance, top-k, top-p and the draw, without sorting.
+// Samples one token for each row of logits: guidance, top-k, top-p and the draw, without sorting. A block holds a row
+// in registers. fp32 numbers are mapped to integers of the same order (keys), and both thresholds are found by
+// bisection over keys. Each step counts tokens, or adds up probabilities, in one reduction over the block; there are at
+// most 32 steps. The latency of the reductions is the limit. There are many rows (B·l_k), so a multiprocessor has
+// several to switch between.
 //
-// A block has a row in registers. fp32 numbers are ordered as integers (keys), so both thresholds are found by bisection
-// over keys: each step counts, or adds up probabilities, in one reduction over the block, at most 32 of them. The limit is
-// their latency; rows are many (B·l_k), so that a multiprocessor has several to switch between.
-//
-// A thread owns whole Philox counters: the four words of one belong to tokens sixteen apart, and sixteen neighbouring
-// threads read 64 bytes of logits side by side.
+// A thread owns whole Philox counters. The four words of a counter belong to tokens that are sixteen apart, and sixteen
+// neighbouring threads read 64 consecutive bytes of logits.
 #pragma once
 #include "../sample_tokens.h"
 #include "device.cuh"
 
 namespace var_kernels {
 
-constexpr int kMostSampleWarps = 16;  // of a block
+constexpr int kMostSampleWarps = 16;  // per block
 constexpr int kKeyOfMinusInfinity = -2139095041;
 constexpr int kLowestKey = -2147483647 - 1, kHighestKey = 2147483647;
 
-// One value for all threads of a block, combined in the order of the warps. Two buffers, taken in turn: a thread that is
-// a reduction ahead writes where no other still reads.
+// Combines one value of each thread of a block, in the order of the warps; every thread gets the result. Two buffers
+// are used in turn, so a thread that is one reduction ahead writes where no other thread still reads.
 struct BlockReduction {
   unsigned (*buffers)[kMostSampleWarps];
   int turn, warps;
@@ -58,7 +58,7 @@ __device__ __forceinline__ int key_of(float x) {  // x is not -0
 __device__ __forceinline__ float from_key(int key) { return __int_as_float(key ^ ((key >> 31) & 0x7fffffff)); }
 __device__ __forceinline__ int middle(int low, int high) { return int((int64_t(low) + high + 1) >> 1); }  // rounded up
 
-// The four words of the counter (first, position, 0, 0).
+// The four random words of the counter (first, position, 0, 0).
 __device__ __forceinline__ void philox(uint32_t first, uint32_t position, uint64_t seed, uint32_t (&x)[4]) {
   x[0] = first, x[1] = position, x[2] = x[3] = 0;
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
@@ -75,7 +75,7 @@ __device__ __forceinline__ float exponential(uint32_t word) {
   return -log1pf(-(float(word) * 0x1p-32f + 0x1p-33f));
 }
 
-// The tokens of a thread: element i is word i % 4 of its counter i / 4.
+// The tokens of a thread. Element i uses word i % 4 of its counter i / 4.
 template <int kCounters, int kThreads>
 struct ThreadRow {
   static constexpr int kElements = 4 * kCounters;
@@ -101,7 +101,7 @@ struct ThreadRow {
   }
 };
 
-// A key that exactly k tokens reach, or they and those that equal the k-th.
+// Finds the key that exactly k tokens reach, or more if several tokens equal the k-th.
 template <class Row>
 __device__ int top_k_key(const Row& row, BlockReduction& reduce, int64_t k, int high) {
   int low = kKeyOfMinusInfinity;
@@ -117,8 +117,9 @@ __device__ int top_k_key(const Row& row, BlockReduction& reduce, int64_t k, int 
   return low;
 }
 
-// The key of the first token that stays: what lies below fits the budget, it itself does not or is the largest. Of the
-// tokens with this key as many are dropped, the first first, as the budget still allows, but for the last one.
+// Finds the smallest key that stays. The tokens below this key fit in the budget; those with this key do not, or it is
+// the largest key. Of the tokens with this key, the first ones are dropped, as many as the budget still allows, but
+// never the last one.
 template <class Row>
 __device__ int top_p_key(Row& row, BlockReduction& reduce, float budget, int low, int high) {
   low -= 1, high -= 1;
@@ -141,7 +142,7 @@ __device__ int top_p_key(Row& row, BlockReduction& reduce, float budget, int low
   for (int i = 0; i < row.kElements; ++i) each = row.keys[i] == border ? row.probabilities[i] : each;
   each = reduce.max(each);
   const int most = int(fminf(floorf(left / each), float(equal - 1)));
-  int first = 0, last = row.kElements * int(blockDim.x);  // `first` tokens hold at most `most` of them
+  int first = 0, last = row.kElements * int(blockDim.x);  // the first `first` tokens hold at most `most` of them
   while (first < last) {
     const int end = middle(first, last);
     const auto tied_before = [&](int i) { return row.keys[i] == border && row.index(i) < end; };
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) sample_tokens_kernel(const SampleTok
     if (const int v = row.index(i); v < a.vocab) {
       x = to_float(conditional[v]);
       if (unconditional != nullptr) x = (1.0f + a.guidance) * x - a.guidance * to_float(unconditional[v]);
-      x = x == x ? x + 0.0f : -INFINITY;  // and no -0, whose key would not be that of 0
+      x = x == x ? x + 0.0f : -INFINITY;  // + 0.0f turns -0 into 0, whose key is different
     }
     row.keys[i] = key_of(x);
     highest = row.keys[i] > highest ? row.keys[i] : highest;
@@ -208,9 +209,9 @@ __global__ void __launch_bounds__(kThreads) sample_tokens_kernel(const SampleTok
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       const int i = 4 * c + w, v = row.index(i);
-      if (row.keys[i] < key) continue;  // nor is there noise behind the end
+      if (row.keys[i] < key) continue;  // past the end there is no noise either
       const float score = row.probabilities[i] / (a.noise == nullptr ? exponential(words[w]) : a.noise[number * a.vocab + v]);
-      if (score > best || (score == best && v < winner)) best = score, winner = v;  // never NaN
+      if (score > best || (score == best && v < winner)) best = score, winner = v;  // never true for NaN
     }
   }
   const float top = reduce.max(best);

@@ -1,4 +1,4 @@
-"""The report on compiled kernels: its bounds, what its check refuses, its page and its command."""
+"""The report on compiled kernels: its bounds, what its check refuses, the files that it writes, and its command."""
 
 import dataclasses
 import json
@@ -104,7 +104,7 @@ def test_budget_of_a_kernel():
             {"counts": _counts(rounded_fp32=8)},
             "tensor cores: expected IEEE products of fp32, got 8 instructions in tf32",
         ),
-        ({"counts": _counts(atomics=1)}, "atomics: expected none, for the order of sums must not vary, got 1"),
+        ({"counts": _counts(atomics=1)}, "atomics: expected none, because the order of sums must not vary, got 1"),
     ],
 )
 def test_violation(changes, violation):
@@ -145,7 +145,7 @@ def test_kernels_without_budget_and_budgets_without_kernel():
     other = _row(problem="d36")
     assert budgets.check([other], BUDGETS, complete=ALL) == [
         "op, d36, triton, stem.forward, sm_80: has no budget; --update-budgets records one",
-        "op, d16, triton, stem.forward, sm_80: is launched no more; --update-budgets forgets it",
+        "op, d16, triton, stem.forward, sm_80: is no longer launched; --update-budgets removes it",
     ]
     assert len(budgets.check([other], BUDGETS, complete=())) == 1
     assert set(budgets.update([other], BUDGETS, complete=())) == {*BUDGETS, "op | d36 | triton | stem.forward | sm_80"}
@@ -194,33 +194,24 @@ def test_committed_budgets_cover_every_problem_and_target():
     }  # fmt: skip
 
 
-# ---- Page and command
+# ---- Files and command
 
+OPS = tuple(dict.fromkeys(problem.op for problem in PROBLEMS))
 
-def test_rewriting_a_page(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
-    for _ in range(2):
-        tables.rewrite(page, "new")
-        assert page.read_text() == f"before\n{tables.BEGIN}\n\nnew\n{tables.END}\nafter\n"
-    page.write_text("no markers")
-    with pytest.raises(ValueError, match="page.md: expected the comments"):
-        tables.rewrite(page, "new")
-    assert page.read_text() == "no markers"
-
-
-def test_a_file_for_each_table(tmp_path):
+def test_a_file_for_each_op():
     row = _row(op="sample_tokens", problem="last scale of 8 images fp32")
-    texts = tables.pages(PROBLEMS, ["sm_80"], [row])
-    assert {name for name in texts if name.startswith("sample_tokens")} == {
-        "sample_tokens-bounds.md", "sample_tokens-resources.md", "sample_tokens-accesses.md",
+    texts = tables.files(PROBLEMS, ["sm_80"], [row])
+    assert set(texts) == {"cards.md", *(f"{op}.md" for op in OPS)}
+    assert all(text.startswith(f"{tables.WRITTEN}\n\n# {name[:-3]}\n") for name, text in texts.items())
+    # The bounds, the resources and the accesses; the row has no loop.
+    assert {name: text.count("\n| --- |") for name, text in texts.items()} == {
+        **dict.fromkeys(texts, 1), "sample_tokens.md": 3,
     }  # fmt: skip
-    assert all(text.count("\n| --- |") == 1 and text.startswith(tables.WRITTEN) for text in texts.values())
     assert "| sm_80 | A100 SXM 80 GB |" in texts["cards.md"]
-    assert "| triton | forward | 100r 40K 25% HMMA |" in texts["sample_tokens-resources.md"]
+    assert "| triton | forward | 100r 40K 25% HMMA |" in texts["sample_tokens.md"]
 
 
-def test_tables_of_a_kernel_that_is_gone_are_removed(tmp_path):
+def test_tables_of_an_op_that_is_gone_are_removed(tmp_path):
     folder = tmp_path / "generated"
     tables.write(folder, {"a.md": f"{tables.WRITTEN}\nold", "b.md": f"{tables.WRITTEN}\n"})
     (folder / "by_hand.md").write_text("kept")
@@ -228,22 +219,16 @@ def test_tables_of_a_kernel_that_is_gone_are_removed(tmp_path):
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"a.md": "new", "by_hand.md": "kept"}
 
 
-OPS = tuple(dict.fromkeys(problem.op for problem in PROBLEMS))
-GENERATED = Path(__file__).resolve().parents[1] / "docs" / "generated"
-
-
-def _committed_tables(op):
-    return {path.name: path.read_text(encoding="utf-8") for path in GENERATED.glob(f"{op}-*.md")}
+GENERATED = Path(__file__).resolve().parents[2] / "docs" / "generated"
 
 
 def test_committed_tables_of_cards_and_bounds_are_those_of_the_report():
-    texts = tables.pages(PROBLEMS, list(TARGETS), [])
-    assert set(texts) == {"cards.md", *(f"{op}-bounds.md" for op in OPS)}
-    for name, text in texts.items():
-        assert (GENERATED / name).read_text(encoding="utf-8") == text, f"{name}: --write-tables docs/generated"
+    texts = tables.files(PROBLEMS, list(TARGETS), [])
+    assert {path.name for path in GENERATED.iterdir()} == set(texts)
+    for name, text in texts.items():  # the bounds come first in the file of an op
+        assert (GENERATED / name).read_text(encoding="utf-8").startswith(text), f"{name}: --write-tables docs/generated"
 
 
-@pytest.mark.evidence
 @pytest.mark.parametrize("op", OPS)
 def test_committed_tables_of_kernels_are_those_of_the_report(op):
     for source in SOURCES.values():
@@ -254,9 +239,9 @@ def test_committed_tables_of_kernels_are_those_of_the_report(op):
             pytest.skip(f"the tables are those of {source.COMPILER} {recorded}, this is {source.release()}")
     problems = [problem for problem in PROBLEMS if problem.op == op]
     results = collect(problems, list(TARGETS), list(SOURCES), 2, lambda done, total: None)
-    expected = tables.pages(problems, list(TARGETS), results)
-    del expected["cards.md"]
-    assert _committed_tables(op) == expected, "--write-tables docs/generated writes them"
+    expected = tables.files(problems, list(TARGETS), results)[f"{op}.md"]
+    committed = (GENERATED / f"{op}.md").read_text(encoding="utf-8")
+    assert committed == expected, "--write-tables docs/generated writes it"
 
 
 def test_problems_have_names_of_their_own():
@@ -273,7 +258,7 @@ def test_problems_have_names_of_their_own():
         (["--backend", "cutlass"], "--backend: expected one of triton, cuda, got 'cutlass'"),
         (["--backend", "cuda", "--target", "gfx942"], "--target: expected one of those that .*, sm_100, sm_120, "),
         (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
-        (["--markdown", "x.md", "--target", "sm_80"], "--markdown: expected no --target"),
+        (["--write-tables", "x", "--target", "sm_80"], "--write-tables: expected no --target"),
         (["--write-tables", "x", "--backend", "triton"], "--write-tables: expected no --target"),
     ],
 )
@@ -371,11 +356,6 @@ def test_what_is_not_looked_at_is_said(monkeypatch, capsys, tmp_path):
     assert command.main([*options, "--json", str(file)]) == 0
     assert sentence in capsys.readouterr().out
     assert json.loads(file.read_text())["not looked at"] == {"cuda": "nvcc is not installed"}
-    for arguments in ([*options, "--backend", "cuda"], ["--markdown", "page.md"], ["--write-tables", "folder"]):
+    for arguments in ([*options, "--backend", "cuda"], ["--write-tables", "folder"]):
         assert command.main(arguments) == 2
         assert sentence in capsys.readouterr().err
-
-
-def test_without_a_checkout(monkeypatch, tmp_path):
-    monkeypatch.setattr(cuda_source, "_EMULATION", tmp_path)
-    assert "an installed package does not have" in cuda_source.unavailable_reason.__wrapped__()

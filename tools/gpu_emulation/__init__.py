@@ -1,1 +1,1 @@
-"""GPU code that runs on a CPU: CUDA C++ with checked accesses, PTX, and what Triton compiles."""
+"""Runs GPU code on a CPU: CUDA C++ with checked accesses, PTX, and Triton launches."""

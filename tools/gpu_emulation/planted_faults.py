@@ -1,8 +1,9 @@
-"""Planted faults, of CUDA and Triton kernels alike: a line of a kernel made wrong, and the check that must fail then.
+"""Planted faults in CUDA and Triton kernels. A planted fault is a deliberate error in one line of a kernel; a named
+check must then fail, which shows that the check works.
 
     @pytest.mark.parametrize("name", parameters(FAULTS, representative=(), others=pytest.mark.evidence))
 
-For each kernel one fault is `representative`: a run that has little time plants that one.
+One fault of each kernel is `representative`: a run that has little time plants that one only.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import pytest
 
 @dataclass(frozen=True)
 class Mutant:
-    """In `file` of the runner's folder `old`, which stands there `times`, becomes `new`; then `check` must fail.
+    """Replaces `old`, which occurs `times` times in `file` (a path in the runner's folder), by `new`. Then `check` must
+    fail.
 
-    `check`: for CUDA a finding (`cuda_emulation.mutants.findings`), for Triton a test, "file.py::function".
+    `check` is a finding of `cuda.mutants.findings` for CUDA, and a test, "file.py::function", for Triton.
     """
 
     file: str
@@ -31,7 +33,7 @@ class Mutant:
 
     @contextlib.contextmanager
     def planted(self, folder: Path) -> Iterator[None]:
-        """Inside, the file in `folder` has the fault. ValueError if `old` does not stand there `times`."""
+        """Inside this context, the file in `folder` has the fault. ValueError if `old` does not occur `times` times."""
         path = folder / self.file
         text = path.read_text(encoding="utf-8")
         if (found := text.count(self.old)) != self.times:
@@ -47,9 +49,9 @@ Marks = pytest.MarkDecorator | Iterable[pytest.MarkDecorator]
 
 
 def parameters(mutants: Mapping[str, Mutant], *, representative: Marks = (), others: Marks = ()) -> list:
-    """The names as parameters of a test, those of representative faults and the others with these marks.
+    """The names as parameters of a test. Representative faults get the marks `representative`, the others `others`.
 
-    ValueError if none is representative: a run of these only would then say nothing about the kernel.
+    ValueError if none is representative, because a run of representative faults would then not check the kernel at all.
     """
     if not any(mutant.representative for mutant in mutants.values()):
         raise ValueError(f"mutants: expected a representative one, got none among {', '.join(mutants)}")

@@ -1,9 +1,10 @@
 """Two ways to execute Triton launches on CPU tensors, each a function for `var_kernels.triton.launch.executor`.
 
-`interpret`: Triton's own interpreter, in a process of its own, since Triton decides when it is imported whether its
-functions are interpreted or compiled. Its bfloat16 is silently wrong (it computes on the bits), so it is refused.
+`interpret` uses Triton's own interpreter, in a separate process, because Triton decides at its import whether its
+functions are interpreted or compiled. It refuses bfloat16, because Triton's interpreter computes on the bits of
+bfloat16 and gives wrong results without an error.
 
-`run_ptx`: what Triton's compiler wrote for compute capability 8.0, instruction by instruction, in `ptx_interpreter`.
+`run_ptx` executes the PTX that Triton's compiler writes for compute capability 8.0, in the interpreter `ptx`.
 """
 
 import atexit
@@ -37,6 +38,8 @@ def _describe(value, storages):
 
 
 class _View(tuple):
+    """A tensor as it is sent to the other process: address of its storage, dtype, offset, shape and strides."""
+
     def __new__(cls, *fields):
         return super().__new__(cls, fields)
 
@@ -45,6 +48,7 @@ class _View(tuple):
 
 
 def interpret(launch: Launch) -> None:
+    """Executes a launch in Triton's interpreter."""
     storages: dict[int, torch.UntypedStorage] = {}
     arguments = {name: _describe(value, storages) for name, value in launch.arguments.items()}
     contents = {address: bytes(storage) for address, storage in storages.items()}
@@ -63,7 +67,7 @@ def _interpreter():
     ours, theirs = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: in that process only
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it at its import, which happens in the new process
     try:
         process.start()
     finally:
@@ -98,8 +102,10 @@ def _serve(connection) -> None:
 
 
 def run_ptx(launch: Launch) -> None:
+    """Compiles a launch for sm_80 and executes its PTX."""
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
-        # 3.6 shuffles registers that only some lanes have loaded, and stores those alone: right, and refused here.
+        # The code of 3.6 shuffles registers that only some lanes have loaded, and stores only those lanes. This is
+        # right, but the interpreter refuses it.
         pytest.skip(f"the PTX of Triton {triton.__version__}: this interpreter is for 3.9 and newer")
     compiled = compile_for(launch, TARGETS["sm_80"])
     memory = ptx.Memory()
@@ -126,6 +132,6 @@ def run_ptx(launch: Launch) -> None:
 
 @contextlib.contextmanager
 def executing(function, target: str = "sm_80"):
-    """Inside this context Triton launches go to `function`, with the configurations of `target`."""
+    """Inside this context, Triton launches go to `function`, with the configurations of `target`."""
     with assume(TARGETS[target]), executor(function):
         yield

@@ -1,4 +1,4 @@
-"""``python -m tools.report``: compiles every GPU kernel for every target and reports what the code says."""
+"""``python -m tools.report``: compiles every GPU kernel for every target and reports on the machine code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .sources import SOURCES, collect
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.report",
-        description="Compile the GPU kernels of named problems for GPUs that need not be there, and print "
+        description="Compile the GPU kernels of named problems for GPUs that need not be present, and print "
         "registers, spills, shared memory, occupancy, tensor-core instructions, widths of accesses and the bounds "
         "that follow from published peaks. Nothing is run: these are static bounds, not measurements.",
     )
@@ -36,8 +36,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", action="append", metavar="NAME", help=f"one of {', '.join(SOURCES)}; repeatable")
     parser.add_argument("--problem", metavar="TEXT", help="only problems whose name contains this")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything to this file")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="rewrite the tables of this page")
-    parser.add_argument("--write-tables", type=Path, metavar="FOLDER", help="write a Markdown file for each table")
+    parser.add_argument("--write-tables", type=Path, metavar="FOLDER", help="write a Markdown file for each op")
     parser.add_argument("--check", action="store_true", help="print violations only; exit status 1 if there are any")
     parser.add_argument("--update-budgets", action="store_true", help="record what the kernels use now as their budget")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (default 2)")
@@ -54,7 +53,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _select(parser: argparse.ArgumentParser, options: argparse.Namespace, ops: Sequence[str]) -> None:
-    """Adds problems, targets and backends that the options name; `complete`: of these backends all that there is."""
+    """Adds the problems, targets and backends that the options name. `complete`: nothing of these backends is left
+    out."""
     options.problems = [
         problem for problem in PROBLEMS
         if problem.op in ops and (options.problem is None or options.problem in problem.name)
@@ -70,14 +70,13 @@ def _select(parser: argparse.ArgumentParser, options: argparse.Namespace, ops: S
         names = ", ".join(sorted(theirs)) or "none"
         parser.error(f"--target: expected one of those that such a problem is compiled for, {names}")
     options.complete = not (options.target or options.op or options.problem)
-    options.pages = [f"--{name.replace('_', '-')}" for name in ("markdown", "write_tables") if getattr(options, name)]
-    if options.pages and not (options.complete and options.backend is None):
-        parser.error(f"{options.pages[0]}: expected no --target, --op, --backend or --problem, since it shows all")
+    if options.write_tables is not None and not (options.complete and options.backend is None):
+        parser.error("--write-tables: expected no --target, --op, --backend or --problem: the tables show everything")
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar on the error stream, where that is a terminal."""
+    """Shows a progress bar on the error stream, if that is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("compiling"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -94,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         tools()
         missing = {name: reason for name in options.backends if (reason := SOURCES[name].unavailable_reason())}
-        if missing and (options.backend or options.pages):
+        if missing and (options.backend or options.write_tables is not None):
             raise RuntimeError(_not_looked_at(missing))
         options.backends = [name for name in options.backends if name not in missing]
         known, releases = budgets.load()
@@ -123,17 +122,15 @@ def _report(
     say = functools.partial(console.print, markup=False, soft_wrap=True)
     if options.json is not None:
         options.json.write_text(json.dumps(_as_json(options, results, missing), indent=1))
-    if options.markdown is not None:
-        tables.rewrite(options.markdown, tables.markdown(options.problems, options.targets, results))
     if options.write_tables is not None:
-        tables.write(options.write_tables, tables.pages(options.problems, options.targets, results))
+        tables.write(options.write_tables, tables.files(options.problems, options.targets, results))
     complete = options.backends if options.complete else ()
     if options.update_budgets:
         releases = releases | _releases(options.backends)
         known = budgets.update(results, known, complete)
         budgets.save(known, releases)
     if not options.check:
-        if not options.pages and not options.update_budgets:
+        if options.write_tables is None and not options.update_budgets:
             _print(console, options.problems, options.targets, results)
         failures = [result for result in results if isinstance(result, Failure)]
         for line in [*failures, *filter(None, [_not_looked_at(missing)])]:
@@ -148,14 +145,14 @@ def _report(
 
 
 def _other_compilers(backends: list[str], releases: dict[str, str]) -> Iterator[str]:
-    """A sentence for each compiler that is not the one of the budgets: its code may differ."""
+    """A sentence for each compiler of another release than that of the budgets, whose code may differ."""
     for compiler, release in _releases(backends).items():
         if releases.get(compiler) not in (None, release):
             yield f"the budgets are those of {compiler} {releases[compiler]}, this is {release}"
 
 
 def _releases(backends: list[str]) -> dict[str, str]:
-    """Of their compilers."""
+    """The release of each backend's compiler."""
     return {SOURCES[name].COMPILER: SOURCES[name].release() for name in backends}
 
 

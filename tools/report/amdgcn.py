@@ -15,7 +15,7 @@ _MFMA = re.compile(r"v_mfma_(\w+?)_(\d+)x(\d+)x(\d+)_?(?:(\d+)b_)?(\w+)")
 
 @dataclass(frozen=True)
 class Function:
-    """One kernel: what it uses and what it is made of. Bytes and registers are as in LLVM's metadata."""
+    """A kernel's resources and instructions. Bytes and registers are those of LLVM's metadata."""
 
     vgprs: int  # accumulation registers included
     agprs: int
@@ -34,7 +34,7 @@ def parse(text: str, kernel: str) -> Function:
     if body is None or block is None:
         raise ValueError(f"kernel: expected one that the assembly defines, got {kernel!r}")
     entries = re.split(r"^  - ", block[1], flags=re.M)[1:]
-    # The first key of an entry stands behind its dash, on the same line.
+    # The first key of an entry follows its dash on the same line.
     metadata = next((found for entry in entries
                      if (found := dict(_METADATA.findall("    " + entry))).get("name") == kernel), None)  # fmt: skip
     if metadata is None:
@@ -73,7 +73,7 @@ def _instructions(body: str) -> list[Instruction]:
 
 
 def tensor_work(opcode: str) -> tuple[str, int] | None:
-    """The rate in `Card.tensor_rates` that applies to a matrix instruction, and its FLOP."""
+    """The name in `Card.tensor_rates` of a matrix instruction's rate, and its FLOP."""
     match = _MFMA.match(opcode)
     if match is None:
         return None
@@ -85,7 +85,7 @@ def tensor_work(opcode: str) -> tuple[str, int] | None:
 
 
 def counts(opcodes) -> Counter:
-    """Instructions by what the report shows of them."""
+    """The number of instructions of each kind that the report shows."""
     result: Counter = Counter()
     for opcode in opcodes:
         result["instructions"] += 1

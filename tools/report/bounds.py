@@ -1,5 +1,5 @@
-"""Lower bounds of time that follow from published peaks. Static bounds, not measurements, and nothing is claimed to
-come near them."""
+"""Lower bounds of time that follow from published peaks. They are static bounds, not measurements; how near a kernel
+comes to them is not known."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ _PARTITIONS = 4  # of a multiprocessor; each issues one instruction a clock
 
 @dataclass(frozen=True)
 class Bound:
-    """The least seconds that a problem takes on a card: `limit` is the pipe that needs them."""
+    """The least time in seconds that a problem takes on a card. `limit` names the resource that takes this time."""
 
     seconds: float
     limit: str
 
 
 def problem_bound(problem: Problem, target: str) -> Bound:
-    """Each tensor is moved once at the full bandwidth, what is visible is computed at the full peak, at one time."""
+    """The bound if each tensor is moved once at full bandwidth and, at the same time, what is visible is computed at
+    peak."""
     card = CARDS[target]
     peak = card.peak_16bit if problem.tensor_cores else card.peak_fp32
     times = {"memory": problem.bytes / card.bandwidth, "arithmetic": problem.operations / peak}
@@ -36,11 +37,11 @@ def problem_bound(problem: Problem, target: str) -> Bound:
 
 @dataclass(frozen=True)
 class Loop:
-    """The main loop of a kernel: one iteration of one warp, all paths through its body.
+    """The main loop of a kernel: one iteration of one warp, with all paths through its body.
 
-    `cycles` are those of one of the four partitions of a multiprocessor in each pipe, and `limit` the pipe with the
-    most; latency, stalls and bank conflicts are not in it. `tensor_ceiling` is the share of the time that the tensor
-    cores can be busy at best; None if there are none in the loop or their rate is not published.
+    `cycles` are the cycles of each pipe in one of the four partitions of a multiprocessor. `limit` is the pipe with the
+    most cycles. Latency, stalls and bank conflicts are not included. `tensor_ceiling` is the largest share of the time
+    that the tensor cores can be busy; None if the loop does not use them or their rate is not published.
     """
 
     counts: Mapping[str, int]
@@ -52,10 +53,11 @@ class Loop:
 def loop_bound(
     target: str, counts: Mapping[str, int], tensor_work: Iterable[tuple[str, int] | None]
 ) -> Loop:
-    """`tensor_work` has one entry per tensor-core instruction: rate and FLOP, None if the text does not say them."""
+    """`tensor_work` has an entry per tensor-core instruction: the name of its rate and its FLOP, or None if not
+    known."""
     card = CARDS[target]
     is_cuda = TARGETS[target].api == "cuda"
-    # A wave of 64 lanes takes 4 cycles of a SIMD of 16, whatever vector instruction it is.
+    # On AMD a wave of 64 lanes takes 4 cycles of a SIMD of 16 lanes, for every vector instruction.
     cycles = {"issue": float(counts["instructions"])} if is_cuda else {}
     lanes = 32 if is_cuda else 64
     cycles["fp32" if is_cuda else "vector"] = (

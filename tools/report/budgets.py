@@ -1,26 +1,26 @@
-"""What the compiled kernels may not lose: rules that always hold, and the committed budgets of `budgets.json`."""
+"""Limits for the compiled kernels: rules that always hold, and the committed budgets of `budgets.json`."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from var_kernels.native.build import write_atomically
 from var_kernels.triton.targets import TARGETS
 
 from .rows import Failure, Row
 
 PATH = Path(__file__).with_name("budgets.json")
 ACCESSES = ("loads", "async copies", "stores")
-_REGISTER_UNIT = 8  # per thread; a warp gets no finer grain
+_REGISTER_UNIT = 8  # registers per thread are allocated in this unit
 _SEPARATOR = " | "
 
 
 def check(results: Sequence[Row | Failure], budgets: dict[str, dict], complete: Collection[str]) -> list[str]:
-    """A sentence for every violation. `complete`: the backends of which all problems and targets were compiled, so that
-    none may be missing."""
+    """Returns a sentence for every violation. `complete`: the backends whose problems and targets were all compiled, so
+    that none of their kernels may be missing."""
     rows = [row for row in results if isinstance(row, Row)]
     violations = [str(failure) for failure in results if isinstance(failure, Failure)]
     for row in rows:
@@ -36,7 +36,7 @@ def check(results: Sequence[Row | Failure], budgets: dict[str, dict], complete: 
     for key in sorted(set(budgets) - set(measured)):
         op, problem, backend, _, target = key.split(_SEPARATOR)
         if backend in complete and (op, problem, backend, target) not in failed:
-            violations.append(f"{key.replace(_SEPARATOR, ', ')}: is launched no more; --update-budgets forgets it")
+            violations.append(f"{key.replace(_SEPARATOR, ', ')}: is no longer launched; --update-budgets removes it")
     return violations
 
 
@@ -52,7 +52,7 @@ def _broken_rules(row: Row) -> Iterable[str]:
     if row.counts.get("rounded fp32", 0):
         yield f"tensor cores: expected IEEE products of fp32, got {row.counts['rounded fp32']} instructions in tf32"
     if row.counts.get("atomics", 0):
-        yield f"atomics: expected none, for the order of sums must not vary, got {row.counts['atomics']}"
+        yield f"atomics: expected none, because the order of sums must not vary, got {row.counts['atomics']}"
 
 
 def _over_budget(got: dict, budget: dict) -> Iterable[str]:
@@ -69,7 +69,7 @@ def _over_budget(got: dict, budget: dict) -> Iterable[str]:
 
 
 def measure(rows: Iterable[Row]) -> dict[str, dict]:
-    """What budgets bound, the worst of all rows of a kernel in a problem on a target."""
+    """The numbers that budgets limit: for a kernel in a problem on a target, the worst of its rows."""
     grouped: dict[str, list[Row]] = {}
     for row in rows:
         grouped.setdefault(_SEPARATOR.join(row.key), []).append(row)
@@ -89,8 +89,8 @@ def _worst(rows: Sequence[Row]) -> dict:
 
 
 def allowance(measured: dict) -> dict:
-    """The budget that what was measured is worth: registers up to the next grain of allocation, and room for a lone
-    narrow access in the shares, which another version of the compiler may add."""
+    """The budget for measured numbers. Registers are rounded up to the next unit of allocation. Shares are lowered a
+    little, because another version of the compiler may add a single narrow access."""
     budget = {**measured, "registers": -(-measured["registers"] // _REGISTER_UNIT) * _REGISTER_UNIT}
     for name in ACCESSES:
         if name in budget:
@@ -103,7 +103,7 @@ def allowance(measured: dict) -> dict:
 def load(path: Path = PATH) -> tuple[dict[str, dict], dict[str, str]]:
     """The committed budgets, and the releases of the compilers that they were recorded with.
 
-    Neither if there is no such file. ValueError if it is damaged.
+    Both are empty if there is no such file. ValueError if it is damaged.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -115,22 +115,17 @@ def load(path: Path = PATH) -> tuple[dict[str, dict], dict[str, str]]:
 
 
 def save(budgets: dict[str, dict], releases: Mapping[str, str], path: Path = PATH) -> None:
-    """Writes a line per kernel, problem and target, all or nothing, in an order that does not depend on when each of
-    them was updated."""
+    """Writes a line per kernel, problem and target, sorted, so that the order does not depend on when each was updated.
+    The file is replaced atomically."""
     targets = list(TARGETS)
     keys = sorted(budgets, key=lambda key: (*key.split(_SEPARATOR)[:-1], targets.index(key.split(_SEPARATOR)[-1])))
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(budgets[key])}" for key in keys)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     text = f'{{\n "recorded with": {json.dumps(dict(releases))},\n "budgets": {{\n{lines}\n }}\n}}\n'
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
 def update(results: Sequence[Row | Failure], budgets: dict[str, dict], complete: Collection[str]) -> dict[str, dict]:
-    """The budgets with those of `results` replaced, and without those of kernels that are launched no more."""
+    """The budgets with those of `results` replaced, and without those of kernels that are no longer launched."""
     measured = measure(row for row in results if isinstance(row, Row))
     merged = {key: budget for key, budget in budgets.items() if key.split(_SEPARATOR)[2] not in complete}
     merged.update({key: allowance(value) for key, value in measured.items()})

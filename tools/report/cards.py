@@ -1,4 +1,4 @@
-"""Published limits and peaks of one card per target; everything that is computed from them is a static bound."""
+"""Published limits and peaks of one card per target. Everything computed from them is a static bound."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU. Rates are per multiprocessor (compute unit on AMD) and clock; None: not published."""
+    """One GPU. Rates are per multiprocessor (on AMD per compute unit) and clock. None means not published."""
 
     name: str
     source: str
     bandwidth: float  # bytes/s of device memory
-    peak_16bit: float  # dense FLOP/s, bfloat16 or float16 products with float32 sums, tensor cores
-    peak_fp32: float  # FLOP/s, IEEE float32: CUDA cores; matrix cores on AMD
+    peak_16bit: float  # dense FLOP/s of tensor cores, bfloat16 or float16 products with float32 sums
+    peak_fp32: float  # FLOP/s in IEEE float32, of CUDA cores; on AMD of matrix cores
     clock: float | None  # Hz, at which the peaks are stated
-    warps: int  # resident at most
+    warps: int  # the most that are resident
     blocks: int
     shared_memory: int  # bytes of a multiprocessor that blocks can use
-    fp32_rate: int  # lanes per clock that add, multiply or both; on AMD of any vector instruction
-    # FLOP per clock of each kind of tensor-core instruction. Kinds that are absent are not documented, and not costed.
+    fp32_rate: int  # lanes per clock that add, multiply or do both; on AMD lanes of any vector instruction
+    # FLOP per clock of each kind of tensor-core instruction. Absent kinds are not documented, so no cycles are computed
+    # for them.
     tensor_rates: dict[str, int]
     exp_rate: int | None = 16  # lanes per clock of the unit for exponentials and reciprocals
 
 
 # Limits and arithmetic throughput: CUDA C++ Programming Guide, tables of technical specifications and of throughput of
-# arithmetic instructions per compute capability. Tensor rates are the published dense peaks, divided by
-# multiprocessors and clock; in this way those of HMMA on sm_90 and sm_100, where only other instructions reach the
-# published peak, cannot be had, nor that of UTCHMMA on sm_100, whose text does not say how large the product is.
-# AMD: CDNA 2 and 3 white papers; a SIMD holds 8 waves, a compute unit 16 work groups of more than one wave.
+# arithmetic instructions per compute capability. Tensor rates are the published dense peaks, divided by the number of
+# multiprocessors and by the clock. This gives no rate of HMMA on sm_90 and sm_100, where only other instructions reach
+# the published peak, and none of UTCHMMA on sm_100, whose text does not say how large the product is. AMD: CDNA 2 and 3
+# white papers; a SIMD holds 8 waves, a compute unit 16 work groups of more than one wave.
 CARDS = {
     "sm_80": Card(
         "A100 SXM 80 GB", "NVIDIA A100 datasheet", 2039e9, 312e12, 19.5e12, 1.41e9,

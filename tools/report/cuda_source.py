@@ -1,13 +1,13 @@
-"""The CUDA C++ kernels: their launches are those of the doors of `csrc/cuda`, their code is that of the real build.
+"""The CUDA C++ kernels. Their launches are those of the entry functions of `csrc/cuda`, their code is that of the real
+build.
 
-A door runs on CPU tensors in the emulation of the tests, compiled by g++; its launches are recorded there instead of
-being run. So these rows need a checkout, g++ and nvcc; `unavailable_reason` says what is missing.
+The entry functions are compiled by g++ and run on CPU tensors in the emulation, which records the launches instead of
+running them. So these rows need g++ and nvcc. `unavailable_reason` says what is missing.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 import re
 import shutil
@@ -15,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tools.gpu_emulation import cuda
+from tools.gpu_emulation.cuda import nvcc
 from var_kernels.native import build
 from var_kernels.triton.problems import Problem
 from var_kernels.triton.targets import TARGETS
 
-from . import nvcc
 from .rows import Binary, functions
 
 COMPILER = "nvcc"
@@ -27,10 +27,9 @@ COMPILER = "nvcc"
 
 @functools.cache
 def unavailable_reason() -> str | None:
-    """Why these kernels cannot be looked at here; None if they can."""
+    """Why these kernels cannot be compiled and read here; None if they can."""
     for needed, found in {
         "nvcc": nvcc.unavailable_reason() is None,
-        "pybind11": importlib.util.find_spec("pybind11") is not None,
         "addr2line": shutil.which("addr2line") is not None,
         "c++filt": shutil.which("c++filt") is not None,
     }.items():
@@ -44,7 +43,7 @@ def unavailable_reason() -> str | None:
 
 
 def release() -> str:
-    """nvcc's release."""
+    """The release of nvcc."""
     return nvcc.release()
 
 
@@ -59,15 +58,15 @@ def _sources() -> dict[str, Path]:
 
 
 def arch_of(target: str) -> str:
-    """The architecture of the code that a GPU executes: of those that the library carries, the newest of the GPU's
-    generation that is not newer than it."""
+    """The architecture of the code that a GPU executes. Of the architectures in the library, it is the newest one of
+    the GPU's generation that is not newer than the GPU."""
     known = {int(arch.rstrip("a")): arch for arch in build.CUDA_ARCHS}
     card = TARGETS[target].arch
     return "sm_" + known[max(arch for arch in known if arch <= card and arch // 10 == card // 10)]
 
 
 def unit(problem: Problem, target: str) -> tuple[str, str] | None:
-    """What problems have in common on a target, the compiled file; None if the problem has no CUDA C++ kernels."""
+    """The compiled file, which several problems on a target share. None if the problem has no CUDA C++ kernels."""
     if problem.raw not in _sources() or TARGETS[target].api != "cuda":
         return None
     return _sources()[problem.raw].stem, arch_of(target)

@@ -1,18 +1,18 @@
-"""Instructions of a kernel and the loops among them, for SASS and AMDGCN alike."""
+"""The loops among the instructions of a kernel, for both SASS and AMDGCN."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-_TRIVIAL = 16  # a loop of fewer instructions waits for something, it does not make its surroundings an outer loop
-# How often a loop is assumed to run for each pass of the loop around it: code does not say it. Wu and Larus found that
-# a loop's branch goes back with probability 0.88 in programs at large, which is about eight passes.
+_TRIVIAL = 16  # a loop of fewer instructions only waits for something, so the code around it is no outer loop
+# How often a loop is assumed to run in each pass of the loop around it, since the code does not say it. Wu and Larus
+# found that a loop's branch goes back with probability 0.88 in programs in general, which is about eight passes.
 _PASSES = 8
 
 
 class Instruction(NamedTuple):
-    """`successors` are positions in the list of instructions, None for the next one alone."""
+    """`successors` are positions in the list of instructions. None means the next instruction only."""
 
     opcode: str
     successors: tuple[int, ...] | None = None
@@ -23,11 +23,11 @@ def main_loop(
 ) -> list[str] | None:
     """The opcodes of the loop in which the kernel is expected to spend its time; None if there is no loop.
 
-    Each loop is weighed by what lies in it and in no loop inside it, times eight for each loop around it: by `weight`
-    first, and where that does not tell them apart by the number of instructions. So the few instructions that an inner
-    loop repeats do not hide the outer loop that carries the work, and an inner loop that carries it comes before the
-    outer one. All paths through the chosen body count, so conditional parts are included, and loops inside it count
-    with one pass.
+    Each loop is weighed by the instructions that are in it but in no loop inside it, times eight for each loop around
+    it. The weights are compared by `weight` first, and if those are equal by the number of instructions. So a short
+    inner loop does not hide the outer loop that does the work, and an inner loop that does the work comes before the
+    outer one. All paths through the chosen body count, so conditional parts are included. Loops inside it count with
+    one pass.
     """
     bodies = [body for body in _loops(instructions) if len(body) >= _TRIVIAL]
 
@@ -44,7 +44,7 @@ def main_loop(
 
 
 def _loops(instructions: Sequence[Instruction]) -> list[frozenset[int]]:
-    """The natural loops, as sets of positions; those with one header are one loop."""
+    """The natural loops, as sets of positions. Loops with the same header are one loop."""
     starts, successors = _blocks(instructions)
     dominators = _dominators(successors)
     predecessors: dict[int, set[int]] = {block: set() for block in dominators}
@@ -60,7 +60,7 @@ def _loops(instructions: Sequence[Instruction]) -> list[frozenset[int]]:
 
 
 def _blocks(instructions: Sequence[Instruction]) -> tuple[list[int], dict[int, set[int]]]:
-    """Basic blocks, named by their first position, and the blocks that follow each."""
+    """The basic blocks, named by their first position, and the successors of each."""
     count = len(instructions)
     leaders = {0}
     for position, instruction in enumerate(instructions):
@@ -77,7 +77,7 @@ def _blocks(instructions: Sequence[Instruction]) -> tuple[list[int], dict[int, s
 
 
 def _dominators(successors: dict[int, set[int]]) -> dict[int, set[int]]:
-    """For every block that can be reached from the first: the blocks on all paths to it, itself included."""
+    """For every block that can be reached from the first one: the blocks on all paths to it, including itself."""
     order = _reverse_postorder(successors)
     predecessors: dict[int, list[int]] = {block: [] for block in order}
     for block in order:

@@ -1,7 +1,7 @@
-"""How many blocks of a kernel one multiprocessor holds at a time, and what limits it.
+"""How many blocks of a kernel one multiprocessor holds at a time, and which resource limits this number.
 
-NVIDIA: the rules of `cuda_occupancy.h` of the CUDA toolkit. AMD: the unified register file of CDNA 2 and 3, 512
-vector registers per lane of a SIMD, as LLVM's AMDGPU backend computes it.
+For NVIDIA, these are the rules of `cuda_occupancy.h` of the CUDA toolkit. For AMD, these are the rules of LLVM's AMDGPU
+backend for the unified register file of CDNA 2 and 3, which has 512 vector registers per lane of a SIMD.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 from .cards import CARDS
 
-_PARTITIONS = 4  # of a multiprocessor, each with its own scheduler and registers; SIMDs of an AMD compute unit
-_REGISTERS = 65536  # 32-bit, of a multiprocessor
+_PARTITIONS = 4  # per multiprocessor, each with its own scheduler and registers; on AMD the SIMDs of a compute unit
+_REGISTERS = 65536  # of 32 bits, per multiprocessor
 _REGISTER_UNIT = 256  # allocated to a warp at a time
 _SHARED_UNIT = 128
-_SHARED_RESERVED = 1024  # of each block, by the driver
-_TENSOR_COLUMNS = 512  # tensor memory of a multiprocessor, sm_100
+_SHARED_RESERVED = 1024  # bytes that the driver reserves in each block
+_TENSOR_COLUMNS = 512  # columns of tensor memory per multiprocessor, sm_100
 
 
 @dataclass(frozen=True)
 class Occupancy:
-    """`blocks` per multiprocessor, their share of the resident warps, and the resource that limits it."""
+    """The number of blocks per multiprocessor, their share of the resident warps, and the resource that limits it."""
 
     blocks: int
     share: float
@@ -28,7 +28,7 @@ class Occupancy:
 
 
 def nvidia(target: str, *, registers: int, threads: int, shared_memory: int, tensor_columns: int = 0) -> Occupancy:
-    """Occupancy of blocks of `threads` that use `registers` each and `shared_memory` bytes together."""
+    """Occupancy of blocks with `threads` threads, which use `registers` each and `shared_memory` bytes together."""
     card = CARDS[target]
     warps = -(-threads // 32)
     per_warp = _round_up(registers * 32, _REGISTER_UNIT)
@@ -44,7 +44,7 @@ def nvidia(target: str, *, registers: int, threads: int, shared_memory: int, ten
 
 
 def amd(target: str, *, vgprs: int, sgprs: int, threads: int, shared_memory: int) -> Occupancy:
-    """Occupancy of work groups; `vgprs` counts accumulation registers as well."""
+    """Occupancy of work groups. `vgprs` includes accumulation registers."""
     card = CARDS[target]
     waves = -(-threads // 64)
     resident = card.warps // _PARTITIONS

@@ -1,4 +1,4 @@
-"""A compiled kernel as a problem launches it, and what is read off its machine code."""
+"""A compiled kernel as a problem launches it, and the facts that are read from its machine code."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from .bounds import Loop, loop_bound
 class Binary:
     """A compiled kernel as one problem launches it on a target.
 
-    `code` is a cubin, or the assembly of an AMD GPU; `shared_memory` the dynamic part of it in bytes; `columns` those
-    of tensor memory (sm_100); `has_16bit_products` whether its source multiplies 16-bit matrices, as far as that says.
+    `code` is a cubin, or the assembly of an AMD GPU. `shared_memory` is the dynamic shared memory in bytes. `columns`
+    are columns of tensor memory (sm_100). `has_16bit_products` says whether its source is known to multiply 16-bit
+    matrices.
     """
 
     op: str
@@ -37,11 +38,12 @@ class Binary:
 
 @dataclass(frozen=True)
 class Row:
-    """What the report knows of one kernel of a problem on a target.
+    """What the report knows about one kernel of a problem on a target.
 
-    `registers` are those of a thread (AMD: vector registers, accumulation registers included); `spills` instructions
-    that access local memory (AMD: registers spilled to scratch); `stack` bytes of local memory of a thread (AMD:
-    scratch); `counts` instructions by kind. `launches` counts the starts of the same code in the problem.
+    `registers` are those of a thread (AMD: vector registers, including accumulation registers). `spills` is the number
+    of instructions that access local memory (AMD: of registers spilled to scratch). `stack` is the local memory of a
+    thread in bytes (AMD: scratch). `counts` has the number of instructions by kind. `launches` is the number of
+    launches of the same code in the problem.
     """
 
     op: str
@@ -66,12 +68,12 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
-        """What budgets are kept for."""
+        """The key of this row in the budgets."""
         return self.op, self.problem, self.backend, self.kernel, self.target
 
     @property
     def tensor(self) -> dict[str, int]:
-        """Tensor-core instructions by kind."""
+        """The number of tensor-core instructions by kind."""
         return {name.partition(" ")[2]: n for name, n in self.counts.items() if name.startswith("tensor ")}
 
     def wide_share(self, access: str) -> float | None:
@@ -95,7 +97,7 @@ class Failure:
 
 
 def tools() -> tuple[str, str]:
-    """NVIDIA's nvdisasm and cuobjdump, which come with Triton. RuntimeError if one is missing."""
+    """The paths of NVIDIA's nvdisasm and cuobjdump, which come with Triton. RuntimeError if one is missing."""
     from triton import knobs
 
     paths = knobs.nvidia.nvdisasm.path, knobs.nvidia.cuobjdump.path
@@ -106,14 +108,14 @@ def tools() -> tuple[str, str]:
     return paths
 
 
-@functools.lru_cache(maxsize=4)  # nvcc's have tens of kernels, and are read once for all of them
+@functools.lru_cache(maxsize=4)  # a cubin of nvcc has tens of kernels, and is read once for all of them
 def functions(cubin: bytes) -> dict[str, sass.Function]:
     """The kernels of a cubin by name. RuntimeError with the message of the tool that fails."""
     return sass.read(cubin, *tools())
 
 
 def read(binary: Binary) -> Row:
-    """Everything that the machine code says. RuntimeError or ValueError if it cannot be read."""
+    """Reads the machine code. RuntimeError or ValueError if that fails."""
     if TARGETS[binary.target].api == "cuda":
         function = functions(binary.code)[binary.symbol]
         module, vector = sass, {"registers": function.registers, "accumulators": 0, "scalars": 0}
@@ -154,7 +156,7 @@ def loop_of(target: str, module, function) -> Loop | None:
         return [opcode for opcode in opcodes if any(name.startswith("tensor") for name in module.counts([opcode]))]
 
     def weight(opcodes: list[str]) -> int:
-        # A product whose text does not say its FLOP counts as one: a kernel has no other kind beside such.
+        # An instruction whose text does not say its FLOP counts as one. A kernel that has such has no other kind.
         return sum(1 if (work := module.tensor_work(opcode)) is None else work[1] for opcode in products(opcodes))
 
     body = flow.main_loop(function.instructions, weight)

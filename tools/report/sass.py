@@ -1,4 +1,4 @@
-"""Reads the machine code of an NVIDIA GPU, as nvdisasm and cuobjdump of the CUDA toolkit print it."""
+"""Reads the machine code of an NVIDIA GPU, from the output of the CUDA toolkit's nvdisasm and cuobjdump."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NEVER_RETURNS = {"EXIT", "RET", "BRX", "JMX", "BRXU", "JMXU"}
 
 @dataclass(frozen=True)
 class Function:
-    """One kernel: what it uses and what it is made of. Shared memory is what is declared in it, in bytes."""
+    """A kernel's resources and instructions. Shared memory is the part that the kernel declares, in bytes."""
 
     registers: int
     stack: int  # bytes of local memory per thread
@@ -35,7 +35,7 @@ def read(cubin: bytes, nvdisasm: str, cuobjdump: str) -> dict[str, Function]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        # `cuobjdump -sass` would start nvdisasm with its analysis of data flow, which takes half as long again.
+        # `cuobjdump -sass` would start nvdisasm with its data-flow analysis, which takes 1.5 times as long.
         return parse(_run(nvdisasm, "-c", "-ndf", path), _run(cuobjdump, "-res-usage", path))
 
 
@@ -47,10 +47,11 @@ def _run(tool: str, *arguments) -> str:
 
 
 def parse(code: str, usage: str) -> dict[str, Function]:
-    """What `read` makes of the outputs of `nvdisasm -c -ndf` and `cuobjdump -res-usage`."""
+    """The kernels by name, from the outputs of `nvdisasm -c -ndf` and `cuobjdump -res-usage`."""
     usages = {name: {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
               for name, line in _USAGE.findall(usage)}  # fmt: skip
-    # From compute capability 9.0 on the kilobyte that the driver reserves of each block is counted as the kernel's.
+    # From compute capability 9.0 on, the kernel's shared memory includes the kilobyte that the driver reserves per
+    # block.
     architecture = re.search(r"^\s*\.target\s+sm_(\d+)", code, re.M)
     reserved = 1024 if architecture and int(architecture[1]) >= 90 else 0
     pieces = _SECTION.split(code)
@@ -70,7 +71,7 @@ def _instructions(body: str) -> list[Instruction]:
             labels[label] = len(lines)
         else:
             lines.append(tuple(line))
-    reconvergence: dict[str, int] = {}  # barrier register -> where the threads that wait at it go on
+    reconvergence: dict[str, int] = {}  # barrier register -> where the threads that wait at it continue
     instructions = []
     for position, (guard, opcode, operands) in enumerate(lines):
         base = opcode.partition(".")[0]
@@ -83,10 +84,10 @@ def _instructions(body: str) -> list[Instruction]:
             successors = {reconvergence[barrier[0]]}
         elif base in ("BRA", "JMP") and target is not None:
             successors = {target}
-            if "," in operands:  # by a predicate among the operands
+            if "," in operands:  # a conditional branch, with a predicate among the operands
                 successors.add(position + 1)
         elif base == "CALL" and target is not None:
-            successors = {target, position + 1}  # also how ptxas leaves a loop for code far away, never to return
+            successors = {target, position + 1}  # ptxas also leaves a loop for distant code so
         elif base in _NEVER_RETURNS:
             successors = set()
         if successors is not None and guard:
@@ -96,20 +97,20 @@ def _instructions(body: str) -> list[Instruction]:
 
 
 def tensor_kind(opcode: str) -> str | None:
-    """The kind of a tensor-core instruction, such as HMMA or UTCHMMA, None for any other instruction."""
+    """The kind of a tensor-core instruction, such as HMMA or UTCHMMA. None for any other instruction."""
     match = _TENSOR.fullmatch(opcode.partition(".")[0])
     return match and match[0]
 
 
 def tensor_work(opcode: str) -> tuple[str, int] | None:
-    """The rate in `Card.tensor_rates` that applies, and the FLOP of one warp; None if the text does not say them."""
+    """The name of the rate in `Card.tensor_rates`, and the FLOP of one warp. None if the text does not say them."""
     kind, _, rest = opcode.partition(".")
     precision = "tf32" if "TF32" in rest else "16" if re.search(r"F16|BF16|F32$", rest) else None
     if precision is None:
         return None
     if kind == "HMMA" and (shape := re.match(r"168(\d+)\.", rest)):
         return f"HMMA {precision}", 16 * 8 * int(shape[1]) * 2
-    if kind == "HGMMA" and (shape := re.match(r"64x(\d+)x(\d+)\.", rest)):  # of four warps together
+    if kind == "HGMMA" and (shape := re.match(r"64x(\d+)x(\d+)\.", rest)):  # one instruction of four warps
         return f"HGMMA {precision}", 64 * int(shape[1]) * int(shape[2]) * 2 // 4
     return None
 
@@ -120,7 +121,7 @@ def is_wide(opcode: str) -> bool:
 
 
 def counts(opcodes) -> Counter:
-    """Instructions by what the report shows of them."""
+    """The number of instructions of each kind that the report shows."""
     result: Counter = Counter()
     for opcode in opcodes:
         base = opcode.partition(".")[0]
@@ -139,7 +140,7 @@ def counts(opcodes) -> Counter:
 
 
 _ACCESSES = {"LDG": "loads", "STG": "stores", "LDGSTS": "async copies"}
-_PACKED = ("FADD2", "FMUL2", "FFMA2")  # two operations each, sm_100
+_PACKED = ("FADD2", "FMUL2", "FFMA2")  # two operations each, on sm_100
 _GROUPS = {
     "LDL": ("spills",),
     "STL": ("spills",),

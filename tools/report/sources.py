@@ -1,8 +1,8 @@
-"""Where compiled kernels come from, and the rows of all of them.
+"""Collects the rows of all compiled kernels from their sources.
 
-A source is a module with `binaries`, a record per launch of a problem on a target; `unit`, what problems share when
-they are compiled; `release` of its `COMPILER`; and `unavailable_reason`. Kernels of another compiler join the report by
-another source.
+A source is a module with these functions: `binaries` gives a record per launch of a problem on a target; `unit` names
+what problems share when they are compiled; `release` is that of its `COMPILER`; `unavailable_reason` says what is
+missing. To add the kernels of another compiler, add a source.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _read_code = functools.cache(read)
 
 
 def rows(problem: Problem, target: str, backend: str) -> list[Row | Failure]:
-    """The kernels of a problem on a target, in the order of their launch; equal ones in one row."""
+    """The kernels of a problem on a target, in the order of their launches. Launches of the same code share a row."""
     found: dict[tuple, Row] = {}
     try:
         for binary in SOURCES[backend].binaries(problem, target):
-            # Problems share code: it is read once, whoever launches it.
+            # Problems share code, so the cache reads each code once, without the fields of the problem.
             row = _read_code(replace(binary, op="", problem="", programs=0))
             same = (binary.kernel, binary.code, binary.threads, binary.shared_memory)
             before = found.get(same)
@@ -42,13 +42,13 @@ def rows(problem: Problem, target: str, backend: str) -> list[Row | Failure]:
                 programs=max(binary.programs, before.programs if before else 0),
                 launches=1 + (before.launches if before else 0),
             )
-    except Exception as error:  # whatever the compiler raises: the other problems are reported all the same
+    except Exception as error:  # a compiler may raise anything; the other problems are still reported
         return [Failure(problem.op, problem.name, backend, target, _root(error))]
     return list(found.values())
 
 
 def _root(error: BaseException) -> str:
-    """The innermost cause on one line: Triton wraps an error once per function that it was compiling."""
+    """The innermost cause on one line. Triton wraps an error once for each function that it was compiling."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -67,10 +67,10 @@ def collect(
     jobs: int,
     progress: Callable[[int, int], None],
 ) -> list[Row | Failure]:
-    """The rows of all problems by all backends on those of `targets` that are theirs, compiled by `jobs` processes.
+    """The rows of all problems by all backends, each on those of `targets` that it has. `jobs` processes compile.
 
-    They come in the order of the three arguments, problems first. `progress` is called with the number of parts done,
-    and of all parts. A part is what shares a `unit`, so that it is compiled once.
+    The rows are sorted by problem, backend and target, in the order of the arguments. `progress` is called with the
+    number of parts that are done, and of all parts. A part is the problems that share a `unit`, which is compiled once.
     """
     parts: dict[tuple, list[tuple[tuple[str, str], str]]] = {}
     for backend, problem, target in itertools.product(backends, problems, targets):
@@ -79,7 +79,7 @@ def collect(
             parts.setdefault((backend, unit), []).append((problem.key, target))
     if not parts:
         return []
-    # The long ones first: a long one at the end would leave the other processes idle.
+    # The long parts first: a long part at the end would leave the other processes idle.
     order = sorted(parts, key=lambda part: -len(parts[part]))
     results: list[Row | Failure] = []
     with ProcessPoolExecutor(min(jobs, len(parts)), mp_context=get_context("spawn")) as pool:

@@ -21,7 +21,6 @@ from .budgets import ACCESSES
 from .cards import CARDS
 from .rows import Failure, Row
 
-BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
 WRITTEN = "<!-- Written by `python -m tools.report --write-tables`. -->"
 NOTE = "Static bounds and compiler output, not measurements: nothing here was run on a GPU."
 
@@ -58,7 +57,7 @@ def bounds(problems: Sequence[Problem], targets: Sequence[str]) -> Table:
 
 
 def _short(value: float) -> str:
-    """Three digits, without an exponent for large ones."""
+    """Three digits, without an exponent for large numbers."""
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
@@ -95,8 +94,8 @@ def _loop(row: Row) -> str:
 
 
 def _matrix(title: str, rows: Sequence[Row], targets: Sequence[str], cell: Callable[[Row], str]) -> Table:
-    """A line per problem, backend and kernel, a column per target. Specialisations of a kernel in one problem are
-    numbered."""
+    """A table with a line per problem, backend and kernel, and a column per target. Specialisations of a kernel in one
+    problem are numbered."""
     lines: dict[tuple[str, str, str, int], dict[str, str]] = {}
     for row in rows:
         number = 1
@@ -115,7 +114,7 @@ def _function(kernel: str) -> str:
 
 
 def details(rows: Sequence[Row]) -> Table:
-    """One line per kernel and target. Registers of AMD GPUs: vector (v) and scalar (s)."""
+    """One line per kernel and target. Registers of AMD GPUs are vector (v) and scalar (s) registers."""
     header = (
         "problem", "backend", "kernel", "target", "programs", "waves", "regs", "spills", "KiB", "blocks", "occupancy",
         "tensor", "128-bit", "shfl", "exp", "bar", "instr", "main loop",
@@ -159,48 +158,30 @@ def to_markdown(table: Table) -> str:
 
 def of_op(
     op: str, problems: Sequence[Problem], targets: Sequence[str], results: Iterable[Row | Failure]
-) -> dict[str, Table]:
-    """The tables of an operator by name; those without a row are left out."""
+) -> list[Table]:
+    """The tables of an op. A table without rows is left out."""
     mine = [row for row in results if isinstance(row, Row) and row.op == op]
-    kinds = {"bounds": bounds([problem for problem in problems if problem.op == op], targets)}
-    kinds |= {make.__name__: make(mine, targets) for make in (resources, accesses, loops)}
-    return {name: table for name, table in kinds.items() if table.rows}
+    tables = [bounds([problem for problem in problems if problem.op == op], targets)]
+    tables += [make(mine, targets) for make in (resources, accesses, loops)]
+    return [table for table in tables if table.rows]
 
 
-def markdown(problems: Sequence[Problem], targets: Sequence[str], results: Sequence[Row | Failure]) -> str:
-    """The generated part of the page."""
-    parts = [f"*{NOTE}*\n", to_markdown(cards(targets))]
-    for op in dict.fromkeys(problem.op for problem in problems):
-        parts += [f"### {op}\n", *map(to_markdown, of_op(op, problems, targets, results).values())]
-    return "\n".join(parts)
+def files(problems: Sequence[Problem], targets: Sequence[str], results: Sequence[Row | Failure]) -> dict[str, str]:
+    """The Markdown files of the report by name: `cards.md`, and `<op>.md` with all tables of an op."""
+    found = {"cards": [cards(targets)]}
+    found |= {op: of_op(op, problems, targets, results) for op in dict.fromkeys(problem.op for problem in problems)}
+    return {f"{name}.md": _file(name, tables) for name, tables in found.items()}
 
 
-def pages(problems: Sequence[Problem], targets: Sequence[str], results: Sequence[Row | Failure]) -> dict[str, str]:
-    """A Markdown file for each table by its name, `cards.md` and `<op>-<table>.md`."""
-    found = {"cards": cards(targets)}
-    for op in dict.fromkeys(problem.op for problem in problems):
-        found |= {f"{op}-{name}": table for name, table in of_op(op, problems, targets, results).items()}
-    return {f"{name}.md": f"{WRITTEN}\n\n*{NOTE}*\n\n{to_markdown(table)}" for name, table in found.items()}
+def _file(title: str, tables: Sequence[Table]) -> str:
+    return "\n".join([f"{WRITTEN}\n\n# {title}\n\n*{NOTE}*\n", *map(to_markdown, tables)])
 
 
 def write(folder: Path, texts: Mapping[str, str]) -> None:
-    """Writes these files, and removes from the folder those that an earlier report wrote beside them."""
+    """Writes these files to the folder, and removes the other files there that an earlier report wrote."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.md"):
         if path.name not in texts and path.read_text(encoding="utf-8").startswith(WRITTEN):
             path.unlink()
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-def rewrite(path: Path, generated: str) -> None:
-    """Replaces what stands between the two marker comments of a page.
-
-    ValueError if the page does not have them, once each and in order.
-    """
-    text = path.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in rest or END in before + after:
-        raise ValueError(f"{path}: expected the comments {BEGIN} and {END} once each, in this order")
-    path.write_text(f"{before}{BEGIN}\n\n{generated}\n{END}{after}", encoding="utf-8")

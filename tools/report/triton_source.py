@@ -1,4 +1,5 @@
-"""The Triton kernels: recorded at a user's call, and compiled by Triton, which brings every compiler it needs."""
+"""The Triton kernels. Their launches are recorded in a user's call and compiled by Triton, which contains all
+compilers."""
 
 from __future__ import annotations
 
@@ -29,12 +30,12 @@ def release() -> str:
 
 
 def unit(problem: Problem, target: str) -> tuple[str, str]:
-    """What problems have in common on a target: a raw operator shares its specialisations."""
+    """The raw op and the target: problems of one raw op share its specialisations."""
     return problem.raw, target
 
 
 def record(problem: Problem, target: str) -> list[Launch]:
-    """The launches of a user's call on a target; nothing is run."""
+    """The launches of a user's call on a target. Nothing is run."""
     launches: list[Launch] = []
     with assume(TARGETS[target]), executor(launches.append):
         problem.launch("var_kernels_triton")
@@ -42,7 +43,7 @@ def record(problem: Problem, target: str) -> list[Launch]:
 
 
 def binaries(problem: Problem, target: str) -> Iterator[Binary]:
-    """One record per launch; the code of equal specialisations is the same object."""
+    """One record per launch. Equal specialisations have the same code object."""
     from var_kernels.triton.offline import compile_for
 
     for launch in record(problem, target):

@@ -1,19 +1,20 @@
-"""Modulated LayerNorm, y = (x - mean)·rstd·(1 + scale) + shift, with the gated residual sum in front of it if wanted.
+"""Modulated LayerNorm, y = (x - mean)·rstd·(1 + scale) + shift. The gated form adds a gated residual sum before it.
 
-The limit is memory. With N = B·L·C elements, forward has to move 2 N (x in, y out) and 4 N in the gated form, backward
-3 N (dy, x in, dx out) and 6 N. These kernels move that and nothing else that grows with N: a row is read once and stays
-in registers between the passes over it, so the plain two-pass variance (mean first, then the squares of the centred
-values) costs no traffic, and is safe where E[x²] - E[x]² cancels.
+Memory bandwidth is the limit. With N = B·L·C elements, forward has to move 2 N (x in, y out), and 4 N in the gated
+form; backward has to move 3 N (dy, x in, dx out), and 6 N in the gated form. These kernels move that, and nothing else
+that grows with N: a row is read once and stays in registers between the passes over it. So the plain two-pass variance
+(the mean first, then the squares of the centred values) costs no traffic, and it is accurate where E[x²] - E[x]² would
+cancel.
 
 Backward, with h = (x - mean)·rstd, g = dy·(1 + scale) and means over the row:
   dx = rstd·(g - mean(g) - h·mean(g·h)) [+ dresidual],   dscale = Σ dy·h,   dshift = Σ dy,
 and in the gated form dbranch = dx·gate, dgate = Σ dx·branch.
 
-The sums run over tokens, across the rows that programs work on. Such a backward is slow if each multiprocessor has only
-one program, which leaves too few bytes in flight, or if sums are kept for few rows each, so that the partial sums are a
-stream of their own. Here a program keeps its sums in registers over a contiguous range of rows and writes them once, in
-fp32: P programs cost 8·P·C bytes there and back for each sum, and P is what fills the GPU, whatever N is. One short
-kernel adds the P rows in a fixed order.
+The sums run over tokens, that is across the rows that programs work on. Such a backward can be slow for two reasons. If
+each multiprocessor has only one program, too few bytes are in flight. If each partial sum covers few rows, the partial
+sums themselves are much traffic. Here a program keeps its sums in registers over a contiguous range of rows and writes
+them once, in fp32. With P programs, writing and reading them moves 8·P·C bytes for each sum, and P is as many as fill
+the GPU, for every N. One short kernel adds the P rows in a fixed order.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _range(rows, rows_per_program, programs):
 
 @triton.jit
 def _tile_of_rows(group, start, rows, length, BY_SAMPLE: tl.constexpr, ROWS: tl.constexpr):
-    """(ROWS, 1) each: the row in its group, and of the output; its sample and token."""
+    """The row's index in its group and in the output, and its sample and token; (ROWS, 1) each."""
     row = (start + tl.arange(0, ROWS))[:, None]
     sample = group if BY_SAMPLE else row // length
     token = row if BY_SAMPLE else row % length
@@ -90,7 +91,7 @@ def adaln_forward(
                 gates = load(rows_at(gate, sample, token, gate_b, gate_l), present, C, CHUNK, TAIL)
             sums = ()
             for i in tl.static_range(PIECES):
-                # The norm is that of the rounded residual.
+                # The LayerNorm is taken of the rounded residual.
                 total = (values[i] + gates[i] * branches[i]).to(residual.dtype.element_ty)
                 sums = sums + (total.to(tl.float32),)
             values = sums
@@ -130,7 +131,7 @@ def _add(sums, tiles, C: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def _store_sums(base, sums, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """Adds up what the warps of a program have summed over their rows; one row of partial sums."""
+    """Adds up the sums of the warps of a program and stores them as one row of partial sums."""
     row = base + tl.program_id(0).to(tl.int64) * C
     for i in tl.static_range((C + CHUNK - 1) // CHUNK):
         pointers = row + columns(i, C, CHUNK, TAIL)
@@ -145,7 +146,7 @@ def adaln_backward(
     BY_SAMPLE: tl.constexpr, GATE_PER_TOKEN: tl.constexpr, SCALE_PER_TOKEN: tl.constexpr, SHIFT_PER_TOKEN: tl.constexpr,
     C: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    # dgate, dscale and dshift are gradients, (tokens, C), where PER_TOKEN, else partial sums, (programs of all, C).
+    # If PER_TOKEN, dgate, dscale and dshift are gradients, (tokens, C); else partial sums, (programs of all groups, C).
     PIECES: tl.constexpr = (C + CHUNK - 1) // CHUNK
     group, begin, end = _range(rows, rows_per_program, programs)
     first = tl.zeros((ROWS, 1), tl.int32)  # as many rows as the tiles have, so that they share a layout
@@ -167,7 +168,7 @@ def adaln_backward(
         else:
             row_mean = tl.load(mean + row, mask=present, other=0.0)
             row_rstd = tl.load(rstd + row, mask=present, other=0.0)
-        if branch is not None:  # asked for before the sums below are waited for
+        if branch is not None:  # loaded early: the sums below have to be waited for
             upstream = load(rows_at(dresidual, sample, token, dresidual_b, dresidual_l), present, C, CHUNK, TAIL)
             branches = load(rows_at(branch, sample, token, branch_b, branch_l), present, C, CHUNK, TAIL)
             if GATE_PER_TOKEN:
@@ -175,7 +176,7 @@ def adaln_backward(
         if SCALE_PER_TOKEN:
             factors = load_factors(rows_at(scale, sample, token, scale_b, scale_l), present, C, CHUNK, TAIL)
 
-        # dy is added to the sums before those of the row are waited for, and needs no registers afterwards.
+        # dy is added to the sums before the sums of the row are waited for, so that it needs no registers afterwards.
         normalised, gradients, dscale_terms = (), (), ()
         for i in tl.static_range(PIECES):
             h = (values[i] - row_mean) * row_rstd
@@ -244,9 +245,9 @@ def sum_partials(
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
-# fp32 values that a program keeps for each channel of its rows: x, scale, shift and in the gated form gate; in backward
-# h, g, scale and two sums, and in the gated form gate, dresidual, branch and another sum.
-_MAX_CHANNELS = 16384  # the most for which the backward of the gated form has a configuration
+# How many fp32 values a program keeps for each channel of its rows. Forward: x, scale and shift, in the gated form also
+# gate. Backward: h, g, scale and two sums, in the gated form also gate, dresidual, branch and another sum.
+_MAX_CHANNELS = 16384  # the backward of the gated form has no configuration for more
 _FORWARD_VALUES, _GATED_FORWARD_VALUES = 3, 4
 _BACKWARD_VALUES, _GATED_BACKWARD_VALUES = 5, 9
 
@@ -255,8 +256,8 @@ _BACKWARD_VALUES, _GATED_BACKWARD_VALUES = 5, 9
 def _programs(groups: int, tiles: int, resident: int) -> int:
     """How many programs share the `tiles` of one group, if the GPU holds `resident` programs at a time.
 
-    The time is that of all waves of programs; one tile stands for what a program costs beside its own tiles. It depends
-    on the shape and the GPU only, so the sums do as well.
+    The estimated time is that of all waves of programs, and a program costs one tile more than it has. The number
+    depends on the shape and the GPU only, so the sums depend on nothing else either.
     """
 
     def time(programs: int) -> int:
@@ -271,7 +272,7 @@ def _partition(x: torch.Tensor, by_sample: bool, config: configs.Config, target:
     batch, length, _ = x.shape
     groups, rows = (batch, length) if by_sample else (1, batch * length)
     tiles = triton.cdiv(rows, config.tiles["ROWS"])
-    # A multiprocessor has 65536 registers, one of AMD twice as many for warps twice as wide.
+    # A multiprocessor of NVIDIA has 65536 registers; one of AMD has twice as many, for warps that are twice as wide.
     resident_warps = 65536 // 32 // config.options.get("maxnreg", 128)
     resident = target.multiprocessors * max(1, resident_warps // config.num_warps)
     tiles_per_program = triton.cdiv(tiles, _programs(groups, tiles, resident))
@@ -287,7 +288,7 @@ def _partition(x: torch.Tensor, by_sample: bool, config: configs.Config, target:
 def _row_view(tensor: torch.Tensor, swap: bool) -> torch.Tensor:
     """(B, L, C) with a dense last dimension.
 
-    `swap` makes of B samples of one token one sample of B tokens, so that a program has more than one row to work on.
+    `swap` turns B samples of one token into one sample of B tokens, so that a program has more than one row to work on.
     """
     dense = tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
     return dense.transpose(0, 1) if swap else dense
@@ -307,7 +308,7 @@ def _per_token(modulation: torch.Tensor | None, x: torch.Tensor) -> bool:
 
 
 def _by_sample(x: torch.Tensor, *modulation: torch.Tensor | None) -> bool:
-    """Whether a program has to stay inside one sample, because modulation of a sample is loaded and summed once."""
+    """Whether a program has to stay inside one sample, because it loads and sums the modulation once per sample."""
     shapes = [tensor.shape for tensor in modulation if tensor is not None]
     return x.shape[0] == 1 or any(shape[0] != 1 and shape[1] == 1 for shape in shapes)
 
@@ -355,7 +356,8 @@ def gated_residual_adaln(x, branch, gate, scale, shift, eps):
 
 
 def _backward(dresidual, dy, x, branch, gate, scale, mean, rstd, dx, dbranch, gradients: dict[str, torch.Tensor]):
-    """Fills dx, dbranch, and the gradients of modulation, which are given by the name of the kernel's argument."""
+    """Fills dx, dbranch and the gradients of modulation. `gradients` has the latter by the name of the kernel's
+    argument."""
     if x.numel() == 0:
         for gradient in gradients.values():
             gradient.zero_()
@@ -390,7 +392,7 @@ def _backward(dresidual, dy, x, branch, gate, scale, mean, rstd, dx, dbranch, gr
 
 
 def _sum_partials(partials: torch.Tensor, outputs: list[torch.Tensor], target: Target) -> None:
-    """(outputs, programs, C) to each of the outputs, (B, 1, C) or (1, 1, C)."""
+    """Adds partials (outputs, programs, C) up to the outputs, each (B, 1, C) or (1, 1, C)."""
     count, programs, channels = partials.shape
     config = configs.choose("adaln_layer_norm.sum_partials", target, channels, partials.itemsize)
     padded = outputs + outputs[:1] * (3 - count)
@@ -416,7 +418,7 @@ def adaln_layer_norm_backward(dy, x, scale, mean, rstd, shift_per_sample, shift_
 def gated_residual_adaln_backward(
     dresidual, dy, residual, branch, gate, scale, mean, rstd, shift_per_sample, shift_per_token
 ):
-    # The zeros of an absent gradient are one row that every token reads.
+    # An absent gradient is zero: one row of zeros, which every token reads.
     zeros = residual.new_zeros((1, 1, residual.shape[2])).expand(residual.shape)
     dresidual = zeros if dresidual is None else dresidual
     dy = zeros if dy is None else dy

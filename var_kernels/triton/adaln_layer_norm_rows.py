@@ -1,9 +1,10 @@
 """Rows of adaln_layer_norm in registers: a row of C channels is a tuple of tiles.
 
-There are C // CHUNK tiles of CHUNK channels, then one of TAIL, the least power of two that holds the C % CHUNK others
-(0 if there are none). One tile of the next power of two would be simpler, but 44 % of its work would be padding at
-C = 1152 and 2304; of these tiles only the tail may be padded. A tile has ROWS rows; where ROWS·CHUNK elements are a
-16-byte vector for each thread of the program, every row has as many threads as the others, next to each other.
+There are C // CHUNK tiles of CHUNK channels, then one of TAIL channels. TAIL is the smallest power of two that holds
+the remaining C % CHUNK channels (0 if there are none). One tile of the next power of two would be simpler, but 44 %
+of its work would be padding at C = 1152 and 2304; here only the tail can be padded. A tile has ROWS rows. If ROWS·CHUNK
+elements are one 16-byte vector for each thread of the program, every row has the same number of threads, next to each
+other.
 """
 
 import triton
@@ -19,7 +20,7 @@ def columns(i: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.cons
 
 @triton.jit
 def exists(present, i: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """Which elements of tile i are there; None for all. `present`, (ROWS, 1) or None, says it of the rows."""
+    """Which elements of tile i exist, None if all do. `present`, (ROWS, 1) or None, says which rows exist."""
     if i < C // CHUNK or C % CHUNK == TAIL:
         mask = present
     elif present is None:
@@ -31,7 +32,7 @@ def exists(present, i: tl.constexpr, C: tl.constexpr, CHUNK: tl.constexpr, TAIL:
 
 @triton.jit
 def load(rows, present, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """The rows that start at the pointers `rows`, (ROWS, 1), as fp32; zeros where nothing exists."""
+    """The rows that start at the pointers `rows`, (ROWS, 1), as fp32; elements that do not exist are zero."""
     tiles = ()
     for i in tl.static_range((C + CHUNK - 1) // CHUNK):
         pointers = rows + columns(i, C, CHUNK, TAIL)
@@ -65,8 +66,8 @@ def store(rows, tiles, present, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.c
 def _sum(tile):
     """The sum of each row, (ROWS, 1), or a scalar if there is only one."""
     if tile.shape[0] == 1:
-        # A scalar has no layout. Sums of tiles of two widths would each have that of their tile, and to add them the
-        # compiler would carry the wider tile through shared memory to the layout of the other.
+        # A scalar has no layout. Sums of tiles of two widths would each have the layout of their tile, and to add them
+        # the compiler would move the wider tile through shared memory to the layout of the other one.
         total = tl.sum(tl.sum(tile, axis=1), axis=0)
     else:
         total = tl.sum(tile, axis=1, keep_dims=True)
@@ -75,7 +76,7 @@ def _sum(tile):
 
 @triton.jit
 def _row_sum(total, rest, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """Tiles are added up first: then warps exchange sums once, and once more for a tail of another width."""
+    """Adds the tiles up first, so that warps exchange sums only once, and once more for a tail of another width."""
     result = _sum(total)
     if C > CHUNK and C % CHUNK != 0 and CHUNK != TAIL:
         result += _sum(rest)
@@ -84,7 +85,7 @@ def _row_sum(total, rest, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constex
 
 @triton.jit
 def mean_of_row(tiles, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
-    """The mean of each row, of the shape that `_sum` says, of tiles that are no products."""
+    """The mean of each row, in the shape that `_sum` gives. The tiles must not be products (see `mean_of_products`)."""
     PIECES: tl.constexpr = (C + CHUNK - 1) // CHUNK
     total = tiles[0]
     for i in tl.static_range(1, PIECES):
@@ -96,9 +97,9 @@ def mean_of_row(tiles, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr)
 @triton.jit
 def mean_of_products(a, b, C: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr):
     """The mean of each row of a·b."""
-    # Each fma is said, because of threads with only one element: the compiler would contract its product with the first
-    # addition between lanes. Each lane would add its exact product to the rounded one of the other, and lanes of a row
-    # would go on with different sums.
+    # Each fma is written out, because of threads with only one element: the compiler would contract the product of such
+    # a thread with the first addition between lanes. Each lane would then add its own exact product to the rounded
+    # product of the other lane, and the lanes of a row would have different sums.
     PIECES: tl.constexpr = (C + CHUNK - 1) // CHUNK
     total = tl.fma(a[0], b[0], tl.zeros_like(a[0]))
     rest = total

@@ -1,27 +1,29 @@
 """Block-causal attention in Triton: FlashAttention over the tiles of a staircase.
 
-With c = softmax_scale * log2(e) and all sums in float32, a tile of query rows walks over the blocks of keys that it
-sees and keeps, per row, the maximum m of the scaled scores so far, the sum l of the exponentials, and the sum of
-values; what was summed under an older maximum is rescaled::
+Let c = softmax_scale * log2(e). All sums are in float32. For each tile of query rows, a program walks over the blocks
+of keys that the tile sees. For each row it keeps the maximum m of the scaled scores so far, the sum l of the
+exponentials, and the sum of the weighted values. When the maximum grows, the older sums are rescaled::
 
     s = c * q k^T              m' = max(m, rowmax(s))          p = exp2(s - m')
     l = l * exp2(m - m') + rowsum(p)                           acc = acc * exp2(m - m') + p v
     out = acc / l              lse = ln(2) * (m + log2(l))
 
-The backward recomputes p = exp(score - lse). With delta = rowsum(dout * out) - dlse, which is where a gradient of lse
-enters, ds = p * (dout v^T - delta) and
+The backward recomputes p = exp(score - lse). With delta = rowsum(dout * out) - dlse, where dlse is the gradient of lse,
+ds = p * (dout v^T - delta) and
 
     dq = softmax_scale * ds k      dk = softmax_scale * ds^T q      dv = p^T dout
 
-It is two kernels without atomics, so that its sums have one order: dq over tiles of rows, which also leaves delta for
-the second; dk and dv over tiles of keys, through all heads that share them.
+The backward has two kernels, without atomics, so that its sums have one order. The first computes dq over tiles of
+rows, and stores delta for the second. The second computes dk and dv over tiles of keys, through all heads that share
+the keys.
 
-Three questions are kept apart. Which tiles exist: the tables of `tiles`, read at run time, so that no schedule is
-compiled into a kernel. Which elements of a tile are visible: `_visible`, asked only in the last blocks of a tile. The
-softmax: `_softmax_step`. Blocks that are visible as a whole come in a loop of their own, without predicates.
+Three questions have separate answers. The tables of `tiles` say which tiles exist; kernels read them at run time, so no
+schedule is compiled into a kernel. `_visible` says which elements of a tile are visible; it is used only in the last
+blocks of a tile. `_softmax_step` is the softmax. Blocks that are visible as a whole are handled by a loop of their own,
+without predicates.
 
-NaN and infinite elements reach the rows that see them. Where small scales share a tile they may also reach rows of an
-earlier one of these, since 0 * NaN is NaN, as in PyTorch's attention with a mask.
+NaN and infinite elements reach the rows that see them. If small scales share a tile, such elements may also reach rows
+of an earlier one of these scales, because 0 * NaN is NaN, as in PyTorch's attention with a mask.
 """
 
 from __future__ import annotations
@@ -40,11 +42,11 @@ from .targets import target_of
 from .tiles import device_table, key_tiles, query_tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOG2_E_REST = tl.constexpr(1.925963033500681e-08)  # log2(e) less its value in float32
+LOG2_E_REST = tl.constexpr(1.925963033500681e-08)  # log2(e) minus its value in float32
 LN_2 = tl.constexpr(0.6931471805599453)
 
-# Sizes and strides differ between schedules and batches: compiled for all of them alike. What the strides have in
-# common is the constexpr STRIDE_UNIT: they arrive divided by it, which tells the compiler how wide an access may be.
+# Sizes and strides differ between schedules and batches, so kernels are not specialised on them. The constexpr
+# STRIDE_UNIT divides all strides, and they are passed divided by it: this tells the compiler how wide an access may be.
 _RUNTIME = [
     *(f"{x}_{dim}" for x in ("q", "k", "v", "out", "dout", "dq", "dk", "dv") for dim in ("batch", "head", "row")),
     "heads", "group", "q_offset", "queries", "tiles", "pairs", "section",
@@ -58,8 +60,9 @@ _RUNTIME = [
 def _program(tiles, pairs, section):
     """The table row of this program and its pair of batch and head.
 
-    The tables begin with the tiles of most work, so all heads start with those. A section is as many pairs as share
-    the L2 cache: one section after another, or each of a thousand heads would read its keys from memory at every tile.
+    The tables begin with the tiles that have the most work, so all heads start with those. A section is the pairs that
+    share the L2 cache, and sections come one after another. Otherwise each of a thousand heads would read its keys from
+    memory, not from the L2 cache, at every tile.
     """
     program = tl.program_id(0)
     first = program // (tiles * section) * section
@@ -88,7 +91,8 @@ def _offsets(row_stride, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STRIDE_UNIT:
 @triton.jit
 def _load(head, first, count, row_stride, WHOLE: tl.constexpr,
           ROWS: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr, STRIDE_UNIT: tl.constexpr):  # fmt: skip
-    """(ROWS, BLOCK_D): rows `first` ... of a head, zeros from row `count` of these on unless WHOLE, and beyond DIM."""
+    """Loads (ROWS, BLOCK_D), the rows of a head from `first` on. Columns from DIM on are zero, and so are rows from
+    `count` on unless WHOLE."""
     start = head + first * row_stride.to(tl.int64) * STRIDE_UNIT
     pointers = start + _offsets(row_stride, ROWS, BLOCK_D, STRIDE_UNIT)
     row_inside = tl.arange(0, ROWS)[:, None] < count
@@ -119,16 +123,17 @@ def _store(head, first, count, row_stride, values,
 
 @triton.jit
 def _visible(ends, keys):
-    """`ends`: how many keys each row sees, 0 for rows that do not exist."""
+    """Which keys each row sees. `ends`: the number of keys that each row sees, 0 for rows that do not exist."""
     return keys < ends
 
 
 @triton.jit
 def _softmax_step(scores, scale_log2, peak, total):
-    """p of a block, the new maximum and sum of each row, and the factor by which what was summed before is rescaled."""
+    """p of a block, the new maximum and sum of each row, and the factor that rescales the earlier sums."""
     new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
-    # Against a maximum of -inf (nothing but -inf yet) or inf every difference would be NaN, where exp2(-inf) = 0 and
-    # exp2(inf) = inf are meant: 0 gives these, and with them PyTorch's results, out = 0/0 and lse = -inf or inf.
+    # If the maximum is -inf (all scores so far are -inf) or inf, a difference inf - inf would be NaN, but exp2(-inf) =
+    # 0 and exp2(inf) = inf are wanted. Subtracting 0 gives these, and with them PyTorch's results, out = 0/0 and lse =
+    # -inf or inf.
     shift = tl.where(tl.abs(new_peak) == float("inf"), 0.0, new_peak)
     p = tl.exp2(scores * scale_log2 - shift[:, None])
     factor = tl.exp2(peak - shift)
@@ -137,8 +142,8 @@ def _softmax_step(scores, scale_log2, peak, total):
 
 @triton.jit
 def _exponent(scores, scale_log2, lse, input_type: tl.constexpr):
-    """log2(p) = scale_log2 * scores - log2(e) * lse. In fp32 the last product is a sum of two numbers: rounded to one
-    it would change p by 5e-6 where logits are 100. An infinite lse has no second part."""
+    """log2(p) = scale_log2 * scores - log2(e) * lse. In fp32 the last product is kept as a sum of two numbers: rounded
+    to one number, it would change p by 5e-6 where logits are 100. An infinite lse has no second part."""
     high = lse * LOG2_E
     exponent = scores * scale_log2 - high
     if input_type == tl.float32:
@@ -154,7 +159,7 @@ def _exponent(scores, scale_log2, lse, input_type: tl.constexpr):
 def _attend(acc, peak, total, q, k_head, v_head, ends, first, last, k_row, v_row, scale_log2, WHOLE: tl.constexpr,
             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DIM: tl.constexpr, STRIDE_UNIT: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
-    """A tile's rows over the keys from `first` to `last`, whole blocks that all rows see if WHOLE."""
+    """Adds the keys from `first` to `last` to a tile's rows. WHOLE: they are whole blocks that all rows see."""
     for start in range(first, last, BLOCK_N):
         k = _load(k_head, start, last - start, k_row, WHOLE, BLOCK_N, BLOCK_D, DIM, STRIDE_UNIT)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -272,7 +277,7 @@ def backward_keys(q, k, v, dout, lse, delta, dk, dv, table, token_ends, softmax_
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """dk and dv of one tile of keys; `pairs` are pairs of batch and key head, `heads` the number of key heads.
 
-    Blocks are transposed, (keys, rows): p^T and ds^T are what is multiplied by dout and q.
+    Blocks are transposed, (keys, rows), because p^T and ds^T are multiplied by dout and q.
     """
     tile, pair = _program(tiles, pairs, section)
     first, count, common, limit = _table_row(table, tile)
@@ -288,8 +293,8 @@ def backward_keys(q, k, v, dout, lse, delta, dk, dv, table, token_ends, softmax_
     q_base = _head(q, batch, kv_head * group, q_batch, q_head, STRIDE_UNIT)
     dout_base = _head(dout, batch, kv_head * group, dout_batch, dout_head, STRIDE_UNIT)
     statistics = pair.to(tl.int64) * group * queries
-    # One loop over the rows of all heads of the group, with the question of visibility as a branch: a loop in a loop,
-    # or one loop for each answer, keeps more addresses in registers than dk and dv leave.
+    # One loop goes over the rows of all heads of the group, and a branch decides whether to mask. Nested loops, or a
+    # loop with and one without a mask, would keep more addresses in registers than dk and dv leave free.
     blocks = tl.cdiv(queries - limit, BLOCK_M)
     for block in range(0, group * blocks):
         member = block // blocks
@@ -321,22 +326,23 @@ def backward_keys(q, k, v, dout, lse, delta, dk, dv, table, token_ends, softmax_
 
 # ---- launch
 
-# Keys and values of a section, or queries and dout: less than half of the L2 cache of an A100, H100 or B200.
+# The keys and values of a section, or its queries and dout, take less than half of the L2 cache of an A100, H100 or
+# B200.
 _SECTION_BYTES = 16 << 20
 
-# Offsets inside a tile, of at most 256 rows, are 32-bit numbers: 64 bits cost up to 40 registers of a thread.
+# Offsets inside a tile, which has at most 256 rows, are 32-bit numbers: 64 bits cost up to 40 registers per thread.
 _FAR = (1 << 31) // 256
 
 
 def _needs_copies(*tensors: torch.Tensor) -> bool:
-    """Rows further apart than the kernels' offsets reach, or a result (empty_like) whose last dimension is not dense:
-    torch lays it out so where the input overlaps itself."""
+    """Whether rows are further apart than the kernels' offsets reach, or a result of empty_like would not be dense in
+    its last dimension, which happens where the input overlaps itself."""
     return any([(x.stride(2) >= _FAR and x.shape[2] > 1) or (x.stride(3) != 1 and x.shape[3] > 1) for x in tensors])
 
 
 def _padding(q: torch.Tensor) -> int:
-    """Columns to be added to wide heads whose rows are not whole 16-byte vectors (126 is in use): their predicates and
-    narrow accesses cost more than copies, and registers that the kernels do not have."""
+    """The number of columns to add to wide heads whose rows are not whole 16-byte vectors (a head dimension of 126 is
+    in use). Without them, predicates and narrow accesses would cost more than the copies, and too many registers."""
     return -q.shape[3] % (16 // q.element_size()) if q.shape[3] > 64 else 0
 
 
@@ -358,7 +364,7 @@ def _strides(**tensors: torch.Tensor) -> dict[str, int]:
 
 
 def _check(q, k, v, scale_lens, q_offset, **like_q) -> None:
-    """A raw operator is told sizes in several ways; a kernel would read out of bounds if they disagreed."""
+    """Raises if the arguments of a raw op disagree about a size, because a kernel would then read out of bounds."""
     batch, heads, queries, dim = q.shape
     check_shape("k", k, (batch, k.shape[1], k.shape[2], dim))
     check_shape("v", v, k.shape)
@@ -375,12 +381,12 @@ def _check(q, k, v, scale_lens, q_offset, **like_q) -> None:
 
 
 def _start(kernel, q, k, scale_lens, q_offset, allow_tf32, tensors, others: dict[str, object]) -> None:
-    """Start `kernel` over the tiles of its side; `tensors` (B, H, L, D), and `others` that only this kernel takes."""
+    """Starts `kernel` over the tiles of rows or keys. `tensors` are (B, H, L, D); `others` are for this kernel only."""
     (batch, heads, queries, dim), (kv_heads, keys) = q.shape, k.shape[1:3]
     target = target_of(q.device)
     block_d = max(16, triton.next_power_of_2(dim))
     strides, itemsize = _strides(**tensors), q.element_size()
-    # Accesses of less than 16 bytes take more registers, for their addresses: the tiles of twice the columns.
+    # Accesses of less than 16 bytes take more registers for addresses, so such rows get the tiles of twice the columns.
     size = block_d if strides["STRIDE_UNIT"] * itemsize == 16 else min(2 * block_d, 256)
     config = configs.choose(f"block_causal_attention.{kernel.fn.__name__}", target, size, itemsize)
     rows, columns = config.tiles["BLOCK_M"], config.tiles["BLOCK_N"]
@@ -414,9 +420,9 @@ def block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset, allow_t
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    if softmax_scale < 0:  # the maximum of the scaled scores would be their minimum
+    if softmax_scale < 0:  # otherwise the maximum of the scores would be the minimum of the scaled ones
         q, softmax_scale = -q, -softmax_scale
-    # Not zero: the -inf of an invisible score times zero would be NaN.
+    # Never zero, because an invisible score is -inf, and -inf times zero would be NaN.
     scale_log2 = max(softmax_scale * LOG2_E.value, 1e-30)
     tensors = {"q": q, "k": k, "v": v, "out": out}
     _start(forward, q, k, scale_lens, q_offset, allow_tf32, tensors, {"lse": lse, "scale_log2": scale_log2})

@@ -1,11 +1,12 @@
-"""Tile sizes, warps and pipeline stages of every kernel: one table, read from the top.
+"""Tile sizes, warps and pipeline stages of every kernel, in one table that is read from the top.
 
-A row serves a launch if the problem's size and element size are at most those of the row, and the GPU has the row's
-API, at least its shared memory per block and at least its architecture. The first such row counts, so rows for roomy
-GPUs stand above those for any GPU. No value here was measured yet: each is what the compiler's report bears out (few or
-no spills, fits the card, keeps the tensor cores busy by its static bound).
+A row serves a launch if the problem's size and element size are at most those of the row, and if the GPU has the row's
+API, at least its shared memory per block and at least its architecture. The first such row is taken, so rows for GPUs
+with more shared memory come before those for any GPU. No value here was measured yet. The values follow from the report
+on compiled code: few or no spills, fits on the card, keeps the tensor cores busy by its static bound.
 
-Before the table come what `override` says in a program, and what :mod:`.tune` has measured on this kind of GPU.
+Two sources take precedence over the table: `override` in a program, then what :mod:`.tune` measured on this kind of
+GPU.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ class Config:
 
 @dataclass(frozen=True)
 class Row:
-    """`config` for problems up to `size` (a kernel says what that is) of elements up to `itemsize` bytes."""
+    """`config` serves problems up to `size`, with elements up to `itemsize` bytes. The meaning of size depends on the
+    kernel and is stated beside its rows."""
 
     config: Config
     size: int = 1 << 30
     itemsize: int = 4
     api: str | None = None
     shared_memory: int = 0  # bytes per block that the GPU must have
-    arch: int = 0  # for the cuda API
+    arch: int = 0  # the least architecture, for the cuda API
 
     def serves(self, target: Target, size: int, itemsize: int) -> bool:
         return (
@@ -56,9 +58,9 @@ class Row:
 
 TABLE: dict[str, tuple[Row, ...]] = {}
 
-# nearest_code: size is the number of rows (prepare: channels). Exact fp32 products run on the fp32 units, and a thread
-# must make many of them per value that it reads from shared memory: 8×8 of them where there are many rows. Few rows are
-# a small tile instead, since lanes without a row work for nothing.
+# nearest_code: size is the number of rows (prepare: channels). fp32 products run on the fp32 units, and a thread must
+# compute many of them per value that it reads from shared memory: a tile of 8×8 per thread if there are many rows. Few
+# rows get a small tile, because lanes without a row would do useless work.
 TABLE |= {
     "nearest_code.prepare": (Row(Config({"BLOCK_V": 64, "BLOCK_C": 32}, num_warps=4)),),
     "nearest_code.search": (
@@ -74,7 +76,7 @@ TABLE |= {
 }
 
 # multi_scale_quantize: size is the number of rows (search, pool) or of pixels of all maps (the others). An image's map
-# is small, so a few images want small tiles to reach all multiprocessors.
+# is small, so a few images need small tiles to reach all multiprocessors.
 TABLE |= {
     "multi_scale_quantize.search": (
         Row(Config({"BLOCK_N": 16, "BLOCK_V": 64, "BLOCK_C": 32, "BLOCK_Q": 8}, num_warps=4, num_stages=3), size=32),
@@ -93,8 +95,8 @@ TABLE |= {
     ),
 }
 
-# Its backward: all scales of all images at once, so that programs are many. size is the number of pixels of all maps
-# (phi_gradients: of one scale; downsample: tokens of the largest scale times maps; reduce_phi: partial sums).
+# The backward takes all scales of all images at once, so there are many programs. size is the number of pixels of all
+# maps (phi_gradients: of one scale; downsample: tokens of the largest scale times maps; reduce_phi: partial sums).
 TABLE |= {
     "multi_scale_quantize_backward.upsample": (Row(Config({"BLOCK_P": 32, "BLOCK_C": 32}, num_warps=4)),),
     "multi_scale_quantize_backward.convolve": (
@@ -112,12 +114,12 @@ TABLE |= {
     "multi_scale_quantize_backward.sum_tokens": (Row(Config({"BLOCK_T": 16, "BLOCK_C": 32}, num_warps=1)),),
 }
 
-# adaln_layer_norm: size is the fp32 values of a row that a program keeps in registers (sum_partials: channels). A row
-# has the least power of two of threads that leaves each of them 96 values, and CHUNK is 16 bytes for each of them. A
-# program is one row at a time, or one warp of rows: then warps wait for none but those of their row. The compiler is
-# held to the number of registers that suffices, since the number of programs counts on so many of them being resident.
-# The last row is for widths beyond the model family, up to 16384 channels: what does not fit registers lies in local
-# memory.
+# adaln_layer_norm: size is the number of fp32 values of a row that a program keeps in registers (sum_partials:
+# channels). A row has the smallest power of two of threads with at most 96 values each, and CHUNK is 16 bytes for each
+# thread. A program works on one row at a time, or on one warp of rows; so a warp waits only for the warps of its own
+# row. `registers` limits the compiler to the number that suffices, because the number of programs assumes that so many
+# programs are resident. The last row is for widths beyond the model family, up to 16384 channels: values that do not
+# fit in registers are in local memory.
 _ADALN_ROWS = tuple(
     Row(
         Config(
@@ -152,8 +154,8 @@ TABLE |= {
     )
 }
 
-# sample_tokens: size is the vocabulary, in whole blocks of 64 and a power of two of them: a row in registers. AMD's
-# compiler spills with half as many waves.
+# sample_tokens: size is the vocabulary, rounded up to a power of two of blocks of 64. A row stays in registers; with
+# half as many waves AMD's compiler spills.
 TABLE |= {
     "sample_tokens.sample_row": (
         Row(Config({}, num_warps=4), size=2048),
@@ -163,12 +165,12 @@ TABLE |= {
     ),
 }
 
-# block_causal_attention: size is the head dimension, rounded up to a power of two, and twice that where rows are not
-# 16-byte aligned. A warp of the tensor cores takes 16 rows of its tile, so 64 rows are 4 warps; the blocks of the
-# other side are as wide as registers allow. B200 multiplies 128 rows at once. dk and dv of 128 columns leave registers
-# for a pipeline on no other GPU; of 256, all warps share the columns of 16 or 32 keys. fp32 runs on the fp32 units,
-# whose operands come from registers: small tiles. `registers` is said where the compiler would spill a few to have
-# more programs resident.
+# block_causal_attention: size is the head dimension, rounded up to a power of two, and twice that if rows are not
+# aligned to 16 bytes. On tensor cores a warp takes 16 rows of its tile, so 64 rows are 4 warps; the blocks of the other
+# side are as wide as registers allow. A B200 multiplies 128 rows at once. With 128 columns, only a B200 has registers
+# for dk, dv and a pipeline; with 256 columns, all warps share the columns of 16 or 32 keys. fp32 runs on the fp32
+# units, whose operands come from registers, so its tiles are small. `registers` is given where the compiler would
+# otherwise spill a few registers to have more programs resident.
 def _attention(size: int, rows: int, keys: int, num_warps: int, num_stages: int, registers: int = 0, **limits) -> Row:
     options = {"maxnreg": registers} if registers else {}
     return Row(Config({"BLOCK_M": rows, "BLOCK_N": keys}, num_warps, num_stages, options), size, **limits)
@@ -218,7 +220,7 @@ TABLE |= {
     ),
 }
 
-# For the whole process: the backward of an op runs in threads of autograd, where no context variable would be seen.
+# Global for the process, because the backward of an op runs in threads of autograd, which do not see context variables.
 _overrides: dict[str, Config] = {}
 _recorded: list[dict[Key, Config]] = []
 
@@ -239,9 +241,10 @@ def choose(kernel: str, target: Target, size: int, itemsize: int) -> Config:
 
 @functools.cache
 def tuned_on(device: str) -> dict[Key, Config]:
-    """What was measured on this kind of GPU, by its name; may be changed in place. Empty for "", which is no GPU.
+    """The configurations measured on this kind of GPU, by its name; may be changed in place. Empty for "", which is no
+    GPU.
 
-    What was measured against other rows than those of this version does not count.
+    Measurements that were compared with other rows than those of this version are ignored.
     """
     found = {}
     for key, values in (tuned_tiles.read(device) if device else {}).items():
@@ -251,7 +254,7 @@ def tuned_on(device: str) -> dict[Key, Config]:
 
 
 def fingerprint(kernel: str) -> str:
-    """Of the rows of the table for this kernel."""
+    """A hash of this kernel's rows of the table."""
     return hashlib.sha256(repr(TABLE[kernel]).encode()).hexdigest()[:16]
 
 
@@ -268,7 +271,8 @@ def recorded() -> Iterator[dict[Key, Config]]:
 
 @contextlib.contextmanager
 def override(configs: Mapping[str, Config]) -> Iterator[None]:
-    """Use these configurations, by "<stem>.<function>", inside this context, in every thread, whatever the table says.
+    """Inside this context, every thread uses these configurations, by "<stem>.<function>", instead of those of the
+    table.
 
     Raises ValueError for a kernel that the table does not have.
     """

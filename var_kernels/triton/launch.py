@@ -1,8 +1,8 @@
-"""The one door through which every Triton kernel is started.
+"""The one function that starts every Triton kernel.
 
-A launch is data: kernel, grid, arguments, options. On a GPU it is run at once; inside :func:`executor` it is handed to
-a function instead, which may compile it for a GPU that is not there (:mod:`.offline`), execute what the compiler wrote
-on the CPU, or only record it. Reports and tests therefore see exactly what a user's call launches.
+A launch is data: kernel, grid, arguments, options. On a GPU it is run at once. Inside :func:`executor` it is given to a
+function instead, which may compile it for a GPU that is not present (:mod:`.offline`), execute the compiled code on the
+CPU, or only record it. So reports and tests see exactly what a user's call launches.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Launch:
 
     def keywords(self) -> dict[str, Any]:
         """What `kernel[grid](...)` takes."""
-        # A product and a sum may be contracted to one fma, as in every other compiler of this project; said here
-        # because the default of Triton changes.
+        # A product and a sum may be contracted to one fma, as in the other compilers of this project. It is set here,
+        # because Triton's default has changed between versions.
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
         return {**self.arguments, **options, **self.options}
 
@@ -46,7 +46,7 @@ _executor: contextvars.ContextVar[Executor | None] = contextvars.ContextVar("exe
 
 @contextlib.contextmanager
 def executor(function: Executor) -> Iterator[None]:
-    """Launches inside this context go to `function` instead of the GPU; CPU tensors are taken as well."""
+    """Launches inside this context go to `function` instead of the GPU. They may be on CPU tensors."""
     token = _executor.set(function)
     try:
         yield
@@ -55,7 +55,7 @@ def executor(function: Executor) -> Iterator[None]:
 
 
 def has_executor() -> bool:
-    """Whether launches go elsewhere than to the GPU."""
+    """Whether launches go to an executor instead of the GPU."""
     return _executor.get() is not None
 
 

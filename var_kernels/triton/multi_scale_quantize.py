@@ -1,4 +1,4 @@
-"""The residual quantizer of VAR on a GPU: per scale a search, an upsampling and an update of the residual.
+"""The residual quantizer of VAR on a GPU: for each scale a search, an upsampling and an update of the residual.
 
 With f_hat = 0 and rest = f, for each scale k::
 
@@ -6,13 +6,13 @@ With f_hat = 0 and rest = f, for each scale k::
     upsample   u = bicubic(codebook[tokens_k]), the code map at full size (the last scale has it already)
     update     h = (1 - ratio) * u + ratio * (conv3x3(u) + bias);  f_hat += h;  rest -= h;  sum of rest²
 
-u is written once, since each of its pixels is read nine times by the convolution and would cost sixteen codes each
-time. All maps are pixel-major (`multi_scale_quantize_map`) until the last update, which writes f_hat as it is returned.
-Sums of squares are left per tile and added in a fixed order.
+u is written to memory, because the convolution reads each of its pixels nine times, and computing a pixel takes sixteen
+codes. All maps are pixel-major (`multi_scale_quantize_map`) until the last update, which writes f_hat in the layout
+that is returned. Each tile stores its sum of squares, and these are added in a fixed order.
 
-The scales depend on one another, and so do the steps of a scale, each of which needs all tokens of an image: at small
-batches the chain of launches is the cost, and a CUDA graph of the call removes most of it. Nothing here waits for the
-GPU or copies from the host.
+Each scale depends on the previous one, and each step of a scale on the step before, because it needs all tokens of an
+image. At small batches the chain of launches takes most of the time, and a CUDA graph of the call removes most of that.
+Nothing here waits for the GPU or copies from the host.
 """
 
 import torch
@@ -37,7 +37,7 @@ def search(
     height, width, full_height, full_width, window, image_tokens, image_stride, token_offset,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """`nearest_code.search` for rows that are pooled from the maps `source` here."""
+    """`nearest_code.search` for rows that this kernel pools from the maps `source`."""
     split = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = split * split_codes
@@ -57,7 +57,7 @@ def pool(
     source, out, num_rows, channels, height, width, full_height, full_width, window,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """The maps `source` area-pooled to (height, width): out (rows, channels)."""
+    """Area-pools the maps `source` to (height, width); out is (rows, channels)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     means = pooled(
@@ -73,7 +73,7 @@ def upsample(
     codes, tokens, out, channels, height, width, full_height, full_width, token_offset, token_stride,
     TOKENS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Each image's code map at full size: out (images, pixels, channels)."""
+    """Writes each image's code map at full size; out is (images, pixels, channels)."""
     image = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -111,10 +111,10 @@ def update(
     TOKENS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """f_hat and rest after a scale, and the sum of the squares of the new rest in this tile.
+    """Updates f_hat and rest for a scale, and stores the sum of the squares of the new rest in this tile.
 
-    `source` is the code map at full size, or with TOKENS the codebook. rest starts as f (FIRST); f_hat ends in `out`
-    (images, channels, pixels), NaN where f is not finite (LAST).
+    `source` is the code map at full size, or with TOKENS the codebook. FIRST: rest is f. LAST: f_hat is written to
+    `out` (images, channels, pixels), and is NaN where f is not finite.
     """
     image = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -151,7 +151,7 @@ def add_scale(
     source, weight, bias, f_hat, new_map, out, ratio, channels, full_height, full_width,
     BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """f_hat + phi of a map at full size, both as a map and, in `out`, (images, channels, pixels)."""
+    """f_hat + phi of a map at full size. It is written as a map and, to `out`, as (images, channels, pixels)."""
     image = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     o = tl.program_id(2) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -171,17 +171,17 @@ def add_scale(
 
 
 def maps_of(f: torch.Tensor) -> torch.Tensor:
-    """f (B, C, H, W) as dense maps (B, H · W, C): no copy if f is in the channels-last format."""
+    """f (B, C, H, W) as dense maps (B, H · W, C). This is no copy if f is in the channels-last format."""
     return f.flatten(2).mT.contiguous()
 
 
 def matrices(phi_weight: torch.Tensor) -> torch.Tensor:
-    """phi_weight (n, out, in, 3, 3) as nine matrices each, (n, 9, in, out)."""
+    """phi_weight (n, out, in, 3, 3) as nine matrices per convolution, (n, 9, in, out)."""
     return phi_weight.flatten(3).permute(0, 3, 2, 1).contiguous()
 
 
 def pool_maps(source: torch.Tensor, full: tuple[int, int], size: tuple[int, int], out: torch.Tensor) -> None:
-    """`pool` of maps (B, H · W, C) into out (B, height · width, C)."""
+    """Starts `pool` for maps (B, H · W, C); out is (B, height · width, C)."""
     images, tokens, channels = out.shape
     rows = images * tokens
     config = choose("multi_scale_quantize.pool", target_of(out.device), rows, 4)
@@ -194,7 +194,8 @@ def pool_maps(source: torch.Tensor, full: tuple[int, int], size: tuple[int, int]
 def upsample_codes(
     codes: torch.Tensor, size: tuple[int, int], full: tuple[int, int], out: torch.Tensor, places: dict
 ) -> None:
-    """`upsample` into out (B, H · W, C): codes by the tokens in `places`, or without them maps of codes."""
+    """Starts `upsample` to out (B, H · W, C), for codes by the tokens in `places`, or without them for maps of
+    codes."""
     images, pixels, channels = out.shape
     config = choose("multi_scale_quantize.upsample", target_of(out.device), images * pixels, 4)
     grid = (triton.cdiv(pixels, config.tiles["BLOCK_P"]), images, triton.cdiv(channels, config.tiles["BLOCK_C"]))
@@ -226,7 +227,7 @@ class _Forward:
         source, length = self.rest if k else self.f, size[0] * size[1]
         rows, image = self.images * length, (length, tokens.stride(0), offset)
         config = choose("multi_scale_quantize.search", self.target, rows, 4)
-        if self.channels > config.tiles["BLOCK_C"]:  # pooled once, not again for every tile of the codebook
+        if self.channels > config.tiles["BLOCK_C"]:  # else the search pools for every tile of the codebook
             z = source.new_empty(self.images, length, self.channels)
             pool_maps(source, self.full, size, z)
             self.codebook.find(z.flatten(0, 1), tokens, image)
@@ -249,7 +250,7 @@ class _Forward:
         launch(update, self.grid, arguments, self.config)
 
 
-# Maps are the second dimension of grids, which CUDA limits to 65535; larger batches go in parts.
+# Maps are the second dimension of grids, which CUDA limits to 65535, so larger batches are divided.
 _MOST_MAPS = 65535
 
 

@@ -1,15 +1,15 @@
 """The gradients of E = sum over images and scales of derrors · |f_hat_k - f|², for known tokens.
 
 With f_hat_k = h_0 + … + h_k, the gradient of h_k is S_k = sum over j >= k of 2 · derrors_j · (f_hat_j - f), that of f
-is -S_0, and from S_k every scale goes its own way back through h = (1 - ratio) · u + ratio · (conv(u) + bias)::
+is -S_0, and from S_k each scale has its own gradients through h = (1 - ratio) · u + ratio · (conv(u) + bias)::
 
     dweight[tap] = ratio · sum over pixels of u[pixel + tap] S[pixel]ᵀ        dbias = ratio · sum over pixels of S
-    du = (1 - ratio) · S + ratio · conv(S), the weights mirrored and transposed
-    dcodes = the adjoint of bicubic upsampling, of du;   dcodebook[v] = sum of dcodes over the tokens equal to v
+    du = (1 - ratio) · S + ratio · conv(S), with the weights mirrored and transposed
+    dcodes = the adjoint of bicubic upsampling, applied to du;   dcodebook[v] = sum of dcodes over the tokens equal to v
 
-The scales no longer wait for one another: every kernel takes all scales of all images, whose sizes it reads from a
-table on the device. Two maps per image and scale are kept, u and h, which become du and S. All sums have a fixed order:
-weight gradients go to one partial sum per scale and slice of the batch, codes receive their tokens in order.
+In backward no scale depends on another one, so every kernel takes all scales of all images and reads their sizes from a
+table on the device. Two maps per image and scale are stored, u and h, which become du and S. All sums have a fixed
+order: weight gradients have one partial sum per scale and slice of the batch, and each code adds its tokens in order.
 """
 
 import math
@@ -23,10 +23,10 @@ from .launch import launch
 from .multi_scale_quantize_map import convolved, cubic_position, cubic_weight, upsampled
 from .targets import target_of
 
-# Scales per launch of write_schedule, and the place of each number in its arguments.
+# The number of scales per launch of write_schedule, and the place of each number in its arguments.
 _SCALES = 16
 _HEIGHT, _WIDTH = 42, 21
-_SLICES = 16  # of the batch: enough programs for the weight gradients, few enough partial sums
+_SLICES = 16  # parts of the batch: enough programs for the weight gradients, and not too many partial sums
 
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
@@ -36,12 +36,12 @@ def write_schedule(
     table, first, scales, tokens_before, s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11, s12, s13, s14, s15,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Rows first … first + 16 of the table (scales, 4): height, width, index of phi, first token.
+    """Writes rows first … first + 16 of the table (scales, 4): height, width, index of phi, first token.
 
-    They come as arguments, since a copy from the host waits for the GPU and cannot be part of a CUDA graph.
+    They are passed as arguments, because a copy from the host waits for the GPU and cannot be part of a CUDA graph.
     """
     lane = tl.arange(0, 16)
-    # Sums: of nested choices LLVM makes one load from the chosen parameter.
+    # Written as sums: LLVM would turn nested choices into one load from the chosen parameter.
     packed = tl.where(lane == 0, s0, 0) + tl.where(lane == 1, s1, 0) + tl.where(lane == 2, s2, 0)
     packed += tl.where(lane == 3, s3, 0) + tl.where(lane == 4, s4, 0) + tl.where(lane == 5, s5, 0)
     packed += tl.where(lane == 6, s6, 0) + tl.where(lane == 7, s7, 0) + tl.where(lane == 8, s8, 0)
@@ -62,7 +62,7 @@ def upsample(
     codes, tokens, table, maps, scales, length, channels, full_height, full_width,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """u of every image and scale: maps (images, scales, pixels, channels)."""
+    """Computes u of every image and scale; maps is (images, scales, pixels, channels)."""
     map_index = tl.program_id(1).to(tl.int64)
     row = table + tl.program_id(1) % scales * 4
     height, width, offset = tl.load(row), tl.load(row + 1), tl.load(row + 3)
@@ -82,7 +82,7 @@ def convolve(
     source, weight, bias, table, out, ratio, scales, channels, full_height, full_width,
     BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """(1 - ratio) · map + ratio · (conv(map) + bias) of every map, with the weights of its scale."""
+    """Computes (1 - ratio) · map + ratio · (conv(map) + bias) of every map, with the weights of its scale."""
     map_index = tl.program_id(1).to(tl.int64)
     convolution = tl.load(table + tl.program_id(1) % scales * 4 + 2)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -102,7 +102,7 @@ def convolve(
 
 @triton.jit(do_not_specialize=["scales"])
 def suffix_sums(maps, f, factors, df, scales, pixels, channels, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """maps: h_k of every image become S_k; df (images, channels, pixels) = -S_0; factors (images, scales)."""
+    """Replaces h_k in `maps` by S_k, and writes df (images, channels, pixels) = -S_0. factors is (images, scales)."""
     image = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -129,7 +129,7 @@ def phi_gradients(
 ):  # fmt: skip
     """Sums over the pixels of a slice of the images, for one tap, scale and tile of the matrix.
 
-    partials (slices, scales, 9 · in · out + out): u[pixel + tap] S[pixel]ᵀ, then the sums of S.
+    partials (slices, scales, 9 · in · out + out) has the sums of u[pixel + tap] S[pixel]ᵀ, then the sums of S.
     """
     blocks = tl.cdiv(channels, BLOCK_I)
     tap, tile = tl.program_id(0) % 9, tl.program_id(0) // 9
@@ -161,7 +161,7 @@ def phi_gradients(
 
 @triton.jit(do_not_specialize=["slices", "scales"])
 def reduce_phi(partials, table, dweight, dbias, ratio, slices, scales, channels, BLOCK: tl.constexpr):
-    """dweight (n, out, in, 9) and dbias (n, out): ratio times the partial sums of the scales that a phi serves."""
+    """Computes dweight (n, out, in, 9) and dbias (n, out): ratio times the sum over the scales that a phi serves."""
     convolution = tl.program_id(1)
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     weights = 9 * channels * channels
@@ -180,7 +180,7 @@ def reduce_phi(partials, table, dweight, dbias, ratio, slices, scales, channels,
 
 @triton.jit
 def cubic_weights(at, pixels, size, full):
-    """The weight of pixel `at` of the small axis in each of `pixels` of the full one: (at, pixels)."""
+    """The weight of pixel `at` of the small axis in each of `pixels` of the full axis, (at, pixels)."""
     below, t = cubic_position(pixels, size, full)
     result = tl.zeros_like(at[:, None] * pixels[None, :]).to(tl.float32)
     for tap in tl.static_range(4):
@@ -194,9 +194,10 @@ def downsample(
     maps, table, dcodes, scales, length, channels, full_height, full_width,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of `upsample`: dcodes (images, length, channels), a tile of tokens of one image and scale.
+    """The adjoint of `upsample`. It writes dcodes (images, length, channels), for a tile of tokens of one image and
+    scale.
 
-    A product with the matrix of bicubic weights, (tokens, pixels), over the rows of pixels that the tokens reach.
+    It multiplies by the matrix of bicubic weights, (tokens, pixels), over the rows of pixels that the tokens reach.
     """
     map_index = tl.program_id(1).to(tl.int64)
     row = table + tl.program_id(1) % scales * 4
@@ -212,7 +213,7 @@ def downsample(
             result = tl.load(maps + token[:, None] * channels + c[None, :], mask=inside, other=0.0)
         else:
             i, j = token // width, token % width
-            # Row y reaches the four rows around (y + 1/2) · height / full_height - 1/2; one more for its rounding.
+            # Row y reaches the four rows around (y + 1/2) · height / full_height - 1/2, plus one for rounding.
             top, bottom = t0 // width, (tl.minimum(t0 + BLOCK_T, count) - 1) // width
             begin = tl.maximum(tl.maximum(2 * top - 3, 0) * full_height // (2 * height) - 1, 0)
             end = tl.minimum(((2 * bottom + 5) * full_height + 2 * height - 1) // (2 * height) + 1, full_height)
@@ -230,7 +231,8 @@ def downsample(
 
 @triton.jit
 def sum_tokens(dcodes, order, starts, dcodebook, channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """dcodebook (codes, channels): one code's sum over its tokens, order[starts[v]] … order[starts[v + 1] - 1]."""
+    """Writes dcodebook (codes, channels). A program sums one code's tokens, order[starts[v]] … order[starts[v + 1] -
+    1]."""
     code = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin, end = tl.load(starts + code), tl.load(starts + code + 1)
@@ -260,7 +262,7 @@ class _Backward:
         packed = [(h << _HEIGHT) | (w << _WIDTH) | phi for (h, w), phi in zip(sizes, phi_index, strict=True)]
         for first in range(0, self.scales, _SCALES):
             part = packed[first : first + _SCALES]
-            part += [packed[0]] * (_SCALES - len(part))  # not 0, whose type would be another
+            part += [packed[0]] * (_SCALES - len(part))  # not 0, which would have another type
             arguments = {"table": self.table, "first": first, "scales": self.scales}
             arguments |= {"tokens_before": sum(self.lengths[:first])}
             arguments |= {f"s{i}": value for i, value in enumerate(part)} | {"HEIGHT": _HEIGHT, "WIDTH": _WIDTH}
@@ -270,7 +272,7 @@ class _Backward:
         return choose(f"multi_scale_quantize_backward.{kernel}", self.target, size, 4)
 
     def run(self, kernel, per_program: str, arguments: dict, *, count: int, rows: int) -> None:
-        """`kernel` over tiles of `count` pixels or tokens, `rows` images or maps, and tiles of the channels."""
+        """Starts `kernel` over tiles of `count` pixels or tokens, `rows` images or maps, and tiles of the channels."""
         config = self.config(kernel.fn.__name__, count * rows)
         channel_tile = config.tiles["BLOCK_C" if "BLOCK_C" in config.tiles else "BLOCK_O"]
         grid = (triton.cdiv(count, config.tiles[per_program]), rows, triton.cdiv(self.channels, channel_tile))

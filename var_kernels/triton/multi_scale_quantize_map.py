@@ -1,7 +1,7 @@
-"""What the forward and the backward kernels of multi_scale_quantize share: the maps.
+"""Functions on maps, which the forward and the backward kernels of multi_scale_quantize share.
 
-A map of an image is pixel-major and dense, (height · width, channels), so that a code, a row of the codebook, is one
-pixel and a tile of pixels is an operand of a matrix product. `p` is a tile of pixels of the full map, `c`, `i` and `o`
+A map of an image is pixel-major and dense, (height · width, channels). So a code (a row of the codebook) is one pixel,
+and a tile of pixels is an operand of a matrix product. `p` is a tile of pixels of the full map, `c`, `i` and `o`
 are tiles of channels.
 """
 
@@ -11,9 +11,9 @@ import triton.language as tl
 
 @triton.jit
 def cubic_position(at, size, full):
-    """Where pixel `at` of an axis of length `full` lies on an axis of length `size`: the pixel below, and the rest.
+    """Where pixel `at` of an axis of length `full` lies on an axis of length `size`: the pixel below, and the fraction.
 
-    As PyTorch has it for bicubic interpolation with align_corners=False.
+    The same as in PyTorch's bicubic interpolation with align_corners=False.
     """
     scale = tl.div_rn(tl.cast(size, tl.float32), tl.cast(full, tl.float32))
     position = scale * (at.to(tl.float32) + 0.5) - 0.5
@@ -24,7 +24,7 @@ def cubic_position(at, size, full):
 
 @triton.jit
 def cubic_weight(t, TAP: tl.constexpr):
-    """Weight of the pixel below - 1 + TAP: cubic convolution with A = -0.75."""
+    """The weight of pixel `below - 1 + TAP` in cubic convolution with A = -0.75."""
     if TAP == 0:
         x = t + 1.0
     elif TAP == 1:
@@ -45,12 +45,12 @@ def upsampled(
     codes, tokens, p, inside, c, channels, height, width, full_height, full_width,
     TOKENS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Pixels p, channels c of the code map (height, width), bicubic to the full size, (BLOCK_P, BLOCK_C).
+    """Pixels p and channels c of the code map (height, width), upsampled bicubically to full size, (BLOCK_P, BLOCK_C).
 
     Code q of the map is row tokens[q] of `codes`, or row q without TOKENS.
     """
-    # At full size the other taps have weight zero; a NaN in them must not count. (A vector: the interpreter of Triton
-    # does not broadcast a truth value.)
+    # At full size the other taps have weight zero, and a NaN in them must not count. The condition is a vector, because
+    # Triton's interpreter does not broadcast a scalar condition.
     resized = tl.abs(height - full_height) + tl.abs(width - full_width) + tl.zeros((BLOCK_P,), tl.int32) > 0
     below_y, t_y = cubic_position(p // full_width, height, full_height)
     below_x, t_x = cubic_position(p % full_width, width, full_width)
@@ -79,10 +79,10 @@ def convolved(
     source, tokens, weight, p, o, channels, full_height, full_width,
     TOKENS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr,
 ):  # fmt: skip
-    """Pixels p, channels o of the 3×3 convolution of a map, zero outside, with weight (9, in, out).
+    """Pixels p and channels o of the 3×3 convolution of a map, which is zero outside, with weight (9, in, out).
 
-    Pixel q of the map is row tokens[q] of `source`, or row q without TOKENS. Nine matrix products in exact fp32, the
-    channels in chunks, as one loop, so that the loads of a step overlap the products of the one before.
+    Pixel q of the map is row tokens[q] of `source`, or row q without TOKENS. These are nine matrix products in fp32
+    over chunks of channels, written as one loop, so that the loads of a step overlap the products of the step before.
     """
     chunks = tl.cdiv(channels, BLOCK_I)
     y, x = p // full_width, p % full_width
@@ -108,7 +108,7 @@ def pooled(
     source, rows, num_rows, c, channels, height, width, full_height, full_width, window,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Rows of tokens, image after image, of the maps area-pooled to (height, width): (BLOCK_N, BLOCK_C).
+    """Area-pools maps to (height, width). The rows are tokens, image after image, (BLOCK_N, BLOCK_C).
 
     `window`: the number of pixels of the largest window.
     """

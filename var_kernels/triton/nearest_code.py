@@ -1,16 +1,17 @@
-"""Nearest codebook entry as a matrix product whose result never leaves the registers.
+"""The nearest codebook entry, as a matrix product whose result never leaves the registers.
 
-score(row, code) = z·c - |c|²/2 is the negated half of |z - c|² without the |z|² that all codes share, and the largest
-wins; with cosine it is z·c with the normalised code c / max(|c|, 1e-12). A program holds a tile of rows, goes through
-tiles of the codebook and keeps, per row, the best score so far and its index, so that no N×V matrix exists. Products
-are exact fp32 (no TF32): the bound is 2·N·V·C flops on the fp32 units.
+score(row, code) = z·c - |c|²/2 is -|z - c|²/2 without the term |z|²/2, which all codes share. The largest score wins.
+With cosine the score is z·c with the normalised code c / max(|c|, 1e-12). A program holds a tile of rows, goes through
+tiles of the codebook and keeps the best score so far and its index for each row, so no N×V matrix exists. Products are
+in fp32 (no TF32), so the bound is 2·N·V·C flops on the fp32 units.
 
-Every code meets the same operations in the same order wherever it lies, so equal codes have equal scores. Inside a tile
-the lowest index with the highest score is taken, and a later tile must be better, not equal: ties go to the lowest
-index. A NaN loses every comparison and the search starts at -inf, so that neither is ever chosen.
+Every code has the same operations in the same order, wherever it is in the codebook, so equal codes have equal scores.
+Inside a tile the lowest index with the highest score is taken, and a later tile must have a higher score to win, so
+ties go to the lowest index. A NaN loses every comparison and the search starts at -inf, so neither NaN nor -inf is
+chosen.
 
-Few rows do not fill a GPU: then the codebook is split over programs, each of which leaves one candidate per row, and a
-second kernel picks among them.
+Few rows do not fill a GPU. Then the codebook is split among programs, each of which stores one candidate per row, and a
+second kernel compares the candidates.
 """
 
 import functools
@@ -30,7 +31,7 @@ _NO_INDEX = tl.constexpr(2147483647)
 
 @triton.jit
 def load_codes(codes, v0, end, c, channels, BLOCK_V: tl.constexpr):
-    """Codes v0 … v0 + BLOCK_V as columns: (channels, codes), fp32, zero outside."""
+    """Codes v0 … v0 + BLOCK_V as columns, (channels, codes), in fp32; zero outside the codebook."""
     v = tl.arange(0, BLOCK_V)
     pointers = codes + tl.cast(v0, tl.int64) * channels + v[None, :] * channels + c[:, None]
     return tl.load(pointers, mask=(v[None, :] < end - v0) & (c[:, None] < channels), other=0.0).to(tl.float32)
@@ -38,7 +39,7 @@ def load_codes(codes, v0, end, c, channels, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def keep_better(products, v0, end, code_terms, best, index, BLOCK_V: tl.constexpr):
-    """The running best of each row after the products z·c with codes v0 … v0 + BLOCK_V."""
+    """Updates the best score and index of each row by the products z·c with codes v0 … v0 + BLOCK_V."""
     v = v0 + tl.arange(0, BLOCK_V)
     scores = products + tl.load(code_terms + v, mask=v < end, other=float("-inf"))[None, :]
     top = tl.max(scores, axis=1)
@@ -68,7 +69,7 @@ def store_choice(
     best, index, rows, num_rows, split, scores, candidates, tokens, image_tokens, image_stride, token_offset,
     SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One candidate per row of this split, or, without splits, the tokens."""
+    """Stores one candidate per row of this split or, without splits, the tokens."""
     inside = rows < num_rows
     if SPLIT:
         at = split.to(tl.int64) * num_rows + rows
@@ -87,14 +88,15 @@ def prepare(
     codes, normalised, code_terms, num_codes, channels,
     COSINE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The term of each code in its scores, -|c|²/2; with COSINE zero, and the dense codes c / max(|c|, 1e-12).
+    """Computes -|c|²/2, the term of each code in its scores. With COSINE it is zero, and the dense normalised codes
+    c / max(|c|, 1e-12) are written as well.
 
-    These are divided here, not the scores: then codes of one direction that normalise to the same numbers tie.
+    Codes are divided, not scores, so that codes of one direction that normalise to the same numbers tie.
     """
     v0 = tl.program_id(0) * BLOCK_V
     v = v0 + tl.arange(0, BLOCK_V)
-    # Squares are added across lanes after the loop only: a product right before that addition would be fused into it,
-    # and each lane's own square then enters unrounded, so that lanes would differ in the sum that they share.
+    # Squares are added across lanes only after the loop. A product right before that addition would be fused into it:
+    # each lane would add its own square unrounded, so lanes would have different sums.
     squares_of_tile = tl.zeros((BLOCK_C, BLOCK_V), tl.float32)
     for c0 in tl.range(0, channels, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
@@ -119,7 +121,8 @@ def search(
     row_stride, z_channel_stride, image_tokens, image_stride, token_offset,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """A tile of rows, at most BLOCK_C channels, against one split of the codebook: codes split · split_codes and on."""
+    """Compares a tile of rows, with at most BLOCK_C channels, with one split of the codebook, from split · split_codes
+    on."""
     split = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = split * split_codes
@@ -141,7 +144,7 @@ def search_wide(
     row_stride, z_channel_stride, image_tokens, image_stride, token_offset,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """`search` for any number of channels: the rows are read again, from cache, for each tile of the codebook."""
+    """`search` for any number of channels: it reads the rows again, from cache, for each tile of the codebook."""
     split = tl.program_id(1)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = split * split_codes
@@ -187,10 +190,10 @@ def reduce(
 
 @functools.lru_cache(maxsize=256)
 def count_splits(row_tiles: int, code_tiles: int, multiprocessors: int, limit: int) -> tuple[int, int]:
-    """Into how many splits of how many codebook tiles each the search is divided.
+    """The number of splits that the search is divided into, and the number of codebook tiles in each.
 
-    The fewest splits that make the busiest multiprocessor's work least. A second kernel and a program's own start cost
-    about as much as going through two tiles.
+    With this number of splits the busiest multiprocessor has the least work; of equal numbers, the smallest is taken.
+    The second kernel and a program's own start cost about as much as two tiles.
     """
     overhead = 2
 
@@ -204,10 +207,10 @@ def count_splits(row_tiles: int, code_tiles: int, multiprocessors: int, limit: i
 
 
 class Codebook:
-    """A codebook (V, C) of any strides, in fp32, with what every search in it needs."""
+    """A codebook (V, C) with any strides, in fp32, with what every search in it needs."""
 
     def __init__(self, codes: torch.Tensor, cosine: bool):
-        # Widened once: a 16-bit tile would go through shared memory twice for every tile of rows.
+        # Converted to fp32 once: a 16-bit tile would go through shared memory twice for every tile of rows.
         self.codes = codes.float().contiguous()
         self.size, self.channels = codes.shape
         self.terms = self.codes.new_empty(self.size)
@@ -220,10 +223,11 @@ class Codebook:
     def search(
         self, kernel, name: str, num_rows: int, rows: dict, tokens: torch.Tensor, image: tuple[int, int, int]
     ) -> None:
-        """Launch `kernel`, "<stem>.<function>" by name, over all rows and codes, and `reduce` if that takes splits.
+        """Launches `kernel`, named "<stem>.<function>", over all rows and codes, and `reduce` if there are several
+        splits.
 
         `rows` are the kernel's own arguments. With (length, stride, offset) = `image`, row i is token i % length of
-        image i // length, whose tokens are consecutive from `offset` on, `stride` after those of the image before.
+        image i // length. The tokens of an image are consecutive from `offset` on; images are `stride` apart.
         """
         target = target_of(self.codes.device)
         config = choose(name, target, num_rows, 4)
@@ -245,7 +249,7 @@ class Codebook:
             launch(reduce, grid, places | {"splits": splits}, reduction)
 
     def find(self, z: torch.Tensor, tokens: torch.Tensor, image: tuple[int, int, int]) -> None:
-        """`search` for the rows of z (N, C), of any strides."""
+        """Runs the search for the rows of z (N, C), with any strides."""
         rows = {"z": z, "row_stride": z.stride(0), "z_channel_stride": z.stride(1)}
         if z.shape[1] * z.stride(1) >= 1 << 31:  # offsets of columns are 32-bit numbers
             z = z.contiguous()

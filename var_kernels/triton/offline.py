@@ -1,7 +1,7 @@
-"""Compiles a launch for a GPU that need not be there.
+"""Compiles a launch for a GPU that need not be present.
 
-It is the path of a real launch up to the binary: the same binder, the same specialisation of the arguments (pointers
-and sizes divisible by 16, sizes equal to 1), the same cache. Only the question which GPU is active is answered here.
+This follows the path of a real launch up to the binary: the same binder, the same specialisation of the arguments
+(pointers and sizes divisible by 16, sizes equal to 1), the same cache. Only the active GPU is replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _lock = threading.Lock()
 
 
 class _Driver:
-    """Answers what the JIT asks before it has a binary. The device number is the architecture: one cache for each."""
+    """Answers what the JIT asks before it has a binary. The device number is the architecture, so each has its own
+    cache."""
 
     def __init__(self, target: Target):
         self._target = GPUTarget(target.api, target.arch, target.warp_size)
@@ -46,8 +47,8 @@ def _active(target: Target) -> Iterator[None]:
 
 
 def compile_for(launch: Launch, target: Target):
-    """The compiled kernel of `launch` on `target`: `asm` has "ptx" and "cubin" or "amdgcn" and "hsaco", `metadata`
-    the shared memory and the warps."""
+    """The compiled kernel of `launch` for `target`. Its `asm` has "ptx" and "cubin", or "amdgcn" and "hsaco"; its
+    `metadata` has the shared memory and the number of warps."""
     with _lock, _active(target):
         return launch.kernel.warmup(grid=launch.grid, **launch.keywords())
 

@@ -1,7 +1,7 @@
-"""The named problems that are compiled, tuned and reported, and the least that each has to move and compute.
+"""The named problems that are compiled, tuned and reported, with the bytes and operations that each needs at least.
 
-Shapes are those of the models (`var_kernels.testing.SHAPES`). Operations count what is visible, and each product of a
-backward once, although kernels compute some of them twice.
+Shapes are those of the models (`var_kernels.testing.SHAPES`). Operations count only what is visible. They count each
+product of a backward once, although kernels compute some products twice.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from ..testing import SCHEDULES, SHAPES, scale_lens
 from .targets import TARGETS
 
 BATCH = 8
-# sm_89 takes the configurations of sm_86 and gets the same code but for the order of some instructions, gfx90a those of
-# gfx942. What varies only in head dimension or dtype is not compiled for them.
+# sm_89 has the configurations of sm_86 and gets the same code except for the order of some instructions; the same is
+# true of gfx90a and gfx942. Problems that vary only the head dimension or the dtype are not compiled for sm_89 and
+# gfx90a.
 DISTINCT_TARGETS = tuple(name for name in TARGETS if name not in ("sm_89", "gfx90a"))
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -33,23 +34,23 @@ class Problem:
     operations: int
     exponentials: int = 0
     tensor_cores: bool = False  # whether the operations are products of 16-bit matrices
-    targets: tuple[str, ...] = tuple(TARGETS)  # that the report compiles it for
+    targets: tuple[str, ...] = tuple(TARGETS)  # for which the report compiles it
 
     @property
     def key(self) -> tuple[str, str]:
-        """What it is looked up by."""
+        """The key by which a problem is looked up."""
         return self.op, self.name
 
     @property
     def bytes(self) -> int:
-        """Of all inputs and outputs, each once."""
+        """The bytes of all inputs and outputs, each counted once."""
         arguments = self.arguments("meta")
         results = getattr(torch.ops.var_kernels_triton, self.raw)(*arguments)
         results = results if isinstance(results, tuple) else (results,)
         return sum(t.numel() * t.element_size() for t in (*arguments, *results) if isinstance(t, torch.Tensor))
 
     def launch(self, namespace: str) -> None:
-        """Calls the operator of a namespace on CPU tensors, inside an executor that takes its launches."""
+        """Calls the op of a namespace on CPU tensors; to be called inside an executor, which takes the launches."""
         getattr(getattr(torch.ops, namespace), self.raw)(*self.arguments("cpu"))
 
 
@@ -64,7 +65,7 @@ def _attention(
     last_scales: int | None = None,
     targets: tuple[str, ...] = tuple(TARGETS),
 ) -> Problem:
-    """With `last_scales` the queries are the tokens of these alone, the keys are a cache of all."""
+    """With `last_scales` the queries are the tokens of these scales only, and the keys are a cache of all scales."""
     lens = list(scale_lens(schedule))
     keys = sum(lens)
     ends = [sum(lens[: i + 1]) for i in range(len(lens))]
@@ -73,7 +74,7 @@ def _attention(
     pairs = batch * heads * sum(length * end for length, end in list(zip(lens, ends, strict=True))[first:])
 
     def arguments(device):
-        def tensor(length):  # as the models have them: heads interleaved in memory
+        def tensor(length):  # heads are interleaved in memory, as in the models
             return torch.empty(batch, length, heads, dim, dtype=dtype, device=device).transpose(1, 2)
 
         q, k, v = tensor(keys - offset), tensor(keys), tensor(keys)
@@ -99,7 +100,7 @@ def _attention(
 def _adaln(
     name: str, dtype=torch.bfloat16, backward: bool = False, gated: bool = False, branch: torch.dtype | None = None
 ) -> Problem:
-    """`branch`: another dtype of the branch and of y than that of the rest."""
+    """`branch`: the dtype of the branch and of y, if it is not that of the rest."""
     shape = SHAPES[name]
     size = (BATCH, shape.length, shape.width)
 
@@ -118,7 +119,8 @@ def _adaln(
         return (tokens(), tokens(), tokens(), tokens(), gate, *given) if gated else (tokens(), tokens(), *given)
 
     raw = "_gated_residual_adaln" if gated else "_adaln_layer_norm"
-    # Sums of x and of squares 4, normalised 2, modulated 2; backward with three more sums; gating one fma each way.
+    # Sums of x and of squares: 4, normalising: 2, modulating: 2. Backward has three more sums. Gating is one fma each
+    # way.
     per_element = (16 if backward else 8) + (4 if backward else 2) * gated
     elements = size[0] * size[1] * size[2]
     dtypes = _NAMES[dtype] if branch is None else f"{_NAMES[dtype]}, branch {_NAMES[branch]},"
@@ -131,7 +133,7 @@ def _adaln(
     )
 
 
-_CODES, _CHANNELS = 4096, 32  # of the tokenizer of VAR
+_CODES, _CHANNELS = 4096, 32  # VAR's tokenizer
 
 
 def _nearest(name: str, rows: int, dtype=torch.float32) -> Problem:
@@ -139,7 +141,7 @@ def _nearest(name: str, rows: int, dtype=torch.float32) -> Problem:
         z, codebook = (torch.empty(n, _CHANNELS, dtype=dtype, device=device) for n in (rows, _CODES))
         return z, codebook, False
 
-    # float32 products whatever the dtype: 16-bit vectors are widened
+    # products are in float32 for every dtype: 16-bit vectors are converted
     operations = 2 * rows * _CODES * _CHANNELS
     return Problem("nearest_code", f"{name} {_NAMES[dtype]}", "_nearest_code", arguments, operations)
 
@@ -155,17 +157,17 @@ _VAR, _EMBEDDED = _Tokenizer("256px", _CODES, _CHANNELS), _Tokenizer("embedded",
 
 
 def _quantizer(name: str, raw: str, k: int | None = None, tokenizer: _Tokenizer = _VAR) -> Problem:
-    """All scales of a tokenizer; for one step, `k` is its scale."""
+    """All scales of a tokenizer; for a single step, `k` is the scale."""
     sides, channels = SCHEDULES[tokenizer.schedule], tokenizer.channels
     plan = (list(sides), list(sides), [phi_index(i, len(sides), 4) for i in range(len(sides))])
     cells = sides[-1] ** 2
-    # Of one image and scale: area pool, nearest code, bicubic (16 taps), convolution 3x3.
+    # For one image and scale: area pooling, nearest code, bicubic (16 taps), 3x3 convolution.
     phi = 2 * cells * channels * (16 + 9 * channels)
     pool = cells * channels
     nearest = sum(2 * side**2 * tokenizer.codes * channels for side in sides)
     operations = {
         "_multi_scale_quantize": len(sides) * (pool + phi) + nearest,
-        "_multi_scale_quantize_backward": len(sides) * 3 * phi,  # again, and its two gradients
+        "_multi_scale_quantize_backward": len(sides) * 3 * phi,  # recomputed, plus its two gradients
         "_next_scale_input": pool + phi,
     }[raw]
 
@@ -188,7 +190,7 @@ def _quantizer(name: str, raw: str, k: int | None = None, tokenizer: _Tokenizer 
 
 
 def _qk_norm(name: str, scale: int = -1) -> Problem:
-    """The new tokens of one scale, with and without the class; of the caches only the rows that are written."""
+    """The new tokens of one scale, with and without the class; only those rows of the caches count that are written."""
     shape, length = SHAPES[name], SCHEDULES["256px"][scale] ** 2
     dim = shape.width // shape.heads
 
@@ -197,7 +199,7 @@ def _qk_norm(name: str, scale: int = -1) -> Problem:
         caches = torch.empty(2, 2 * BATCH, shape.heads, length, dim, dtype=torch.bfloat16, device=device)
         return qkv, torch.empty(shape.heads, device=device), *caches, 0
 
-    # Of queries and keys a square, a sum and a product for each element.
+    # For each element of queries and keys: a square, a sum and a product.
     operations = 2 * 3 * 2 * BATCH * length * shape.width
     return Problem("qk_norm_cache", f"{name} last scale bf16", "_qk_norm_cache", arguments, operations)
 
@@ -211,7 +213,7 @@ def _sample(name: str, dtype=torch.float32) -> Problem:
         return conditional, unconditional, 1.5, 900, 0.96, None, seeds, 424
 
     logits = BATCH * length * _CODES
-    # Guidance, a comparison and an addition for each threshold at least, ten rounds of two products for four tokens.
+    # Guidance; at least a comparison and an addition for each threshold; ten rounds of two products for four tokens.
     return Problem("sample_tokens", f"{name} {_NAMES[dtype]}", "_sample_tokens", arguments, 12 * logits, logits)
 
 

@@ -1,7 +1,8 @@
-"""Unit queries and keys, and the rows of the KV cache, from one packed qkv.
+"""Computes unit queries and keys, and the rows of the KV cache, from one packed qkv.
 
-The limit is memory: 3·H·D elements of a token come in, as many go out. A program takes some heads of one token, a row
-of D values for each, which stay in registers between the sum of their squares and the product.
+Memory bandwidth is the limit: for each token, 3·H·D elements are read and as many are written. A program takes some
+heads of one token. Each head is a row of D values, which stays in registers between the sum of the squares and the
+product.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .targets import target_of
 
 @triton.jit
 def _scaled(x, factor):
-    """x · factor / max(|x|, 1e-12) of each row; NaN where the row has one."""
+    """x · factor / max(|x|, 1e-12) of each row; a row that contains a NaN becomes NaN."""
     norm = tl.sqrt(tl.sum(x * x, axis=1, keep_dims=True))
     return x * (factor / tl.where(norm < 1e-12, 1e-12, norm))
 

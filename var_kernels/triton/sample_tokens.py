@@ -1,11 +1,12 @@
-"""One token for each row of logits: guidance, top-k, top-p and the draw, without sorting.
+"""Samples one token for each row of logits: guidance, top-k, top-p and the draw, without sorting.
 
-A program has a row in registers. fp32 numbers are ordered as integers (`_keys`), so both thresholds are found by
-bisection over keys: each step counts, or adds up probabilities, in one reduction over the row, at most 32 of them. The
-limit is their latency; rows are many (B·l_k), so that a multiprocessor has several to switch between.
+A program holds a row in registers. fp32 numbers are mapped to integers of the same order (`_keys`), and both thresholds
+are found by bisection over keys. Each step counts tokens, or adds up probabilities, in one reduction over the row;
+there are at most 32 steps. The latency of the reductions is the limit. There are many rows (B·l_k), so a multiprocessor
+has several to switch between.
 
-The row lies as blocks of 64 tokens, (BLOCKS, 4, 16): the four words that one Philox counter gives belong to tokens
-sixteen apart, so a tile (BLOCKS, 16) of counters makes the noise of the whole row.
+The row is arranged in blocks of 64 tokens, (BLOCKS, 4, 16). The four words that one Philox counter gives belong to
+tokens that are sixteen apart, so a tile (BLOCKS, 16) of counters gives the noise of the whole row.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from .launch import launch
 from .targets import target_of
 
 _LOWEST = tl.constexpr(-(2**31))
-_MINUS_INFINITY = tl.constexpr(-2139095041)  # its key
+_MINUS_INFINITY = tl.constexpr(-2139095041)  # the key of -inf
 _HIGHEST = tl.constexpr(2**31 - 1)
 MOST_TOKENS = 32768  # a row has to fit the registers of a program
 
 
 @triton.jit
 def _keys(x):
-    """Integers in the order of the floats, which are not -0."""
+    """Integers in the order of the floats, which must not be -0."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -53,7 +54,7 @@ def _middle(low, high):
 
 @triton.jit
 def _top_k_key(keys, k, high):
-    """A key that exactly k tokens reach, or they and those that equal the k-th."""
+    """The key that exactly k tokens reach, or more if several tokens equal the k-th."""
     low = tl.full((), _MINUS_INFINITY, tl.int32)
     while low < high:  # at least k reach `low`, fewer than k exceed `high`
         middle = _middle(low, high)
@@ -69,7 +70,8 @@ def _top_k_key(keys, k, high):
 
 @triton.jit
 def _top_p_key(keys, probabilities, budget, low, high):
-    """The key of the first token that stays: what lies below fits the budget, it does not or is the largest."""
+    """The smallest key that stays. The tokens below it fit in the budget; those with it do not, or it is the largest
+    key."""
     low -= 1
     high -= 1
     while low < high:
@@ -83,7 +85,7 @@ def _top_p_key(keys, probabilities, budget, low, high):
 
 @triton.jit
 def _philox(seed, position, counters):
-    """The four words of the counters (counters, position, 0, 0), of ten rounds keyed by the seed."""
+    """The four random words of the counters (counters, position, 0, 0), after ten rounds keyed by the seed."""
     x0 = counters.to(tl.uint32)
     x1 = tl.zeros_like(x0) + position.to(tl.uint32)
     x2 = tl.zeros_like(x0)
@@ -104,10 +106,11 @@ def _philox(seed, position, counters):
 
 @triton.jit
 def _exponential(word):
-    """-log(1 - u), u = (word + 1/2) / 2^32, exact to rounding for small u too, which the hardware's logarithm is not.
+    """-log(1 - u) for u = (word + 1/2) / 2^32, exact to rounding for small u too, which the hardware's logarithm is
+    not.
 
-    With 1 - u = 2^e · m, m in [1/√2, √2): e·log 2 + 2·artanh((m - 1)/(m + 1)), times u / (1 - (1 - u)) for what is lost
-    in 1 - u.
+    With 1 - u = 2^e · m and m in [1/√2, √2), it is e·log 2 + 2·artanh((m - 1)/(m + 1)), times u / (1 - (1 - u)) to
+    correct the rounding of 1 - u.
     """
     u = word.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     rest = 1.0 - u
@@ -137,7 +140,7 @@ def _noise_of(seed, position, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _drop_first_ties(keys, index, border, budget, probabilities, tokens):
-    """Keys without the first tokens of key `border` that the budget still pays for: they fall below every other."""
+    """Gives the first tokens with key `border` a key below every other, as many of them as the budget still allows."""
     tied = keys == border
     equal = _sum(tied.to(tl.int32))
     if equal > 1:
@@ -174,7 +177,7 @@ def sample_row(
         other = tl.load(place + index, mask=mask, other=0.0).to(tl.float32)
         logits = (1.0 + guidance) * logits - guidance * other
     logits = tl.where(mask & (logits == logits), logits, float("-inf"))
-    logits = tl.where(logits == 0.0, 0.0, logits)  # no -0, whose key would not be that of 0
+    logits = tl.where(logits == 0.0, 0.0, logits)  # turns -0 into 0, whose key is different
     keys = _keys(logits)
     highest = _max(keys)
     largest = _max(logits)

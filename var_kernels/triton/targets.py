@@ -1,4 +1,4 @@
-"""What the choice of a configuration needs to know of a GPU."""
+"""What the choice of a configuration needs to know about a GPU."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 class Target:
     """One kind of GPU.
 
-    `api` is "cuda" or "hip"; `arch` the compute capability times ten (80, 90, ...), or the gfx name of an AMD GPU;
-    `shared_memory` the bytes that one block may use; `multiprocessors` how many there are; `device` the name of a GPU
-    that is really there, "" for one of the table below.
+    `api` is "cuda" or "hip". `arch` is the compute capability times ten (80, 90, ...), or the gfx name of an AMD GPU.
+    `shared_memory` is the number of bytes that one block may use, `multiprocessors` how many the GPU has. `device` is
+    the name of a GPU that is present, or "" for one of the table below.
     """
 
     name: str
@@ -50,7 +50,7 @@ _assumed: contextvars.ContextVar[Target | None] = contextvars.ContextVar("assume
 
 @contextlib.contextmanager
 def assume(target: Target) -> Iterator[None]:
-    """Configurations are chosen for `target` inside this context, whatever the machine: for reports and tests."""
+    """Inside this context, configurations are chosen for `target` on any machine. It is for reports and tests."""
     token = _assumed.set(target)
     try:
         yield
@@ -59,7 +59,7 @@ def assume(target: Target) -> Iterator[None]:
 
 
 def target_of(device: torch.device) -> Target:
-    """The target that `device` is, or the one that `assume` names."""
+    """The target that describes `device`, or the one that `assume` names."""
     return _assumed.get() or _read(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -72,6 +72,6 @@ def _read(index: int) -> Target:
         warp_size = getattr(properties, "warp_size", 64)
         return Target(arch, "hip", arch, 64 << 10, multiprocessors, warp_size, device)
     arch = properties.major * 10 + properties.minor
-    # An architecture that the table does not know gets what its torch reports, or the least of all cards.
+    # An architecture that the table does not have gets the shared memory that torch reports, or the least of all cards.
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     return Target(f"sm_{arch}", "cuda", arch, shared, multiprocessors, device=device)

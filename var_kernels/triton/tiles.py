@@ -1,16 +1,16 @@
-"""Which tiles of a block-causal score matrix exist: tables for GPU kernels, computed on the host from the lengths.
+"""The tiles of a block-causal score matrix, as tables for GPU kernels, computed on the host from the lengths.
 
-The visible part of the matrix is a staircase. A kernel cuts one of its sides into tiles of at most so many rows (or
-keys) and walks over whole blocks of the other. Where the cuts are decides how much of the staircase's outside is
-visited: a tile that ends where a scale ends visits nothing that its last row does not see, and small scales share a
-tile, since a tile of few rows costs as much as a full one. `query_tiles` and `key_tiles` find the cheapest cuts.
+The visible part of the matrix is a staircase. A kernel cuts the rows (or the keys) into tiles of limited size, and for
+each tile walks over whole blocks of the other side. The places of the cuts decide how much of the invisible part is
+visited. A tile that ends where a scale ends visits nothing that its last row does not see. Small scales share a tile,
+because a tile of few rows costs as much as a full one. `query_tiles` and `key_tiles` find the cheapest cuts.
 
-`csrc/cuda/attention_tiles.h` has the same two functions for the CUDA backend, and a test compares them. The kernels
-of the CPU want tiles whose rows all see the same keys, so their door (`csrc/cpu/block_causal_attention.cpp`) cuts by a
-rule of its own.
+`csrc/cuda/block_causal_attention_tiles.h` has the same two functions for the CUDA backend, and a test compares them.
+The CPU kernels need tiles whose rows all see the same keys, so their entry function
+(`csrc/cpu/block_causal_attention.cpp`) cuts by a rule of its own.
 
-`device_table` keeps the tables on the GPU, so that a schedule is a run-time argument: another schedule is another
-small tensor, not another kernel.
+`device_table` keeps the tables on the GPU, so a schedule is a run-time argument: a new schedule needs a small tensor,
+but no new kernel.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 
 class QueryTile(NamedTuple):
-    """`count` query rows from `first`: all of them see the keys below `common`, some of them those below `limit`."""
+    """`count` query rows from `first` on. All of them see the keys below `common`; some see keys up to `limit`."""
 
     first: int
     count: int
@@ -36,7 +36,7 @@ class QueryTile(NamedTuple):
 
 
 class KeyTile(NamedTuple):
-    """`count` keys from `first`: rows from `common` on see all of them, rows below `limit` none."""
+    """`count` keys from `first` on. Rows from `common` on see all of them; rows below `limit` see none."""
 
     first: int
     count: int
@@ -45,13 +45,14 @@ class KeyTile(NamedTuple):
 
 
 def visible_ends(lens: Sequence[int]) -> list[int]:
-    """For each token the end of its scale: the number of keys that it sees."""
+    """The end of each token's scale, which is the number of keys that the token sees."""
     return [end for length, end in zip(lens, accumulate(lens), strict=True) for _ in range(length)]
 
 
 def query_tiles(lens: Sequence[int], q_offset: int, queries: int, rows: int, keys: int) -> list[QueryTile]:
     """Cuts the query rows, tokens `q_offset` to `q_offset + queries`, into tiles of at most `rows`, for a kernel that
-    visits the keys from 0 in blocks of `keys`. Most work first: the short tiles fill the gaps at the end.
+    visits the keys from 0 in blocks of `keys`. The tiles with the most work come first; the short ones fill the gaps at
+    the end.
     """
     ends = [end for end in accumulate(lens) if end > q_offset]
     bounds = [min(end - q_offset, queries) for end in ends]
@@ -65,12 +66,14 @@ def query_tiles(lens: Sequence[int], q_offset: int, queries: int, rows: int, key
 
 def key_tiles(lens: Sequence[int], q_offset: int, queries: int, keys: int, rows: int) -> list[KeyTile]:
     """Cuts all keys into tiles of at most `keys`, for a kernel that visits, in blocks of `rows`, the rows that see
-    some key of the tile. A tile that no row sees has `limit` = `common` = `queries`. Most work first.
+    some key of the tile. A tile that no row sees has `limit` = `common` = `queries`. The tiles with the most work come
+    first.
     """
     total = sum(lens)
     starts = [end - length for length, end in zip(lens, accumulate(lens), strict=True)]
     first_rows = [min(max(start - q_offset, 0), queries) for start in starts]
-    # The rows that see a tile follow from its first key. From the last key backwards this is the problem above.
+    # The rows that see a tile follow from its first key. Counted backwards from the last key, this is the problem
+    # above.
     costs = [_blocks(queries - row, rows) for row in reversed(first_rows)]
     tiles = []
     for begin, end in _cheapest_cuts([total - start for start in reversed(starts)], costs, keys):
@@ -87,13 +90,13 @@ def _blocks(length: int, block: int) -> int:
 def _cheapest_cuts(bounds: Sequence[int], costs: Sequence[int], size: int) -> list[tuple[int, int]]:
     """Cuts range(bounds[-1]) into pieces of at most `size` such that the sum of the pieces' costs is least.
 
-    A piece costs what the interval (bounds[i-1], bounds[i]] of its last element says, `costs[i]`, which does not
-    decrease, and 1 for its start. Elements of equal cost that follow the last one may as well join the piece if there
-    is room, so a piece ends at the bound before the next cost or is full: few ends are to be tried.
+    A piece costs costs[i], where i is the interval (bounds[i-1], bounds[i]] of its last element, plus 1 for its start;
+    costs do not decrease. If there is room, the elements of equal cost that follow may join the piece for nothing. So a
+    piece either ends at a bound or is full, and few ends have to be tried.
     """
     steps = [i for i in range(len(bounds)) if i + 1 == len(bounds) or costs[i] != costs[i + 1]]
     ends, costs = [bounds[i] for i in steps], [costs[i] for i in steps]
-    best: dict[int, tuple[int, int]] = {0: (0, 0)}  # cut -> (cost of all before it, the cut before it)
+    best: dict[int, tuple[int, int]] = {0: (0, 0)}  # cut -> (the cost of everything before it, the cut before it)
     for begin in range(ends[-1]):
         if begin not in best:
             continue
@@ -116,7 +119,8 @@ def _cheapest_cuts(bounds: Sequence[int], costs: Sequence[int], size: int) -> li
 
 
 class DeviceTable(NamedTuple):
-    """`tiles` (count, 4) int32, rows as the tuples above; `ends` (Lk,) int32, the number of keys that each sees."""
+    """`tiles` (count, 4) int32 has the tuples above as rows; `ends` (Lk,) int32 is the number of keys that each token
+    sees."""
 
     tiles: torch.Tensor
     ends: torch.Tensor
@@ -124,7 +128,7 @@ class DeviceTable(NamedTuple):
 
 _CAPACITY = 512
 _tables: OrderedDict[tuple, DeviceTable] = OrderedDict()
-_captured: dict[tuple, DeviceTable] = {}  # graphs hold addresses of these: they stay
+_captured: dict[tuple, DeviceTable] = {}  # never dropped: CUDA graphs hold their addresses
 _lock = threading.Lock()  # the backward runs in threads of autograd
 
 
@@ -132,8 +136,8 @@ def device_table(
     tiling: Callable[..., list], lens: Sequence[int], q_offset: int, queries: int, own: int, other: int,
     device: torch.device,
 ) -> DeviceTable:
-    """The result of `tiling`, `query_tiles` or `key_tiles`, as tensors on `device`, from a cache if it was asked for
-    before: a call that repeats copies nothing, so that a CUDA graph can capture it once it has run.
+    """The result of `tiling` (`query_tiles` or `key_tiles`) as tensors on `device`, from a cache if an earlier call
+    made it. A repeated call copies nothing, so a CUDA graph can capture it after it has run once.
     """
     key = (tiling, tuple(lens), q_offset, queries, own, other, device)
     with _lock:
@@ -151,9 +155,9 @@ def device_table(
 
 def _upload(tiles: list, ends: list[int], device: torch.device) -> DeviceTable:
     flat = [number for tile in tiles for number in tile]
-    # The tiles' 16-byte rows come first, so that both parts are aligned. A blocking copy: the table is complete for
-    # whichever stream uses it next. In a thread of its own: while torch.compile warms up a CUDA graph, what the current
-    # thread allocates is memory of that graph, to be reused at its next replay.
+    # The tiles' 16-byte rows come first, so that both parts are aligned. The copy is blocking, so that the table is
+    # complete for any stream that uses it next. It runs in a thread of its own: while torch.compile warms up a CUDA
+    # graph, memory that the current thread allocates belongs to that graph, which reuses it at its next replay.
     both = torch.tensor(flat + ends, dtype=torch.int32, device="cpu")
     with ThreadPoolExecutor(max_workers=1) as thread:
         both = thread.submit(both.to, device).result()
@@ -165,6 +169,6 @@ def _make_room(device: torch.device) -> None:
         return
     oldest = [*_tables][: _CAPACITY // 2]
     for used in {key[-1] for key in oldest if key[-1].type == "cuda"}:
-        torch.cuda.synchronize(used)  # kernels on any stream may still read them; once in 256 new schedules
+        torch.cuda.synchronize(used)  # kernels on any stream may still read them; once per 256 new schedules
     for key in oldest:
         del _tables[key]

@@ -1,12 +1,12 @@
 """Finds the fastest configurations on the GPU of this machine: ``python -m var_kernels.triton.tune``.
 
-Nothing runs by itself: the shipped table serves until this command has written its file, which later processes on the
-same kind of GPU read at their first launch. Deleting the file restores the table.
+Tuning never starts by itself. The shipped table is used until this command has written its file. Later processes on the
+same kind of GPU read the file at their first launch. Deleting the file restores the table.
 
-Each problem of `tools.report.problems` is run with the table's configurations first. Then, kernel by kernel,
-one number at a time is halved, doubled, or moved by one; a change is kept if the whole problem gets faster by more than
-:data:`MARGIN` and its results stay those of the table within rounding. What does not compile or does not fit is passed
-over.
+Each problem of :mod:`.problems` is run with the table's configurations first. Then, kernel by kernel, one number at a
+time is halved, doubled, or moved by one. A change is kept if the whole problem gets faster by more than :data:`MARGIN`
+and its results are those of the table's configurations within rounding. A configuration that does not compile or does
+not fit is skipped.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .targets import target_of
 
 MARGIN = 0.02
 _ROUNDS = 15
-# Tiles in another order round differently; a wrong kernel is off by the size of its results.
+# Tiles in another order round differently, which is allowed; the errors of a wrong kernel are as large as its results.
 _ROUNDINGS = 64
 
 
@@ -53,10 +53,11 @@ def improve(
     run: Callable[[], tuple],
     seconds: Callable[[Callable[[], tuple]], float],
 ) -> tuple[Config, float, float]:
-    """Climbs from `start` while a neighbour is faster: the best configuration, and the seconds before and after.
+    """Moves from `start` to a faster neighbour as long as there is one. Returns the best configuration, and the seconds
+    before and after.
 
-    `run` is one call of the problem, `seconds` times one; `chosen`, from which launches take their configurations, is
-    left with the best.
+    `run` is one call of the problem, and `seconds` times a call. Launches take their configurations from `chosen`,
+    which holds the best one at the end.
     """
     expected = run()
     best, first = start, seconds(run)
@@ -80,7 +81,7 @@ def _seconds_if_right(run, expected, seconds) -> float | None:
     try:
         results = run()
         return seconds(run) if _same(results, expected) else None
-    except Exception as problem:  # whatever the compiler or the driver refuses is no candidate
+    except Exception as problem:  # a configuration that the compiler or the driver refuses is no candidate
         torch.cuda.synchronize()  # raises, and ends the search, if the context is lost
         print(f"    passed over: {type(problem).__name__}: {str(problem).splitlines()[:1]}", file=sys.stderr)
         return None
@@ -99,7 +100,7 @@ def _same(results, expected) -> bool:
 
 
 def _timer() -> Callable[[Callable[[], object]], float]:
-    """Median seconds between events, with the L2 cache flushed before each call."""
+    """Returns a timer: the median seconds between events, with the L2 cache flushed before each call."""
     flush = torch.empty(GPU_CACHE_BYTES, dtype=torch.uint8, device="cuda")
     return lambda call: statistics.median(gpu_seconds(call, flush) for _ in range(_ROUNDS))
 
@@ -136,7 +137,7 @@ def tune(calls, device: str, seconds, report: Callable[[str], None] = print) -> 
             if best is not config:
                 found[key] = best
             elif not known:
-                del configs.tuned_on(device)[key]  # the table's: a later table may know better
+                del configs.tuned_on(device)[key]  # it is the table's choice, and a later table may have a better one
     return found
 
 
@@ -146,7 +147,7 @@ def _text(config: Config) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Tunes and writes the file; 2 where it cannot."""
+    """Tunes and writes the file. Returns 2 if it cannot."""
     from .problems import PROBLEMS
 
     ops = sorted({problem.op for problem in PROBLEMS})

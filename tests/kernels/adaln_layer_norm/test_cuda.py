@@ -17,9 +17,10 @@ from tests.kernels.adaln_layer_norm.contract import (
     rotated_forms,
     values_and_gradients,
 )
-from tools.gpu_emulation.cuda import as_backend, build, load, machine_code
+from tools.gpu_emulation.cuda import as_backend, build, load
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from tools.gpu_emulation.cuda.sanitized import run_sanitized
+from tools.report import machine_code
 from var_kernels import gated_residual_adaln
 from var_kernels.native import build as native_build
 from var_kernels.testing import modulation, randn

@@ -19,9 +19,10 @@ from tests.kernels.block_causal_attention.emulated import (
     needs_nvcc,
     references,
 )
-from tools.gpu_emulation.cuda import build, machine_code
+from tools.gpu_emulation.cuda import build
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from tools.gpu_emulation.cuda.sanitized import run_sanitized
+from tools.report import machine_code
 from var_kernels import block_causal_attention
 from var_kernels.testing import assert_accurate, attention_inputs, randn, scale_lens, stated_order
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.kernels.multi_scale_quantize.contract import NAMES, SHAPES, gradients, inputs, leaves, pairs
-from tools.gpu_emulation.cuda import build, load, machine_code, serving
+from tools.gpu_emulation.cuda import build, load, nvcc, serving
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from tools.gpu_emulation.cuda.sanitized import run_sanitized
-from tools.report import nvcc
+from tools.report import machine_code
 from var_kernels import multi_scale_quantize, next_scale_input
 from var_kernels.native import build as native_build
 from var_kernels.testing import assert_accurate, randn, stated_order
@@ -276,7 +276,8 @@ FORWARD_MUTANTS = {
     "f_hat forgets a scale": Mutant(RESIDENT, "k == 0 ? float4{}", "k <= 1 ? float4{}", "values"),
 }  # fmt: skip
 BACKWARD_MUTANTS = {
-    "no barrier between two strips": Mutant(GRADIENTS, "__syncthreads();  // the last strip is done with", "", "race"),
+    "no barrier between two strips": Mutant(
+        GRADIENTS, "__syncthreads();  // all threads are done with the previous strip", "", "race"),
     "slices share their sums": Mutant(GRADIENTS, "a.partials + (int64_t(slice) * a.scales + k) * a.phi_floats();",
                                       "a.partials + k * a.phi_floats();", "cross_block_race"),
     "weights are not mirrored": Mutant(MAP, "* 9 + 8 - tap]", "* 9 + tap]", "values", representative=True),

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tests.kernels.sample_tokens.contract import OPTIONS
-from tools.gpu_emulation.cuda import build, load, machine_code, serving
+from tools.gpu_emulation.cuda import build, load, nvcc, serving
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from tools.gpu_emulation.cuda.sanitized import run_sanitized
-from tools.report import nvcc
+from tools.report import machine_code
 from var_kernels import sample_tokens
 from var_kernels.native import build as native_build
 from var_kernels.reference.sample_tokens import restrict

@@ -1,11 +1,12 @@
-"""CUDA kernels executed on the CPU: the unchanged .cu files, one fiber per CUDA thread.
+"""Executes CUDA kernels on the CPU, from unchanged .cu files, with one fiber per CUDA thread.
 
     emulation = load("race", kernel_sources())
     with emulation.run(seed=1, late_copies=True):
         emulation.ops._adaln_layer_norm(x, scale, shift, 1e-6)
 
-What the emulation finds raises :class:`EmulationError` at the end of the block. It says nothing about speed, the
-assembly inside `csrc/cuda/device.cuh`, or the memory model beyond barriers: memory is sequentially consistent here.
+If the emulation finds an error, the block raises :class:`EmulationError` at its end. The emulation cannot check speed,
+the assembly inside `csrc/cuda/device.cuh`, or the memory model beyond barriers, because its memory is sequentially
+consistent.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from unittest import mock
 
 import torch
 
-from tools.report.nvcc import plain_name
 from var_kernels import backends
 from var_kernels.native import build as native_build
 from var_kernels.native import library
 
 from . import binding, build
+from .nvcc import plain_name
 
 __all__ = [
     "Emulation", "EmulationError", "Executor", "Launch", "Report", "Run", "as_backend", "kernel_sources", "load",
@@ -35,7 +36,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-# Few, so that a door meets shapes that fill the device and shapes that do not in small tests.
+# Few, so that small tests have shapes that fill the device and shapes that do not.
 MULTIPROCESSORS = 6
 
 
@@ -44,8 +45,8 @@ class Report:
     """One finding.
 
     `kind` is one of race, cross_block_race, undefined, in_flight, async_copy, out_of_bounds, misaligned, divergence,
-    barrier, deadlock, launch; `other_thread` the second party of a race inside a block, else -1; `where` "file:line"
-    of the access and `kernel` the function's name, both empty where they could not be found.
+    barrier, deadlock, launch. `other_thread` is the second thread of a race inside a block, else -1. `where` is
+    "file:line" of the access, and `kernel` the function's name; both are empty if they could not be found.
     """
 
     kind: str
@@ -66,7 +67,7 @@ class Report:
 
 
 class EmulationError(AssertionError):
-    """The emulation found what no GPU would have said; `reports` has the details."""
+    """The emulation found errors, most of which a GPU would not report. `reports` has the details."""
 
     def __init__(self, reports: Sequence[Report]) -> None:
         super().__init__("\n".join(map(str, reports)))
@@ -75,8 +76,8 @@ class EmulationError(AssertionError):
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch by a door. `parameters` are the bytes of each; `buffers` (begin, end, name, undefined) are what the
-    kernel may touch, undefined where nothing has been written yet."""
+    """One launch. `parameters` are the bytes of each parameter. `buffers` (begin, end, name, undefined) are the memory
+    that the kernel may touch; undefined means that nothing has been written to it yet."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -91,14 +92,14 @@ Executor = Callable[[Launch], None]
 
 @dataclass
 class Run:
-    """What happened inside a `with emulation.run()` block; complete at its end."""
+    """The counters of a `with emulation.run()` block, complete at its end."""
 
     counters: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Emulation:
-    """A loaded module. `ops` are its raw operators, on CPU tensors."""
+    """A loaded module. `ops` are its raw ops, which take CPU tensors."""
 
     namespace: str
     path: Path
@@ -119,12 +120,12 @@ class Emulation:
         fill_outputs: bool = True,
         **buffers: torch.Tensor,
     ) -> Iterator[Run]:
-        """Kernels inside this block run in the order that `seed` says: 0 in order, 1 in reverse, else at random.
+        """Inside this block, threads and blocks run in an order given by `seed`: 0 in order, 1 in reverse, else random.
 
-        `late_copies`: cp.async lands when it is waited for, else when it is issued. `executor`: executes the launches
-        instead of fibers. `multiprocessors`: those of the device, which doors may ask for. `fill_outputs`: with NaN
-        before kernels write them. `buffers`: memory that kernels use without the door of an op, by name. Raises
-        EmulationError for what was found, and what the executor raised.
+        `late_copies`: the data of cp.async arrive when they are waited for, else when the copy is issued. `executor`:
+        executes the launches instead of fibers. `multiprocessors`: how many the device has. `fill_outputs`: fills new
+        tensors with NaN before kernels write them. `buffers`: memory, by name, that kernels use without being called
+        through an op. Raises EmulationError for the errors found, or the error that the executor raised.
         """
         failures: list[Exception] = []
         guarded = self._guard(executor, failures) if executor else None
@@ -134,7 +135,7 @@ class Emulation:
         run, problem = Run(), None
         try:
             yield run
-        except RuntimeError as error:  # the door's, because a launch failed; the reports say why
+        except RuntimeError as error:  # from the entry function, because a launch failed; the reports say why
             problem = error
         finally:
             self.module.end()
@@ -147,8 +148,8 @@ class Emulation:
             raise problem
 
     def record(self, call: Callable[[], object], multiprocessors: int) -> list[Launch]:
-        """The launches of `call` on a device with so many multiprocessors. Nothing is run, and tensors are not touched:
-        they cost address space only, whatever their size."""
+        """The launches of `call` on a device with this number of multiprocessors. Nothing is run and tensors are not
+        touched, so even large tensors cost address space only."""
         launches: list[Launch] = []
         with self.run(executor=launches.append, multiprocessors=multiprocessors, fill_outputs=False):
             call()
@@ -159,7 +160,7 @@ class Emulation:
             try:
                 name = _places(self.path, (launch.pop("kernel"),))[0][0]
                 executor(Launch(kernel=name, **launch))
-            except Exception as error:  # kept: it would lose its type on the way through C++
+            except Exception as error:  # stored, because its type would be lost on the way through C++
                 failures.append(error)
             return not failures
 
@@ -180,7 +181,7 @@ def _places(path: Path, addresses: Sequence[int]) -> list[tuple[str, str]]:
     """(function, "file:line") of each address in the library."""
     if not shutil.which("addr2line"):
         return [("", "")] * len(addresses)
-    # A return address is one behind the call it returns from.
+    # A return address is that of the instruction after the call, so the call itself is found one byte before.
     hexadecimal = [hex(address - 1 if i % 2 and address else address) for i, address in enumerate(addresses)]
     command = ["addr2line", "-f", "-C", "-e", str(path), *hexadecimal]
     lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
@@ -191,7 +192,7 @@ def _places(path: Path, addresses: Sequence[int]) -> list[tuple[str, str]]:
 
 @contextlib.contextmanager
 def as_backend(emulation: Emulation) -> Iterator[None]:
-    """Inside this context ``backend="cuda"`` of the public functions is the emulation, on CPU tensors."""
+    """Inside this context, ``backend="cuda"`` of the public functions is the emulation, on CPU tensors."""
     with (
         mock.patch.dict(backends._DEVICES, cuda=("cpu",)),
         mock.patch.object(backends, "_cuda_reason", lambda op: None),
@@ -202,7 +203,7 @@ def as_backend(emulation: Emulation) -> Iterator[None]:
 
 @contextlib.contextmanager
 def serving(emulation: Emulation, **options) -> Iterator[Run]:
-    """Both at once: ``backend="cuda"`` is the emulation, which runs with the options of `Emulation.run`."""
+    """`as_backend` and `Emulation.run` together: ``backend="cuda"`` is the emulation, which runs with these options."""
     with as_backend(emulation), emulation.run(**options) as run:
         yield run
 
@@ -216,12 +217,12 @@ _loaded: dict[Path, tuple[Emulation, torch.library.Library]] = {}
 
 
 def load(variant: str, sources: Sequence[Path]) -> Emulation:
-    """Builds, or finds in the cache, the module of these .cu files, and loads it. `variant`: see :mod:`.build`."""
+    """Loads the module of these .cu files, which is built if it is not in the cache. `variant`: see :mod:`.build`."""
     return load_built(build.build(variant, sources))
 
 
 def load_built(path: Path) -> Emulation:
-    """Loads a module that was built. Each has a namespace of its own, so that any of them can serve in one process."""
+    """Loads a built module. Each module has its own namespace, so a process can use several of them."""
     if path not in _loaded:
         namespace = f"var_kernels_emulated_{len(_loaded)}"
         schemas = library.define_again(namespace)

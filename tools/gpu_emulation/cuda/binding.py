@@ -1,4 +1,4 @@
-"""The controls of a compiled module, through ctypes: emu_bindings.cpp has the same structures and functions."""
+"""Controls a compiled module through ctypes. emu_bindings.cpp has the same structures and functions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Launch(Structure):
     ]  # fmt: skip
 
     def described(self) -> dict:
-        """The fields of `Launch`, but the kernel is an address in the module's file."""
+        """The fields of `Launch`, except that the kernel is an address in the module's file."""
         parameters = [self.parameters[i] for i in range(self.parameter_count)]
         buffers = [self.buffers[i] for i in range(self.buffer_count)]
         return {
@@ -46,7 +46,7 @@ class _Report(Structure):
     ]  # fmt: skip
 
     def described(self) -> dict:
-        """The fields of `Report`, but the kernel and the code are addresses in the module's file."""
+        """The fields of `Report`, except that the kernel and the code are addresses in the module's file."""
         known = {name: getattr(self, name) for name in ("kernel", "code", "thread", "other_thread", "count")}
         return known | {"kind": self.kind.decode(), "message": self.message.decode(), "block": tuple(self.block)}
 
@@ -64,7 +64,7 @@ _Executor = ctypes.CFUNCTYPE(c_int, POINTER(_Launch))
 
 
 class Module:
-    """A compiled module whose ops are registered in `namespace`, which must have their schemas."""
+    """A compiled module, whose ops are registered in `namespace`. The namespace must have their schemas."""
 
     def __init__(self, path: Path, namespace: str) -> None:
         self._library = ctypes.CDLL(str(path))
@@ -80,12 +80,12 @@ class Module:
     def begin(
         self, seed: int, late_copies: bool, multiprocessors: int, fill_outputs: bool, execute: Callable | None
     ) -> None:
-        """Kernels run from here on with these settings. `execute` takes a launch as a dictionary, or is None."""
+        """From now on kernels run with these settings. `execute` takes a launch as a dictionary, or is None."""
 
         def executor(launch) -> bool:
             return execute(launch.contents.described())
 
-        # The library keeps the address: the function must live until `end`.
+        # The library keeps the function's address, so the function must live until `end`.
         self._executor = _Executor(executor) if execute else _Executor()
         self._library.emu_begin(seed, late_copies, multiprocessors, fill_outputs, self._executor)
 
@@ -97,7 +97,7 @@ class Module:
         self._library.emu_add_buffer(address, size, name.encode())
 
     def reports(self) -> list[dict]:
-        """What was found since `begin`."""
+        """The errors found since `begin`."""
         found = []
         for index in range(self._library.emu_report_count()):
             report = _Report()
@@ -106,7 +106,7 @@ class Module:
         return found
 
     def counters(self) -> dict[str, int]:
-        """What was counted since `begin`."""
+        """The counters since `begin`."""
         counters = _Counters()
         self._library.emu_counters(counters)
         return {name: getattr(counters, name) for name in _COUNTERS}

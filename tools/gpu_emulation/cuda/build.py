@@ -1,14 +1,16 @@
-"""Compiles .cu files with g++ into modules that execute them on the CPU, in three variants and their quick forms.
+"""Compiles .cu files with g++ into modules that execute them on the CPU. There are three variants, each with a quick
+form.
 
-* ``fast``: soonest done, compilation and tests together;
-* ``race``: every access to memory is announced and checked (races, bounds, undefined values);
+* ``fast``: the least time for compiling and testing together;
+* ``race``: every memory access is announced and checked (races, bounds, undefined values);
 * ``sanitized``: AddressSanitizer and UndefinedBehaviorSanitizer, for a process that preloads them.
 
-The quick form of a variant ("race quick") is compiled in half the time and runs slower: for code that is called once.
+The quick form of a variant ("race quick") compiles in half the time and runs slower. It is for code that is called
+once.
 
-Objects, precompiled headers and modules are kept in the cache directory under the hash of what they are made of, so
-that only what changed is compiled again. They know no namespace of ops, which a module is given when it is loaded:
-whatever shares a file shares its object, in any process.
+Objects, precompiled headers and modules are kept in the cache directory, by the hash of what they are made of, so that
+only changed files are compiled again. They do not contain the namespace of the ops, which a module gets when it is
+loaded. So all modules that contain a file share its object, in any process.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,7 +38,7 @@ RUNTIME = ("emu_scheduler.cpp", "emu_warp.cpp", "emu_memory.cpp", "emu_host.cpp"
 PRELUDE = HERE / "emu_kernels.h"
 MODULE = "cuda_emulation_runtime"
 
-# -g1: reports name source lines. The race build must keep each access as it is written.
+# -g1, so that reports can name source lines. The race build must keep each access as it is written.
 _COMMON = "-std=c++20 -g1 -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra -Wno-unknown-pragmas -Wno-psabi"
 _SANITIZERS = (
     "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer "
@@ -45,7 +46,7 @@ _SANITIZERS = (
 )
 # Flags of kernels, flags of the runtime.
 VARIANTS = {
-    "fast": ("-O1", "-O2"),  # with kernels at -O2 compiling takes longer than the tests then save
+    "fast": ("-O1", "-O2"),  # with -O2 for kernels, compiling takes longer, by more than the tests then save
     "race": (
         "-O1 -fsanitize=thread --param tsan-instrument-func-entry-exit=0 -fno-tree-vectorize -fno-tree-slp-vectorize "
         "-fno-store-merging",
@@ -53,7 +54,7 @@ VARIANTS = {
     ),
     "sanitized": (f"-O1 {_SANITIZERS}", f"-O1 {_SANITIZERS}"),
 }
-# The doors call these through the runtime, see emu_host.cpp.
+# Calls of these functions go to the runtime instead, see emu_host.cpp.
 _WRAPPED = (
     "aoti_torch_empty_strided", "torch_get_mutable_data_ptr", "torch_get_const_data_ptr",
     "aoti_torch_delete_tensor_object", "aoti_torch_get_device_index", "aoti_torch_create_device_guard",
@@ -88,9 +89,9 @@ def _cuda_headers() -> Path | None:
 
 
 def build(variant: str, sources: Sequence[Path]) -> Path:
-    """The module of `variant` made of the .cu files `sources`; compiled if it is not in the cache.
+    """The module of `variant` made of the .cu files `sources`. It is compiled if it is not in the cache.
 
-    Raises RuntimeError with the compiler's output where that fails.
+    Raises RuntimeError with the compiler's output if compiling fails.
     """
     name, _, quick = variant.partition(" ")
     kernel_flags, runtime_flags = VARIANTS[name]
@@ -101,8 +102,8 @@ def build(variant: str, sources: Sequence[Path]) -> Path:
     directory = native_build.cache_root() / "cuda_emulation"
     directory.mkdir(parents=True, exist_ok=True)
     kernels = f"{_COMMON} {kernel_flags} {includes} -DVAR_EMULATE -x c++"
-    # The runtime first: of an inline function that both carry, std::string's say, the linker keeps the first one, and
-    # the runtime must not announce its own accesses.
+    # The runtime comes first. If it and a kernel file contain the same inline function (of std::string, for example),
+    # the linker keeps the first one, and the runtime must not announce its own accesses.
     tasks = [(HERE / each, f"{_COMMON} {runtime_flags} {includes}") for each in RUNTIME]
     tasks += [(source, kernels) for source in sources]
 
@@ -122,16 +123,13 @@ def _compile(source: Path, flags: str, directory: Path) -> Path:
 
 
 def _prelude(flags: str, directory: Path) -> Path:
-    """A header that includes emu_kernels.h, precompiled for these flags: g++ takes the file beside it instead."""
-    place = directory / f"prelude-{_digest(PRELUDE, flags)}"
-    place.mkdir(exist_ok=True)
-    header = place / "prelude.h"
+    """A header that includes emu_kernels.h. g++ uses the precompiled header beside it, which is made for these
+    flags."""
+    header = directory / f"prelude-{_digest(PRELUDE, flags)}" / "prelude.h"
     if not header.is_file():
-        temporary = place / f".{os.getpid()}-{threading.get_ident()}.h"
-        temporary.write_text(f'#include "{PRELUDE}"\n')
-        os.replace(temporary, header)
+        native_build.write_atomically(header, lambda path: Path(path).write_text(f'#include "{PRELUDE}"\n'))
     flags = flags.replace("-x c++", "-x c++-header")
-    _make(f"{native_build.find_compiler().command} {flags} {header} -o", place / "prelude.h.gch")
+    _make(f"{native_build.find_compiler().command} {flags} {header} -o", header.with_name("prelude.h.gch"))
     return header
 
 
@@ -155,13 +153,14 @@ def _link(variant: str, objects: Sequence[Path], directory: Path) -> Path:
 
 
 def _make(command: str, output: Path) -> Path:
-    """`output`, made by `command` if it is not there; by one process or thread at a time."""
-    with filelock.FileLock(f"{output}.lock"):
-        if output.is_file():
-            return output
-        temporary = output.with_name(f".{os.getpid()}-{output.name}")
-        answer = subprocess.run([*shlex.split(command), str(temporary)], capture_output=True, text=True)
+    """Returns `output`. If it does not exist, `command` makes it, in one process or thread at a time."""
+
+    def run(temporary: str) -> None:
+        answer = subprocess.run([*shlex.split(command), temporary], capture_output=True, text=True)
         if answer.returncode:
             raise RuntimeError(f"{command} failed:\n{answer.stderr[-6000:]}")
-        os.replace(temporary, output)
+
+    with filelock.FileLock(f"{output}.lock"):
+        if not output.is_file():
+            native_build.write_atomically(output, run)
     return output

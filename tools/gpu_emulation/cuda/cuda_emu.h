@@ -1,5 +1,5 @@
-// Included before everything else of a .cu file, this lets g++ compile it: each CUDA thread becomes a fiber, and what
-// CUDA C++ or PTX has and C++ lacks becomes a call of the runtime (emu_*.cpp).
+// g++ includes this before a .cu file and can then compile the file. Each CUDA thread becomes a fiber, and the features
+// that CUDA C++ or PTX has and C++ does not become calls of the runtime (emu_*.cpp).
 #pragma once
 #include <cuda_runtime_api.h>  // types; nothing is linked against the CUDA runtime
 #include <cuda_bf16.h>
@@ -14,7 +14,7 @@
 #include <utility>
 
 #undef __shared__
-#define __shared__ static  // blocks run one after another, so one copy for the process is one for each block
+#define __shared__ static  // blocks run one after another, so one copy in the process serves every block
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 #undef __grid_constant__
@@ -47,7 +47,7 @@ struct Parameter {
   size_t bytes;
 };
 
-// A kernel with its arguments: run(call) executes one thread, which reads no more of the caller than `bytes` at `call`.
+// A kernel with its arguments. run(call) executes one thread, which reads only the `bytes` bytes at `call`.
 struct KernelCall {
   const void* kernel;
   void (*run)(const void* call);
@@ -57,7 +57,7 @@ struct KernelCall {
   size_t parameter_count;
 };
 
-// One fiber per thread, one block after another.
+// Runs a kernel with one fiber per thread, one block after another.
 cudaError_t launch(const cudaLaunchConfig_t& config, const KernelCall& call);
 
 template <class T>
@@ -82,7 +82,7 @@ __attribute__((no_sanitize("thread"))) T atomic_update(T* p, F f) {
   return old;
 }
 
-// The wrappers of device.cuh.
+// Replaces the wrappers of device.cuh.
 namespace ptx {
 
 uint4 load16(const void* p);

@@ -1,4 +1,4 @@
-// The controls of the emulation for Python's ctypes: see binding.py, which declares the same structures. The kernels
+// The functions that control the emulation, for Python's ctypes. binding.py declares the same structures. The kernels
 // themselves are called through torch.
 #include <link.h>
 
@@ -6,7 +6,7 @@
 
 namespace {
 
-// Where this module lies, so that addresses can be looked up in its file.
+// The address at which this module is loaded. Addresses minus this one can be looked up in the module's file.
 uintptr_t module_base() {
   uintptr_t base = 0;
   dl_iterate_phdr(
@@ -29,7 +29,7 @@ struct BufferRecord {
   int undefined;
 };
 
-// What Python's executor is told: the kernel's address in the file, the launch, its parameters and the buffers.
+// A launch as Python's executor gets it: the kernel's address in the file, the launch, its parameters and the buffers.
 struct LaunchRecord {
   uint64_t kernel, shared_bytes;
   unsigned grid[3], block[3];
@@ -81,13 +81,13 @@ EMU_EXPORT void emu_begin(uint64_t seed, int late_copies, int multiprocessors, i
 }
 
 EMU_EXPORT void emu_end() {
-  emu::settings.executor = nullptr;  // Python's function ends with the block that gave it
+  emu::settings.executor = nullptr;  // Python's function does not outlive the block that set it
   emu::settings.fill_outputs = true;
 }
 
 EMU_EXPORT uint64_t emu_report_count() { return emu::reports.size(); }
 
-// The strings live until the next emu_begin.
+// The strings are valid until the next emu_begin.
 EMU_EXPORT void emu_report(uint64_t index, ReportRecord* out) {
   const emu::Report& report = emu::reports[index];
   const uintptr_t base = module_base();
@@ -102,5 +102,5 @@ EMU_EXPORT void emu_add_buffer(uint64_t address, uint64_t bytes, const char* nam
   emu::add_buffer(address, reinterpret_cast<const void*>(address), bytes, name, false);
 }
 
-// Implements the ops of this module's doors in a namespace of torch.ops that has their schemas.
+// Implements the ops of this module in a namespace of torch.ops that has their schemas.
 EMU_EXPORT void emu_register_ops(const char* name_space) { emu::register_ops(name_space); }

@@ -1,5 +1,5 @@
-// What the door of an op sees: torch's allocator and accessors, wrapped so that the memory checks know every tensor,
-// and the parts of the CUDA runtime that it calls. The link replaces each torch function `f` by `__wrap_f`.
+// What the entry function of an op calls: torch's allocator and accessors, wrapped so that the memory checks know every
+// tensor, and parts of the CUDA runtime. The linker replaces each wrapped torch function `f` by `__wrap_f`.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
@@ -15,11 +15,11 @@ namespace {
 char stream_object;
 int open_device_guards;
 std::map<const void*, int> shared_limits;
-constexpr int kDefaultShared = 48 << 10, kOptInShared = 99 << 10;  // the least of compute capabilities 8.0 ... 12.0
+constexpr int kDefaultShared = 48 << 10, kOptInShared = 99 << 10;  // the smallest of compute capabilities 8.0 ... 12.0
 
 struct Shape {
   std::string text = "tensor (";
-  size_t bytes = 0;  // from the first element to the last, with what lies between
+  size_t bytes = 0;  // from the first element to the last one, with everything between them
 };
 
 Shape shape_of(AtenTensorHandle tensor) {
@@ -51,7 +51,7 @@ void add_tensor(AtenTensorHandle tensor, const void* data, bool undefined) {
 
 void* current_stream() { return &stream_object; }
 
-// Inside functions: the doors' static initialisers come first.
+// A static inside a function, because static initialisers of other files use it before this file's statics exist.
 std::vector<void (*)(Ops&)>& listed() {
   static std::vector<void (*)(Ops&)> files;
   return files;
@@ -68,7 +68,7 @@ bool announce_accesses() {
 }
 
 void register_ops(const char* name_space) {
-  // Never destroyed: torch's dispatcher may be gone when this module's statics are.
+  // Never destroyed: torch's dispatcher may already be gone when this module's statics are destroyed.
   static auto* const registered = new std::list<Ops>;
   Ops& ops = registered->emplace_back(Ops::Kind::IMPL, name_space, "CPU", __FILE__, __LINE__);
   for (const auto implement : listed()) implement(ops);
@@ -111,7 +111,8 @@ AOTITorchError __wrap_aoti_torch_delete_tensor_object(AtenTensorHandle tensor) {
   return __real_aoti_torch_delete_tensor_object(tensor);
 }
 
-// Doors ask a device once for its multiprocessors, so that each number of them is a device of its own, of that index.
+// Entry functions ask each device only once for its number of multiprocessors. So each such number is a separate
+// device, whose index is that number.
 AOTITorchError __wrap_aoti_torch_get_device_index(AtenTensorHandle, int32_t* out) {
   *out = emu::settings.multiprocessors;
   return AOTI_TORCH_SUCCESS;

@@ -1,5 +1,5 @@
-// Included before everything else of a .cu file, and compiled once for all of them, into a precompiled header: CUDA for
-// g++, and torch's headers, which take longer to read than most doors.
+// Included before every .cu file, as a precompiled header that serves all of them. It contains CUDA for g++, and
+// torch's headers, which take longer to parse than most entry functions.
 #pragma once
 #include "cuda_emu.h"
 
@@ -21,10 +21,10 @@ namespace emu {
 
 using Ops = torch::stable::detail::StableLibrary;
 
-// Remembers a file's ops until the module is given its namespace: the same object serves every module.
+// Remembers a file's ops until the module gets its namespace, so that one object serves every module.
 bool list_ops(void (*implement)(Ops&));
 
-// Accesses to memory are checked in a module whose kernels announce them.
+// Turns on the memory checks, in a module whose kernels announce their accesses.
 bool announce_accesses();
 #ifdef __SANITIZE_THREAD__
 [[maybe_unused]] static const bool accesses_announced = announce_accesses();

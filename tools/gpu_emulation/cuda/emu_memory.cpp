@@ -1,9 +1,11 @@
-// Which memory kernels may touch, and who touched it when: races, missing barriers, undefined values, bounds.
+// Knows which memory kernels may touch, and which thread touched it when. This finds races, missing barriers, undefined
+// values and accesses out of bounds.
 //
-// A kernel compiled with -fsanitize=thread announces every access by calling __tsan_*; those functions are ours here,
-// at the end of the file, and no ThreadSanitizer is linked. Each byte has a cell that remembers its last write and
-// read. Two accesses are ordered if one thread made both; or, inside one block, if a __syncthreads lies between them
-// (another epoch), or if one warp made both with a __syncwarp between. Blocks of one launch are not ordered at all.
+// A kernel compiled with -fsanitize=thread announces every access by calling __tsan_*. The end of this file defines
+// those functions, and ThreadSanitizer itself is not linked. Each byte has a cell that remembers its last write and its
+// last read. Two accesses are ordered if one thread made both. Inside one block they are also ordered if a
+// __syncthreads is between them (then their epochs differ), or if one warp made both with a __syncwarp between them.
+// Blocks of one launch are never ordered.
 #include <link.h>
 
 #include <algorithm>
@@ -36,10 +38,10 @@ struct Extent {
   uintptr_t id, begin, end;
   Space space;
   std::string name;
-  bool undefined = false;  // nothing was written before the first kernel
+  bool undefined = false;  // nothing was written to it before the first kernel
 };
 
-constexpr uintptr_t kDynamicShared = 1, kStaticShared = 2, kCode = 3, kParameters = 4;  // ids; buffers have addresses
+constexpr uintptr_t kDynamicShared = 1, kStaticShared = 2, kCode = 3, kParameters = 4;  // ids
 
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
 std::vector<Extent> extents;
@@ -110,7 +112,7 @@ struct Accessor {
   uint16_t warp_epoch;
   Access kind;
   uintptr_t code;
-  bool reported = false;  // one finding for each access, not for each of its bytes
+  bool reported = false;  // an access is reported once, not once for each of its bytes
 };
 
 void note_once(Accessor& now, const char* kind, std::string message, int other_thread = -1) {
@@ -118,7 +120,7 @@ void note_once(Accessor& now, const char* kind, std::string message, int other_t
   now.reported = true;
 }
 
-// An earlier access by `thread` in `epoch`, with `warp_epoch` at the time: does anything order it before this one?
+// Whether an earlier access by `thread`, made in `epoch` and `warp_epoch`, is ordered before this one.
 bool ordered(const Accessor& now, uint32_t epoch, int thread, uint16_t warp_epoch) {
   if (epoch < active.block_epoch) return false;  // another block
   return thread == now.thread || epoch != active.epoch ||
@@ -153,7 +155,7 @@ void record_read(Cell& cell, const Accessor& now) {
 
 void check_cell(Cell& cell, const Extent& extent, uintptr_t address, Accessor& now) {
   const bool reads = now.kind != Access::write, writes = now.kind != Access::read;
-  // Shared memory lives as long as its block.
+  // The contents of shared memory are lost at the end of a block.
   const uint32_t oldest = extent.space == Space::shared ? active.block_epoch : active.first_epoch;
   if (cell.in_flight)
     note_once(now, "in_flight", "access to the target of a cp.async in flight: " + place(extent, address));
@@ -174,7 +176,7 @@ void check_cell(Cell& cell, const Extent& extent, uintptr_t address, Accessor& n
   cell.undefined = false;
 }
 
-// The writable segment of this module holds the static __shared__ variables; all of its segments are known addresses.
+// The writable segment of this module holds the static __shared__ variables. Kernels may read all of its segments.
 int find_segments(dl_phdr_info* info, size_t, void*) {
   const auto bounds = [info](int i) {
     const uintptr_t begin = info->dlpi_addr + info->dlpi_phdr[i].p_vaddr;
@@ -225,14 +227,14 @@ void add_buffer(uintptr_t id, const void* p, size_t bytes, std::string name, boo
   const auto same = [id](const Extent& e) { return e.id == id; };
   if (std::any_of(extents.begin(), extents.end(), same)) return;
   extents.push_back({id, uintptr_t(p), uintptr_t(p) + bytes, Space::global, std::move(name), undefined});
-  if (!settings.check_memory) return;  // an executor looks at no cells
+  if (!settings.check_memory) return;  // an executor does not use the cells
   for (size_t i = 0; undefined && i < bytes; ++i) cell_of(uintptr_t(p) + i)->undefined = true;
 }
 
 void remove_buffer(uintptr_t id) {
   for (size_t i = 0; i < extents.size(); ++i) {
     if (extents[i].id != id) continue;
-    // The next owner of these addresses may define them outside kernels.
+    // Host code may write to these addresses when they are allocated again.
     if (settings.check_memory)
       for (uintptr_t a = extents[i].begin; a < extents[i].end; ++a) cell_of(a)->undefined = false;
     extents.erase(extents.begin() + std::ptrdiff_t(i));
@@ -270,7 +272,7 @@ void leave_launch_memory() {
 
 }  // namespace emu
 
-// ---- what -fsanitize=thread calls -----------------------------------------------------------------------------------
+// ---- functions that -fsanitize=thread calls ------------------------------------------------------------------------
 
 using emu::Access;
 
@@ -293,7 +295,7 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
-// Atomics of host code in the same file, reference counts mostly.
+// Atomics of host code in the same file, mostly reference counts.
 #define EMU_ATOMICS(bits, T)                                                                                       \
   T __tsan_atomic##bits##_load(const volatile T* p, int) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }          \
   void __tsan_atomic##bits##_store(volatile T* p, T v, int) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }          \

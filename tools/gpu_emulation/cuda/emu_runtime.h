@@ -1,5 +1,6 @@
-// What the parts of the runtime share: fibers and warps (emu_scheduler.cpp), warp-wide operations and asynchronous
-// copies (emu_warp.cpp), memory checks (emu_memory.cpp), torch and the CUDA runtime as a door sees them (emu_host.cpp).
+// Declarations that the parts of the runtime share: fibers and warps (emu_scheduler.cpp), warp-wide operations and
+// asynchronous copies (emu_warp.cpp), memory checks (emu_memory.cpp), and replacements of torch and of the CUDA runtime
+// for the entry functions (emu_host.cpp).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -22,12 +23,12 @@ namespace emu {
 // ---- settings, counters, reports ---------------------------------------------------------------------------------
 
 struct Settings {
-  uint64_t seed = 0;           // 0: threads and blocks in order; 1: in reverse; else a random order drawn from it
-  bool late_copies = true;     // cp.async lands when it is waited for, the latest legal moment; else when it is issued
-  bool check_memory = false;   // follow every access that the instrumented kernels announce
-  bool fill_outputs = true;    // with NaN, which shows what a kernel forgets to write; not where only launches count
-  int multiprocessors = 1;     // of the device that tensors are on
-  // Executes launches elsewhere instead, with the same memory; false says that it failed.
+  uint64_t seed = 0;           // 0: threads and blocks in order; 1: in reverse; else a random order with this seed
+  bool late_copies = true;     // data of cp.async arrive when waited for, the latest legal moment; else when issued
+  bool check_memory = false;   // check every access that the instrumented kernels announce
+  bool fill_outputs = true;    // with NaN, which shows what a kernel forgets to write; off if launches are recorded
+  int multiprocessors = 1;     // of the device
+  // If set, it executes the launches instead, on the same memory. It returns false if that failed.
   std::function<bool(const cudaLaunchConfig_t&, const KernelCall&)> executor;
 };
 
@@ -40,16 +41,16 @@ struct Report {
   uintptr_t kernel = 0, code = 0;  // addresses inside this module; 0 if unknown
   uint32_t block[3] = {};
   int thread = -1, other_thread = -1;
-  uint64_t count = 1;  // how often the same was seen
+  uint64_t count = 1;  // how often the same error occurred
 };
 
 extern Settings settings;
 extern Counters counters;
 extern std::vector<Report> reports;
 
-// Notes a finding and goes on. The same kind at the same place is counted, not repeated.
+// Records an error and continues. Another error of the same kind at the same place is only counted.
 void note(const char* kind, std::string message, uintptr_t code = 0, int other_thread = -1);
-// Notes it and ends the launch; does not return when called from a fiber.
+// Records an error and ends the launch. It does not return when called from a fiber.
 void fail(const char* kind, std::string message, uintptr_t code = 0);
 
 // ---- fibers and warps ---------------------------------------------------------------------------------------------
@@ -70,13 +71,14 @@ struct Fiber {
   const char* waits_at;
   void* fake_stack;  // AddressSanitizer's
   std::vector<AsyncCopy> copies;
-  std::vector<int> groups;  // copies of each committed group, the oldest first
+  std::vector<int> groups;  // the number of copies of each committed group, the oldest first
   int uncommitted;
 };
 
 constexpr size_t kStackBytes = EMU_ASAN ? 256 << 10 : 64 << 10;
 
-// Lanes that meet at a warp-wide operation. Each leaves a pointer to its operands; the last one works for all.
+// Lanes that meet at a warp-wide operation. Each lane stores a pointer to its operands, and the last one does the work
+// for all lanes.
 struct Meeting {
   uint32_t mask, arrived;
   int kind;
@@ -101,7 +103,7 @@ extern std::vector<Fiber> fibers;
 extern std::vector<Warp> warps;
 extern Launch active;
 
-// The calling fiber waits until somebody makes it ready.
+// The calling fiber waits until make_ready is called for it.
 void wait_here(const char* what);
 void make_ready(int thread);
 
@@ -109,12 +111,12 @@ void make_ready(int thread);
 
 enum class Access { read, write, atomic };
 
-// Checks an access of the current fiber, and records it. Only with settings.check_memory.
+// Checks an access of the current fiber and records it. To be called only if settings.check_memory is set.
 void access(const void* p, size_t bytes, Access kind, uintptr_t code);
 void mark_in_flight(const void* p, size_t bytes, bool in_flight);
 
-// Global memory that kernels may touch. `undefined`: nothing has been written to it yet. Remembered where accesses are
-// checked, here or by an executor.
+// Global memory that kernels may touch. `undefined`: nothing has been written to it yet. Buffers are recorded only if
+// accesses are checked, by the runtime or by an executor.
 void add_buffer(uintptr_t id, const void* p, size_t bytes, std::string name, bool undefined);
 void remove_buffer(uintptr_t id);
 void remove_all_buffers();
@@ -125,16 +127,16 @@ struct Buffer {
 };
 std::vector<Buffer> all_buffers();
 
-// Shared memory of the launch that begins, and the module's own segments, found once.
+// Registers the shared memory of the launch that begins, and at the first call the segments of the module.
 void enter_launch_memory();
 void leave_launch_memory();
 
-// Whether the kernel may have so much dynamic shared memory: more than 48 KiB only after cudaFuncSetAttribute.
+// Whether the kernel may have this amount of dynamic shared memory: more than 48 KiB only after cudaFuncSetAttribute.
 bool shared_memory_allowed(const void* kernel, size_t bytes);
 
 // ---- torch ---------------------------------------------------------------------------------------------------------
 
-// Implements the ops that `list_ops` of emu_kernels.h has remembered in this namespace of torch.ops, for CPU tensors.
+// Implements the ops that `list_ops` (emu_kernels.h) has remembered, for CPU tensors, in this namespace of torch.ops.
 void register_ops(const char* name_space);
 
 #define EMU_CALLER uintptr_t(__builtin_return_address(0))

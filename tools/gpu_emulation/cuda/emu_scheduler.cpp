@@ -1,4 +1,4 @@
-// Fibers: one for each thread of a block, switched by hand, block after block.
+// Fibers: each thread of a block is one, and they are switched by hand. Blocks run one after another.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -24,8 +24,8 @@ Launch active;
 
 namespace {
 
-// Saves the callee-saved registers and the stack pointer, and takes on another's: 10 ns, where swapcontext with its
-// system call takes 230.
+// Saves the callee-saved registers and the stack pointer, and loads those of another fiber. This takes 10 ns;
+// swapcontext, with its system call, takes 230 ns.
 extern "C" void emu_switch(void** save, void* load);
 asm(R"(.text
 .globl emu_switch
@@ -57,7 +57,7 @@ uint32_t random_number() {
   return uint32_t(random_state >> 11);
 }
 
-// `to` null: the host's stack.
+// If `to` is null, it jumps to the host's stack.
 void jump(void** save, Fiber* to) {
   ++counters.switches;
 #if EMU_ASAN
@@ -105,7 +105,7 @@ void fiber_entry() {
 #endif
   active.call.run(active.call.call);
   if (!current->copies.empty()) note("async_copy", "a thread exits with cp.async in flight");
-  for (const AsyncCopy& copy : current->copies) mark_in_flight(copy.dst, 16, false);  // said once is enough
+  for (const AsyncCopy& copy : current->copies) mark_in_flight(copy.dst, 16, false);  // reported once is enough
   current->done = true;
   current->waits_at = "exit";
   ++finished;
@@ -125,7 +125,8 @@ void prepare(Fiber& fiber, int thread, const dim3& block) {
 #if EMU_ASAN
   __asan_unpoison_memory_region(fiber.stack, kStackBytes);
 #endif
-  // As the switch finds it: six registers, then the address to go to, which wants a stack 8 bytes off a multiple of 16.
+  // The stack as emu_switch expects it: six registers, then the address to go to. There the stack pointer must be 8
+  // bytes off a multiple of 16.
   void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes) - 3;
   *--top = reinterpret_cast<void*>(fiber_entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;

@@ -1,4 +1,4 @@
-// Operations of a whole warp, and asynchronous copies.
+// Warp-wide operations and asynchronous copies.
 #include <cstring>
 
 #include "emu_runtime.h"
@@ -31,7 +31,7 @@ Meeting& find_meeting(const char* name, uint32_t mask, int kind) {
   __builtin_unreachable();
 }
 
-// Every lane of `mask` comes here with its operands; work(meeting) runs once, when all are there.
+// Every lane of `mask` calls this with its operands. work(meeting) runs once, when all of them have arrived.
 template <class Work>
 __attribute__((noinline)) void meet(const char* name, int kind, uint32_t mask, void* operands, Work work) {
   ++counters.collectives;
@@ -76,7 +76,7 @@ struct LdmatrixOperands {
   const void* row;
 };
 
-// One of the four matrices: `rows` holds the addresses of its rows.
+// Loads one of the four matrices. `rows` holds the addresses of its rows.
 void load_matrix(Meeting& meeting, int matrix, bool trans, uintptr_t code) {
   const uint16_t* rows[8];
   int in_bank[8] = {}, worst = 0;
@@ -122,7 +122,7 @@ struct MmaOperands {
   uint32_t b[2];
 };
 
-// Products and sums in fp32, in the order of k; the rounding of the hardware's sum is not specified.
+// Products and sums are in fp32, in the order of k. How the hardware rounds its sums is not specified.
 void multiply(Meeting& meeting, bool is_bf16) {
   float a[16][16], b[16][8], d[16][8];
   for (int i = 0; i < 32; ++i) {
@@ -152,7 +152,7 @@ void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool is_bf16) {
   });
 }
 
-// As above in TF32, which has no more than the upper 19 bits of its operands.
+// The same in TF32, which uses only the upper 19 bits of its operands.
 void multiply_tf32(Meeting& meeting) {
   const auto widen = [](uint32_t bits) { return from_bits<float>(bits & 0xffffe000u); };
   float a[16][8], b[8][8], d[16][8];
@@ -260,7 +260,7 @@ void mma_m16n8k16<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, ui
   mma(d, a, b0, b1, false);
 }
 
-// To the nearest, halves away from zero; the bits that are not specified are set, so that nobody relies on them.
+// Rounds to nearest, and halves away from zero. The unspecified bits are set, so that code which relies on them fails.
 uint32_t to_tf32(float x) {
   const uint32_t bits = uint32_t(to_bits(x));
   return (std::isfinite(x) ? bits + 0x1000u : bits) | 0x1fffu;
@@ -283,7 +283,8 @@ void cp_async16(void* dst, const void* src, bool valid) {
     fail("out_of_bounds", "cp.async: the destination is not in dynamic shared memory", code);
   if (valid) {
     access(src, 16, Access::read, code);
-    // The copy itself may come later, when nobody could say whose it is: let AddressSanitizer see its ends now.
+    // The copy itself may happen later, when its origin is unknown. Read its first and last byte now, so that
+    // AddressSanitizer checks them here.
     const volatile unsigned char* const bytes = static_cast<const unsigned char*>(src);
     (void)bytes[0], (void)bytes[15];
   }

@@ -1,5 +1,5 @@
-// Small kernels, right ones and ones with one fault each, that say what the emulation finds: see
-// tests/emulation/test_cuda_emulation.py, which names the layer that must catch each fault.
+// Small kernels, some right and some with one fault each, which test the emulation itself.
+// tests/emulation/test_cuda_emulation.py names the layer that must find each fault.
 #include "cuda/device.cuh"
 
 namespace var_kernels {
@@ -26,7 +26,7 @@ __global__ void exchange_in_warp(Arguments a) {
   a.out[blockIdx.x * kThreads + t] = s[t ^ 1];
 }
 
-// Reverses twice. Without the second barrier a slow thread reads what a fast one has overwritten.
+// Reverses twice. Without the second barrier, a slow thread reads what a fast one has overwritten.
 template <bool kAfterWrite, bool kBeforeReuse>
 __global__ void reverse_in_block(Arguments a) {
   VAR_DYN_SMEM(memory);
@@ -106,7 +106,7 @@ __global__ void exit_before_barrier(Arguments a) {
   a.out[blockIdx.x * kThreads + threadIdx.x] = a.in[threadIdx.x];
 }
 
-// A shuffle in the guarded tail of a row: harmless if n is a multiple of 32, a hang or garbage if not.
+// A shuffle in the guarded tail of a row. It is harmless if n is a multiple of 32; else it hangs or gives garbage.
 template <bool kOutsideGuard>
 __global__ void shuffle_in_tail(Arguments a) {
   const int t = threadIdx.x;
@@ -137,7 +137,8 @@ __global__ void source_not_in_mask(Arguments a) {
 
 // ---- asynchronous copies --------------------------------------------------------------------------------------------
 
-// Four chunks of 64 floats through two stages of shared memory; each thread reads what its neighbour's warp has copied.
+// Four chunks of 64 floats pass through two stages of shared memory. Each thread reads data that the other warp has
+// copied.
 template <int kInFlight, bool kAfterWait, bool kBeforeReuse, bool kValidity>
 __global__ void pipeline(Arguments a) {
   VAR_DYN_SMEM(memory);
@@ -155,7 +156,7 @@ __global__ void pipeline(Arguments a) {
     if (chunk + 1 < kChunks)
       copy(chunk + 1);
     else
-      ptx::cp_async_commit();  // keeps the count of groups the same in every round
+      ptx::cp_async_commit();  // so that every round has the same number of groups
     ptx::cp_async_wait<kInFlight>();
     if (kAfterWait) __syncthreads();
     sum += s[chunk % 2 * kThreads + (t ^ 33)];
@@ -175,8 +176,9 @@ __global__ void never_waited(Arguments a) {
 
 enum Fault { kRight, kNoSwizzle, kReadUnswizzled, kSwapped, kNotTransposed, kUnalignedRow };
 
-// out (16×64, fp32) = a (16×64) · b (64×64), both bf16 and row-major one behind the other in `in`; one warp. Rows in
-// shared memory are 128 bytes: without a swizzle the 8 rows of each 8×8 matrix would begin in the same bank.
+// out (16×64, fp32) = a (16×64) · b (64×64), computed by one warp. a and b are bf16, row-major, and adjacent in `in`.
+// Rows in shared memory have 128 bytes, so without a swizzle the 8 rows of each 8×8 matrix would begin in the same
+// bank.
 template <int kFault>
 __global__ void multiply(Arguments arguments) {
   VAR_DYN_SMEM(memory);
@@ -266,7 +268,7 @@ const Entry kEntries[] = {
 }  // namespace
 }  // namespace var_kernels
 
-// Runs a kernel by name; the error of its launch, or -1 for an unknown name.
+// Runs a kernel by name. Returns the error of its launch, or -1 for an unknown name.
 extern "C" __attribute__((visibility("default"))) int run_micro_kernel(const char* name, const float* in, float* out,
                                                                        int n) {
   for (const var_kernels::Entry& entry : var_kernels::kEntries) {

@@ -1,4 +1,4 @@
-"""Planted faults in the CUDA kernels: modules of a .cu file with one line of it, or of what it includes, made wrong.
+"""Planted faults in the CUDA kernels: builds a .cu file with one wrong line, in the file or in one that it includes.
 
     def steps(emulation, looked_for):
         yield lambda: check(inputs, emulation, seed=1)
@@ -29,12 +29,12 @@ from . import Emulation, EmulationError, build, load, load_built
 __all__ = ["Mutant", "assert_found", "assert_nothing_found", "findings", "load_mutant", "parameters"]
 
 _JOBS = 2  # compilations at a time
-# The others are seen in results and counters, or stop the fast variant.
+# The variant race finds these. The others show in results and counters, or stop the fast variant.
 _RACE_LAYERS = ("race", "cross_block_race", "undefined", "in_flight", "out_of_bounds")
-# The element types of `with_dtype` in launch.h, as they stand there.
+# The element types, as `with_dtype` in launch.h writes them.
 DTYPES = ("float", "bf16", "fp16")
 
-# What a test runs in a module to find what a mutant's `check` names.
+# The steps that a test runs in a module, to find what a mutant's `check` names.
 Steps = Callable[[Emulation, str], Iterable[Callable[[], object]]]
 
 
@@ -43,7 +43,7 @@ def _variant(check: str) -> str:
 
 
 def narrow(folder: Path, dtypes: Iterable[str]) -> None:
-    """In a copy of the CUDA files only these element types are compiled; calls with others raise RuntimeError."""
+    """Changes a copy of the CUDA files such that only these element types are compiled. Others raise RuntimeError."""
     path = folder / "launch.h"
     text = path.read_text(encoding="utf-8")
     for dtype in DTYPES:
@@ -61,23 +61,23 @@ def _build_mutant(source: Path, dtypes: tuple[str, ...], mutant: Mutant) -> Path
         cuda = Path(shutil.copytree(native_build.CSRC, Path(folder) / "csrc")) / "cuda"
         narrow(cuda, dtypes)
         with mutant.planted(cuda):
-            # The kernels run a few times only: they are compiled without optimisation.
+            # The kernels run a few times only, so they are compiled without optimisation.
             return build.build(f"{_variant(mutant.check)} quick", [cuda / source.name])
 
 
 def load_mutant(
     source: Path, mutant: Mutant, together: Iterable[Mutant] = (), dtypes: tuple[str, ...] = DTYPES
 ) -> Emulation:
-    """The module of `source` with the fault of `mutant`; all of `together`, which the run needs too, are built, two at
-    a time. `dtypes`: the element types that are compiled."""
+    """The module of `source` with the fault of `mutant`. It also builds all of `together`, which the run needs as well,
+    two at a time. `dtypes`: the element types that are compiled."""
     with ThreadPoolExecutor(_JOBS) as pool:
         list(pool.map(functools.partial(_build_mutant, source, dtypes), together))
     return load_built(_build_mutant(source, dtypes, mutant))
 
 
 def findings(steps: Iterable[Callable[[], object]]) -> set[str]:
-    """What the steps, each of which runs whatever the others find, find: kinds of reports (see `Report`), "values"
-    where an assertion fails, and what a step returns as a set of strings."""
+    """Runs all steps and returns what they find: kinds of reports (see `Report`), "values" if an assertion fails, and
+    the strings of a set that a step returns."""
     found: set[str] = set()
     for step in steps:
         try:
@@ -95,7 +95,8 @@ def assert_found(
     source: Path, mutants: Mapping[str, Mutant], name: str, steps: Steps, names: Iterable[str],
     dtypes: tuple[str, ...] = DTYPES,
 ) -> None:  # fmt: skip
-    """The steps find the fault `name` of `source` in the way that it says. `names`: those that this run plants."""
+    """Asserts that the steps find the fault `name` of `source` by its `check`. `names`: the faults that this run
+    plants."""
     mutant = mutants[name]
     emulation = load_mutant(source, mutant, [mutants[each] for each in names if each in mutants], dtypes)
     found = findings(steps(emulation, mutant.check))
@@ -103,7 +104,7 @@ def assert_found(
 
 
 def assert_nothing_found(source: Path, mutants: Mapping[str, Mutant], steps: Steps) -> None:
-    """What finds the mutants finds nothing in the file as it is."""
+    """Asserts that the steps find nothing in the file without a fault."""
     for check in sorted({mutant.check for mutant in mutants.values()}):
         found = findings(steps(load(_variant(check), [source]), check))
         assert not found, f"looking for {check}: found {sorted(found)} without a fault"

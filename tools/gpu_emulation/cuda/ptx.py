@@ -1,7 +1,7 @@
-"""Launches of the doors executed from the PTX that nvcc writes, in the PTX interpreter: executors for `Emulation.run`.
+"""Executors for `Emulation.run` that execute the PTX which nvcc writes, in the PTX interpreter.
 
-The emulation runs what g++ makes of a kernel, with the assembly of `device.cuh` replaced; here the assembly itself, the
-predicates and the vector widths of nvcc's code are executed, on the same memory.
+The emulation runs the code that g++ makes of a kernel, with the assembly of `device.cuh` replaced. These executors run
+the assembly itself, and the predicates and vector widths of nvcc's code, on the same memory.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from tools.gpu_emulation import ptx
-from tools.report import nvcc
 
-from . import Launch
+from . import Launch, nvcc
 
 __all__ = ["execute_ptx_of"]
 
@@ -28,8 +27,8 @@ def _kernels(source: Path, arch: str) -> dict[str, ptx.Kernel]:
 
 
 def execute_ptx_of(*sources: Path, arch: str = "sm_80"):
-    """An executor of these files' kernels."""
-    written: dict[tuple[int, int], np.ndarray] = {}  # by a buffer's bounds, what the previous launch left defined
+    """An executor for the kernels of these files."""
+    written: dict[tuple[int, int], np.ndarray] = {}  # bounds of a buffer -> what the previous launch left defined
 
     def execute(launch: Launch) -> None:
         kernel = next(found[launch.kernel] for source in sources if launch.kernel in (found := _kernels(source, arch)))
@@ -45,9 +44,9 @@ def execute_ptx_of(*sources: Path, arch: str = "sm_80"):
 
 
 def _memory(launch: Launch, written: dict) -> tuple[ptx.Memory, dict[tuple[int, int], str]]:
-    """The launch's buffers, and the names of those not all defined, by their bounds.
+    """The launch's buffers as memory, and the names of the buffers that are not fully defined, by their bounds.
 
-    Views that overlap, as chunks of one tensor do, become one buffer.
+    Overlapping views, such as chunks of one tensor, become one buffer.
     """
     merged: list[tuple[int, int, str, bool]] = []
     for begin, end, name, undefined in sorted(launch.buffers):

@@ -1,4 +1,4 @@
-"""Runs Python code in a process that preloads AddressSanitizer: the variant ``sanitized``, the CPU kernels."""
+"""Runs Python code in a process that preloads AddressSanitizer, for the variant ``sanitized`` and the CPU kernels."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from pathlib import Path
 
 from var_kernels.native import build
 
-# Of g++: each access is checked by a call, not in place, which compiles in three quarters of the time.
+# A flag for g++: a call checks each access, instead of code in place. This compiles in three quarters of the time.
 CHECKED_BY_CALLS = "--param asan-instrumentation-with-call-threshold=0"
 _ROOT = Path(__file__).resolve().parents[3]
-# Python and torch do not free everything at exit; fibers bring stacks of their own; and a stop at the first finding
-# must not print another process's idea of colours.
+# No leaks, because Python and torch do not free everything at exit. No fake stacks, because fibers have their own
+# stacks. No colours, whatever this process's environment says, because tests read the output.
 _OPTIONS = "detect_leaks=0:detect_stack_use_after_return=0:color=never"
 
 
 def run_sanitized(code: str, *, timeout: float = 300) -> subprocess.CompletedProcess:
-    """What `code` printed, and its exit status; the checkout is on its path. A finding ends it with status 1."""
+    """The output of `code` and its exit status. The checkout is on its path. A finding ends the process with status
+    1."""
     compiler = shlex.split(build.find_compiler().command)
     libraries = [
         subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()

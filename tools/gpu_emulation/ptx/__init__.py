@@ -5,14 +5,15 @@
     memory.add("x", x)                               # a numpy array; its own address is its device address
     stats = run(module.kernels["k"], [x.ctypes.data, x.size, 0.5], grid=(4, 1, 1), threads=(128, 1, 1), memory=memory)
 
-It executes what compilers write for sm_80 (Triton's kernels, and CUDA C++ with inline assembly): bf16 and predication
-as they are, real vector widths and addresses. An instruction or modifier that is not modelled is an error, and so is
-every access that a GPU would not define: out of bounds, misaligned, uninitialised (registers, shared and local memory,
-buffers added with `defined=False`), overtaking a cp.async, racing with another warp in shared memory.
+It executes the PTX that compilers write for sm_80, of Triton kernels and of CUDA C++ with inline assembly. So bf16,
+predication, vector widths and addresses are those of the compiled code. An instruction or modifier that is not modelled
+is an error. So is every access whose result is undefined on a GPU: out of bounds, misaligned, uninitialised (registers,
+shared and local memory, buffers added with `defined=False`), an access to the target of a cp.async in flight, a race
+with another warp in shared memory.
 
-What it cannot show: speed; the last bits of approximate functions and of the order of sums in mma (`numerics`, `warp`);
-races within a warp, which runs in lock-step; races in global memory, since blocks and atomics run in a fixed order;
-missing fences.
+It cannot show: speed; the last bits of approximate functions and of sums in mma (`numerics`, `warp`); races within a
+warp, because a warp runs in lock-step; races in global memory, because blocks and atomics run in a fixed order; missing
+fences.
 """
 
 from .decode import Module, parse

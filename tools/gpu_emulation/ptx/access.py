@@ -12,7 +12,7 @@ from .memory import UNITS
 from .syntax import Address, Register
 
 _TYPES = (*INTEGERS, *UNTYPED, "f32", "f64", "b8", "u8", "s8")
-# What these say concerns caches and the order between threads; it does not change the result of a lock-step execution.
+# These modifiers concern caches and the order between threads. They do not change the result of a lock-step execution.
 _HINTS = {"nc", "volatile", "weak", "relaxed", "acquire", "release", "acq_rel", "cta", "gpu", "sys", "ca", "cg", "cs"}
 _HINTS |= {"lu", "cv", "wb", "wt", "L2::cache_hint", "L1::no_allocate", "L2::64B", "L2::128B", "L2::256B"}
 _HINTS |= {f"{level}::evict_{when}" for level in ("L1", "L2") for when in ("normal", "unchanged", "first", "last")}
@@ -20,14 +20,14 @@ _SPACES = {"global": "global", "const": "global", "shared": "shared", "shared::c
 
 
 def _hints(b: Binder) -> bool:
-    """Drops the hints; whether the last operand is a cache policy."""
+    """Drops the hints. Returns whether the last operand is a cache policy."""
     policy = "L2::cache_hint" in b.modifiers
     b.modifiers = [name for name in b.modifiers if name not in _HINTS]
     return policy
 
 
 def _space(b: Binder) -> str:
-    """global, shared, local, param, or generic where the instruction names none."""
+    """The state space: global, shared, local or param, or generic if the instruction names none."""
     return _SPACES.get(name := b.one_of((*_SPACES, "param"), "generic"), name)
 
 
@@ -61,7 +61,7 @@ class _Space:
                 translated(chosen, space.write, shifted, some, values[chosen])
 
     def _windows(self, address: np.ndarray, lanes):
-        """A generic access, split by the state space that each address lies in."""
+        """Splits a generic access by the state space of each address."""
         lanes = np.arange(self.machine.lanes)[lanes]
         shared, local = address >= SHARED_WINDOW, (address >= LOCAL_WINDOW) & (address < SHARED_WINDOW)
         for name, chosen, start in (
@@ -147,7 +147,7 @@ def _ld_param(b: Binder, kind: str) -> Execute:
 
 
 def _ld_indexed_param(b: Binder, kind: str) -> Execute:
-    """From an address in a register: an element of an array in a structure passed by value."""
+    """Loads from an address in a register: an element of an array in a structure that is passed by value."""
     count, width, space = _vector_length(b), bits_of(kind) // 8, b.machine.parameter_space
     address = b.address(1, "param")
     dests = [(b.wide_result(item, kind), i) for i, item in enumerate(b.vector(0, count)) if item != "_"]
@@ -292,7 +292,7 @@ def _atom(b: Binder) -> Execute:
 
 
 def _update(b: Binder, name: str, kind: str):
-    """The new value of memory, from arrays of one element."""
+    """A function that computes the new value of memory, on arrays of one element."""
     if name == "cas":
         return lambda old, expected, new: np.where(old == expected, new, old)
     if name == "exch":
@@ -317,7 +317,7 @@ def _update(b: Binder, name: str, kind: str):
 
 @instruction("membar", "fence")
 def _fence(b: Binder) -> Execute:
-    """Lock-step execution keeps every order that a fence could ask for."""
+    """Does nothing: lock-step execution keeps every order that a fence can require."""
     b.modifiers = [name for name in b.modifiers if name not in ("sc", "acq_rel", "cta", "gl", "gpu", "sys")]
     return lambda mask: None
 

@@ -1,8 +1,8 @@
-"""Binds the operands of an instruction to the arrays of a machine, once, before anything runs.
+"""Binds the operands of an instruction to the arrays of a machine. This is done once, before anything runs.
 
 An instruction's function in the modules `integer`, `floating`, `conversion`, `access` and `warp` takes a `Binder` and
-returns `execute(mask)`, where `mask` is True (all lanes) or a boolean array. What a binder was not asked for (an
-unknown modifier, one operand too many) is an error: nothing is ignored silently.
+returns `execute(mask)`, where `mask` is True (all lanes) or a boolean array. A modifier or operand that the function
+did not ask the binder for is an error, so nothing is ignored silently.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ UNTYPED = ("b16", "b32", "b64")
 DTYPES = {f"{kind}{bits}": np.dtype(f"u{bits // 8}") for kind in "bu" for bits in (8, 16, 32, 64)}
 DTYPES |= {f"s{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)}
 DTYPES |= {f"f{bits}": np.dtype(f"f{bits // 8}") for bits in (16, 32, 64)}
-# numpy has no bfloat16 and no pairs: their bits.
+# numpy has no bfloat16 and no pairs, so their bits are used.
 DTYPES |= {"bf16": np.dtype("u2"), "f16x2": np.dtype("u4"), "bf16x2": np.dtype("u4"), "pred": np.dtype(bool)}
 
 Execute = Callable[[object], None]
@@ -29,9 +29,9 @@ HANDLERS: dict[tuple[str, bool], Callable[[Binder], Execute]] = {}
 
 
 def instruction(*opcodes: str, floating: bool | None = None):
-    """Registers a function as the meaning of instructions, by the first part of their opcode.
+    """Registers a function that implements instructions, by the first part of their opcode.
 
-    `floating`: only where the type is (True) or is not (False) a floating-point type.
+    `floating`: it implements them only if their type is (True) or is not (False) a floating-point type.
     """
 
     def register(function):
@@ -76,7 +76,7 @@ class Binder:
     # ---- Modifiers
 
     def flag(self, *names: str) -> bool:
-        """Whether one of the modifiers is there."""
+        """Whether the instruction has one of the modifiers."""
         for name in names:
             if name in self.modifiers:
                 self.modifiers.remove(name)
@@ -111,7 +111,7 @@ class Binder:
         return self.value(self.operand(index), kind)
 
     def value(self, operand, kind: str, narrow: bool = False) -> np.ndarray:
-        """`narrow`: a register may be wider than the type, and its low bits count."""
+        """The value of an operand. `narrow`: a register may be wider than the type, and its low bits are used."""
         dtype, lanes = DTYPES[kind], self.machine.lanes
         if isinstance(operand, Inverted):
             raise self.error("a negated predicate is not supported here")
@@ -169,7 +169,7 @@ class Binder:
         return self.result(self.operand(index), kind)
 
     def result(self, operand, kind: str) -> np.ndarray:
-        """The array to write; `_` throws the value away."""
+        """The array to write to. The operand `_` discards the value."""
         if operand == "_":
             return self.machine.scratch(DTYPES[kind], 9)
         if not isinstance(operand, Register) or operand.width != bits_of(kind):
@@ -179,7 +179,8 @@ class Binder:
         return array if kind == "pred" else array.view(DTYPES[kind])
 
     def wide_result(self, operand, kind: str) -> np.ndarray:
-        """As `result`, but the register may be wider than the type: assignments extend the sign or with zeros."""
+        """As `result`, but the register may be wider than the type. Assignments then extend with the sign or with
+        zeros."""
         if operand == "_" or not isinstance(operand, Register) or operand.width == bits_of(kind):
             return self.result(operand, kind)
         if operand.width < bits_of(kind) or kind[0] not in "bus":
@@ -188,7 +189,7 @@ class Binder:
         return self.machine.register(operand).view(DTYPES[f"{kind[0]}{operand.width}"])
 
     def vector(self, index: int, count: int) -> tuple:
-        """The elements of `{a, b, ...}`; a single operand may stand for a vector of one."""
+        """The elements of `{a, b, ...}`. A single operand counts as a vector of one element."""
         operand = self.operand(index)
         elements = operand if isinstance(operand, tuple) else (operand,)
         if len(elements) != count:

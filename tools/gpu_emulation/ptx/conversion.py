@@ -1,4 +1,4 @@
-"""cvt in all directions, and createpolicy."""
+"""Conversions (cvt) between all types, and createpolicy."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _integers(target: str, saturate: bool):
 
 
 def _encode(values: np.ndarray, target: str) -> np.ndarray:
-    """f64 values as the bits of `target`, to nearest even."""
+    """f64 values as the bits of `target`, rounded to nearest even."""
     if target == "f64":
         return values.view(np.uint64)
     if target == "f32":
@@ -63,7 +63,7 @@ def _encode(values: np.ndarray, target: str) -> np.ndarray:
 
 def _integer_to_float(target: str):
     if target in ("f32", "f64"):
-        # Directly: by way of f64, 64-bit integers would be rounded twice.
+        # Converted directly: through f64, 64-bit integers would be rounded twice.
         return lambda x: x.astype(DTYPES[target]).view(DTYPES[_bit_type(target)])
     return lambda x: _encode(x.astype(np.float64), target)
 
@@ -75,7 +75,7 @@ def _decode(x: np.ndarray, source: str) -> np.ndarray:
 def _float_to_integer(b: Binder, source: str, target: str):
     rounding = numerics.ROUNDINGS[b.one_of(tuple(numerics.ROUNDINGS))]
     ftz = b.flag("ftz")
-    b.flag("sat")  # these conversions saturate in any case
+    b.flag("sat")  # these conversions always saturate
     dtype = DTYPES[target]
     limits = np.iinfo(dtype)
 
@@ -84,7 +84,8 @@ def _float_to_integer(b: Binder, source: str, target: str):
         if ftz:
             values = numerics.flush(values)
         whole = rounding(values.astype(np.float64))
-        # The largest 64-bit integers are no f64 numbers: what reaches the limits is set apart. NaN gives 0.
+        # The largest 64-bit integers are no f64 numbers, so values that reach the limits are set separately. NaN gives
+        # 0.
         above, below = whole >= float(limits.max), whole <= float(limits.min)
         inside = np.where(above | below | np.isnan(whole), 0.0, whole)
         result = inside.astype(dtype)
@@ -160,7 +161,7 @@ def _tf32(b: Binder, source: str) -> Execute:
 
 @instruction("createpolicy")
 def _createpolicy(b: Binder) -> Execute:
-    """A cache policy is only ever an operand of cache hints, which do not change results: any value will do."""
+    """Gives any value: a cache policy is only an operand of cache hints, and these do not change results."""
     b.one_of(("fractional",))
     for level in ("L2::evict_last", "L2::evict_normal", "L2::evict_first", "L2::evict_unchanged"):
         b.flag(level)

@@ -1,5 +1,5 @@
-"""From text to kernels that can run: every instruction is bound once to a small machine, which finds what is not
-supported, and a data-flow analysis finds the reads of registers that need a check at run time."""
+"""Turns text into kernels that can run. Every instruction is bound once to a small machine, which finds unsupported
+instructions. A data-flow analysis finds the reads of registers that need a check at run time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Module:
 def parse(text: str) -> Module:
     """Parses and decodes all kernels (`.entry`) of a PTX text.
 
-    Raises PtxError, with the text of the instruction, for everything that is not supported.
+    Raises PtxError, with the text of the instruction, if something is not supported.
     """
     kernels = kernels_of(text)
     for kernel in kernels:
@@ -34,7 +34,7 @@ def parse(text: str) -> Module:
 
 
 def is_control(instruction: Instruction) -> bool:
-    """Whether the scheduler executes the instruction, and not a function of the lanes."""
+    """Whether the scheduler executes the instruction, instead of a function on lanes."""
     return instruction.opcode[0] in CONTROL and instruction.opcode[1:2] != ("warp",)
 
 
@@ -105,7 +105,7 @@ def _successors(ins: Instruction, at: int) -> list[int]:
 
 
 def barrier_operands(ins: Instruction) -> tuple[int, int | None]:
-    """Number of the barrier, and the count of threads that it waits for if given."""
+    """The number of the barrier, and the count of threads that it waits for, if given."""
     number, *count = (int(item) for item in ins.operands)
     if count and (count[0] % 32 or not count[0]):
         raise PtxError(f"a barrier's count of threads must be a multiple of 32: {ins.text}")

@@ -1,4 +1,4 @@
-"""What goes wrong: in the text (`PtxError` from `parse`) or in a thread (`Fault`, which `run` completes)."""
+"""Errors in the text (`PtxError` from `parse`) or in a thread (`Fault`, which `run` turns into a `PtxError`)."""
 
 
 class PtxError(Exception):
@@ -14,4 +14,5 @@ class Fault(Exception):
 
 
 class PartialWarp(Fault):
-    """A convergent instruction met by some lanes of a warp: an error unless the others are still on their way."""
+    """Some lanes of a warp have reached a convergent instruction. This is an error unless the others can still
+    arrive."""

@@ -1,7 +1,8 @@
-"""Runs a kernel: batches of blocks in lock-step, the threads that have diverged in groups of one program counter.
+"""Runs a kernel. Blocks run in batches, in lock-step; threads that have diverged form groups of one program counter
+each.
 
-The group with the lowest program counter runs first, up to the next control instruction or to where another group
-waits; groups that meet are merged. Compilers lay code out so that this reconverges at once.
+The group with the lowest program counter runs first, up to the next control instruction or to the place where another
+group waits. Groups that meet are merged. With the way compilers lay out code, groups reconverge at once.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from .machine import WARP, Machine
 from .memory import Memory
 from .syntax import SCALAR_BYTES, Instruction, Kernel, parameter_bytes
 
-BATCH_LANES = 8192  # a register of a batch and its neighbours stay in the second-level cache
+BATCH_LANES = 8192  # so that a few registers of a batch fit in the second-level cache
 _FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
 
 
 @dataclass
 class Stats:
-    """`instructions`: executed, counted once for a block if any of its threads took part; `opcodes`: the same, by
-    full opcode."""
+    """`instructions` is the number of executed instructions; one counts once for a block if any of its threads took
+    part. `opcodes` has the same by full opcode."""
 
     instructions: int = 0
     opcodes: collections.Counter = field(default_factory=collections.Counter)
@@ -46,9 +47,9 @@ def run(
     """Executes `kernel` for the whole grid.
 
     `arguments`: ints (pointers as addresses), floats, and bytes for structures passed by value, in the order of
-    `kernel.parameters`. `shared_bytes`: dynamic shared memory in bytes. `limit`: instructions that a batch of blocks
-    may execute (an endless loop ends there). Raises PtxError, which names kernel, instruction, block and thread, for
-    every broken rule.
+    `kernel.parameters`. `shared_bytes`: dynamic shared memory in bytes. `limit`: how many instructions a batch of
+    blocks may execute, which ends an endless loop. Raises PtxError, which names kernel, instruction, block and thread,
+    if a rule of the PTX machine is broken.
     """
     parameters = _encode_arguments(kernel, list(arguments))
     grid, threads = _triple("grid", grid), _triple("threads", threads)
@@ -120,7 +121,7 @@ class _Program:
         self.kernel, self.machine = kernel, machine
         code = kernel.instructions
         self.execute = [None if is_control(ins) else self._bind(ins) for ins in code]
-        # For each instruction the next one that the scheduler has to look at.
+        # For each instruction, the next one that the scheduler has to handle.
         self.next_control = [len(code)] * (len(code) + 1)
         for at in range(len(code) - 1, -1, -1):
             self.next_control[at] = at if self.execute[at] is None else self.next_control[at + 1]
@@ -170,7 +171,7 @@ class _Program:
 
 
 class _Group:
-    """Lanes with one program counter; `mask` is True if they are all lanes of the batch."""
+    """Lanes with the same program counter. `mask` is True if they are all lanes of the batch."""
 
     def __init__(self, pc: int, mask, machine: Machine):
         self.pc, self.suspended = pc, None
@@ -191,7 +192,7 @@ class _Schedule:
         self.code, self.left, self.limit = program.kernel.instructions, limit, limit
         everyone = True if self.machine.exists.all() else self.machine.exists.copy()
         self.groups = [_Group(0, everyone, self.machine)]
-        self.waiting: list[tuple[int, int, _Group]] = []  # barrier, threads it waits for, who waits
+        self.waiting: list[tuple[int, int, _Group]] = []  # (barrier, threads it waits for, the group that waits)
         self.exited = ~self.machine.exists
 
     def run(self) -> None:
@@ -255,7 +256,7 @@ class _Schedule:
             raise Fault(f"more than {self.limit} instructions: an endless loop?")
 
     def _control(self, group: _Group) -> int | None:
-        """Where the whole group goes on, or None if it has been filed elsewhere."""
+        """Where the whole group continues, or None if it has been put elsewhere."""
         ins = self.code[group.pc]
         taken = self._taken(group, ins)
         if taken is None:
@@ -267,7 +268,7 @@ class _Schedule:
         rest = _Group(group.pc + 1, group.array(machine) & ~taken, machine)
         if ins.opcode == ("bra", "uni"):
             self._check_uniform(active, rest)
-        following = self._transfer(ins, active)  # may fail, and then nothing has been filed
+        following = self._transfer(ins, active)  # may fail; the group has not been put anywhere then
         self.groups.append(rest)
         if following is not None:
             active.pc = following
@@ -329,7 +330,7 @@ class _Schedule:
         return None
 
     def _release(self) -> None:
-        """Lets go the blocks in which as many threads have arrived at a barrier as it waits for."""
+        """Releases the blocks in which all threads that a barrier waits for have arrived."""
         machine = self.machine
         for key in {(barrier, count) for barrier, count, _ in self.waiting}:
             arrived = np.zeros(machine.lanes, bool)
@@ -340,7 +341,8 @@ class _Schedule:
             if not complete.any():
                 continue
             released = np.repeat(complete, machine.padded)
-            # A barrier of some of the warps is taken to order all of them: races between the others may be missed.
+            # A barrier of some warps is treated as if it ordered all of them, so races between the other warps may be
+            # missed.
             machine.shared.barrier(released)
             remaining = []
             for barrier, count, group in self.waiting:

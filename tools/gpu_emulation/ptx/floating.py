@@ -11,14 +11,16 @@ _HALVES = ("f16", "bf16", "f16x2", "bf16x2")
 
 
 def _kind(b: Binder) -> tuple[str, bool]:
-    """Type and `.ftz`; a rounding other than `.rn`, the default, is left for `_directed`, or refused."""
+    """The type, and whether there is `.ftz`. A rounding other than `.rn`, the default, is left to `_directed` or
+    refused."""
     kind = b.type(*FLOATS)
     b.flag("rn")
     return kind, b.flag("ftz")
 
 
 def _directed(b: Binder, kind: str, exact, nearest):
-    """`nearest`, or where a rounding is named, the exact f64 result (rounded to odd) of f32 values, rounded so."""
+    """Returns `nearest`, or, if a rounding is named, a function that rounds the exact result (f64, rounded to odd)
+    so."""
     rounding = b.one_of(("rz", "rm", "rp"), "none")
     if rounding == "none":
         return nearest
@@ -28,7 +30,7 @@ def _directed(b: Binder, kind: str, exact, nearest):
 
 
 def _apply(b: Binder, kind: str, ftz: bool, function, sources: int) -> Execute:
-    """`dest = function(*sources)` in f32 or f64, or for half types in f64, rounded once to the type."""
+    """`dest = function(*sources)`, in f32 or f64. Half types are computed in f64 and rounded once to the type."""
     dest = b.dest(0, kind)
     inputs = [b.source(i + 1, kind) for i in range(sources)]
     if kind in _HALVES:
@@ -125,7 +127,7 @@ def _sign(b: Binder) -> Execute:
         return _apply(b, kind, ftz, np.negative if b.name == "neg" else np.abs, 1)
     if ftz:
         raise b.error(f"unsupported: .ftz with .{kind}")
-    # On the sign bits, so that NaN and subnormal values keep theirs.
+    # Changes the sign bits only, so that NaN and subnormal values keep their other bits.
     bits = {"f32": "u32", "f64": "u64", "f16x2": "u32", "bf16x2": "u32"}.get(kind, "u16")
     dest, source = b.dest(0, bits), b.source(1, bits)
     sign = {"f32": 0x80000000, "f64": 1 << 63, "f16x2": 0x80008000, "bf16x2": 0x80008000}.get(kind, 0x8000)
@@ -136,7 +138,7 @@ def _sign(b: Binder) -> Execute:
 
 
 def _in_double(function):
-    """An f32 function by way of f64: the correctly rounded value, but for rare ties."""
+    """An f32 function computed in f64. The result is correctly rounded, except for rare ties."""
 
     def rounded(x):
         return function(x.astype(np.float64)).astype(x.dtype)
@@ -166,13 +168,13 @@ def _function(b: Binder) -> Execute:
     if kind == "f64" and approximate:
         raise b.error("unsupported: .approx with .f64")
     function = _FUNCTIONS[b.name]
-    # .ftz of half types (ex2.approx.ftz.bf16) is dropped: it concerns results below 2**-126.
+    # .ftz of half types (ex2.approx.ftz.bf16) is ignored: it concerns results below 2**-126.
     return _apply(b, kind, ftz and kind == "f32", _in_double(function) if kind == "f32" else function, 1)
 
 
 @instruction("copysign", floating=True)
 def _copysign(b: Binder) -> Execute:
-    # The sign of the first source on the magnitude of the second.
+    # Combines the sign of the first source with the magnitude of the second.
     kind = b.type("f32", "f64")
     return _apply(b, kind, False, lambda x, y: np.copysign(y, x), 2)
 

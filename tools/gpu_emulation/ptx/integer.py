@@ -35,7 +35,7 @@ def _addc(b: Binder) -> Execute:
 
 
 def _carry(b: Binder, carry_in: bool, carry_out: bool) -> Execute:
-    """Extended-precision addition; the carry of a subtraction is its borrow."""
+    """Extended-precision addition and subtraction. The carry of a subtraction is its borrow."""
     b.type("u32", "s32", "b32")
     dest, x, y, carry = b.dest(0, "u32"), b.source(1, "u32"), b.source(2, "u32"), b.machine.carry
     add = b.name.startswith("add")
@@ -110,7 +110,7 @@ def _multiply_carry(b: Binder, kind: str, part: str) -> Execute:
 
 
 def _divide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Towards zero; by zero all ones, as GPUs do (the instruction set leaves it open)."""
+    """Divides towards zero. Division by zero gives all ones, as on GPUs; the instruction set does not specify it."""
     zero = y == 0
     divisor = np.where(zero, y.dtype.type(1), y)
     quotient = x // divisor
@@ -121,7 +121,7 @@ def _divide(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _remainder(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """x - y * (x / y); by zero x."""
+    """x - y * (x / y), and x if y is zero."""
     return np.where(y == 0, x, x - _divide(x, y) * y)
 
 
@@ -159,7 +159,7 @@ def _shift(b: Binder) -> Execute:
         return assign(dest, ufunc, [x, np.broadcast_to(dtype.type(amount[0]), x.shape)])
 
     def shifted():
-        # Amounts beyond the width shift everything out: zeros, or copies of the sign.
+        # Amounts beyond the width shift all bits out, which leaves zeros or copies of the sign.
         inside = ufunc(x, np.minimum(amount, np.uint32(bits - 1)).astype(dtype))
         return inside if dtype.kind == "i" else np.where(amount < bits, inside, dtype.type(0))
 
@@ -189,7 +189,7 @@ def _extract(b: Binder) -> Execute:
     def extracted():
         position = (start & np.uint32(255)).astype(np.int64)
         length = (count & np.uint32(255)).astype(np.int64)
-        # The field ends at the top of the word; beyond it there are zeros, or copies of the sign.
+        # The field ends at the top of the word. Bits beyond it are zeros or copies of the sign.
         unused = np.clip(bits - position - length, 0, bits - 1)
         field = (x << unused.astype(dtype)) >> np.minimum(unused + position, bits - 1).astype(dtype)
         beyond = position >= bits
@@ -258,7 +258,7 @@ def _permute(b: Binder) -> Execute:
 
 @instruction("bfind")
 def _bfind(b: Binder) -> Execute:
-    """The highest bit that differs from the sign, all ones if there is none; .shiftamt: its distance to the top."""
+    """The highest bit that differs from the sign, or all ones if there is none. .shiftamt: its distance to the top."""
     kind = b.type("u32", "s32", "u64", "s64")
     bits, from_top = bits_of(kind), b.flag("shiftamt")
 

@@ -1,4 +1,4 @@
-"""Global memory: registered numpy arrays at their real addresses, with every access checked."""
+"""Global memory: registered numpy arrays at their real addresses. Every access is checked."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from .errors import Fault
 
-# Elements are moved, never computed with: complex128 is numpy's native 16-byte element.
+# Elements are only moved, so complex128 serves as numpy's native 16-byte element.
 UNITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 
 
@@ -72,7 +72,7 @@ class Memory:
         return buffer.start
 
     def defined(self, name: str) -> np.ndarray | None:
-        """Which bytes of the buffer hold a defined value by now; None if it was added as defined."""
+        """Which bytes of the buffer hold a defined value now. None if it was added as defined."""
         return next(buffer.defined for buffer in self._buffers if buffer.name == name)
 
     def joined(self, other: Memory) -> Memory:
@@ -93,7 +93,7 @@ class Memory:
         return values
 
     def write(self, address: np.ndarray, width: int, values: np.ndarray) -> None:
-        """Stores elements; where lanes write to one address the last lane wins."""
+        """Stores elements. If several lanes write to one address, the last lane wins."""
         buffer = self._single(address, width)
         parts = [(buffer, slice(None))] if buffer is not None else self._by_buffer(address, width)
         for buffer, chosen in parts:
@@ -109,7 +109,7 @@ class Memory:
                     buffer.defined[first + i] = True
 
     def _single(self, address: np.ndarray, width: int) -> Buffer | None:
-        """The buffer that holds all addresses, if there is one; checks alignment."""
+        """The buffer that holds all addresses, if there is one. Also checks alignment."""
         if int(np.bitwise_or.reduce(address)) & (width - 1):
             lane = int(np.flatnonzero(address & (width - 1))[0])
             raise Fault(f"misaligned access of {width} bytes at {int(address[lane]):#x}", lane)

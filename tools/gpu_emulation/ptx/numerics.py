@@ -1,12 +1,12 @@
 """The floating-point arithmetic of PTX on numpy arrays.
 
-Exact: f32 and f64 operations (to nearest even; add, sub, mul and fma of f32 also towards zero, down and up), fused
-multiply-add (one rounding; an f32 result below the normal range may be rounded twice), conversions, and single
-operations in f16 and bf16, which are computed in double precision and rounded once.
+These are exact: f32 and f64 operations (to nearest even; add, sub, mul and fma of f32 also towards zero, down and up),
+fused multiply-add (with one rounding; an f32 result below the normal range may be rounded twice), conversions, and
+single operations in f16 and bf16, which are computed in double precision and rounded once.
 
 Approximate instructions (ex2, lg2, rcp, rsqrt, sqrt, sin, cos, tanh with .approx, div.approx, div.full) give the
-correctly rounded value instead of the hardware's, whose error is up to a few units in the last place. The payload of
-NaN results is numpy's, except where the instruction set fixes it: conversions, min and max.
+correctly rounded value. The hardware's value has an error of up to a few units in the last place. The payload of NaN
+results is numpy's, except where the instruction set specifies it: conversions, min and max.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
 def flush(values: np.ndarray) -> np.ndarray:
-    """`.ftz`: subnormal f32 values become zeros of the same sign."""
+    """Implements `.ftz`: subnormal f32 values become zeros of the same sign."""
     return np.where(np.abs(values) < SMALLEST_NORMAL, np.copysign(np.float32(0), values), values)
 
 
@@ -26,7 +26,7 @@ def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
 
 
 def f32_to_bf16(values: np.ndarray) -> np.ndarray:
-    """Round to nearest even; NaN gives 0x7FFF."""
+    """f32 to the bits of bf16, rounded to nearest even. NaN gives 0x7FFF."""
     word = np.ascontiguousarray(values).view(np.uint32)
     odd = (word >> np.uint32(16)) & np.uint32(1)
     rounded = ((word + (odd + np.uint32(0x7FFF))) >> np.uint32(16)).astype(np.uint16)
@@ -39,18 +39,18 @@ def f32_to_bf16_towards_zero(values: np.ndarray) -> np.ndarray:
 
 
 def f64_to_f32_odd(values: np.ndarray) -> np.ndarray:
-    """Round to odd: rounding the result again, to fewer bits, is as good as rounding once."""
+    """f64 to f32, rounded to odd. Rounding this result again, to fewer bits, gives the same as rounding once."""
     rounded = values.astype(np.float32)
     inexact = (rounded.astype(np.float64) != values) & np.isfinite(values)
     word = rounded.view(np.uint32)
     away = np.abs(rounded.astype(np.float64)) > np.abs(values)
-    # Towards zero first (the bits below the last one of the magnitude), then the sticky bit.
+    # Round towards zero first (drop the lower bits of the magnitude), then set the last bit if any dropped bit was set.
     truncated = np.where(inexact & away, word - np.uint32(1), word)
     return np.where(inexact, truncated | np.uint32(1), word).view(np.float32)
 
 
 def to_f16(values: np.ndarray) -> np.ndarray:
-    """f32 or f64 to the bits of f16, to nearest even; NaN gives 0x7FFF."""
+    """f32 or f64 to the bits of f16, rounded to nearest even. NaN gives 0x7FFF."""
     return np.where(np.isnan(values), np.uint16(0x7FFF), values.astype(np.float16).view(np.uint16))
 
 
@@ -63,7 +63,7 @@ def load(array: np.ndarray, kind: str) -> np.ndarray:
 
 
 def store(values: np.ndarray, kind: str) -> np.ndarray:
-    """f64 results as f16 or bf16 bits, or as the 32-bit words of pairs; rounded once."""
+    """f64 results as f16 or bf16 bits, or as the 32-bit words of pairs, rounded once."""
     bits = f32_to_bf16(f64_to_f32_odd(values)) if kind.startswith("bf") else to_f16(values)
     return bits.view(np.uint32) if kind.endswith("x2") else bits
 
@@ -71,8 +71,8 @@ def store(values: np.ndarray, kind: str) -> np.ndarray:
 def fma_f32(a: np.ndarray, b: np.ndarray, c: np.ndarray, product: np.ndarray) -> np.ndarray:
     """a * b + c with one rounding. `product` is scratch (float64).
 
-    The product is exact in double precision and the sum is rounded to 53 bits; a second rounding to 24 bits is only
-    wrong where the first one hit the middle between two f32 numbers. Those are found by their bits and corrected.
+    The product is exact in double precision, and the sum is rounded to 53 bits. A second rounding, to 24 bits, is wrong
+    only if the first one gave the middle between two f32 numbers. These cases are found by their bits and corrected.
     """
     np.multiply(a, b, out=product, dtype=np.float64)
     product += c
@@ -86,7 +86,7 @@ def fma_f32(a: np.ndarray, b: np.ndarray, c: np.ndarray, product: np.ndarray) ->
 
 
 def sum_odd(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """x + y in f64, rounded to odd, so that a second rounding to fewer bits is as good as rounding once."""
+    """x + y in f64, rounded to odd. A second rounding, to fewer bits, then gives the same as rounding once."""
     total = x + y
     back = total - x
     error = (x - (total - back)) + (y - back)  # two-sum: total + error is the exact sum
@@ -96,7 +96,7 @@ def sum_odd(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def directed(value: np.ndarray, rounding: str) -> np.ndarray:
-    """f64 values, exact or rounded to odd, as f32: rz, rm or rp. An exact zero is +0 whatever the direction."""
+    """f64 values, exact or rounded to odd, as f32, rounded by rz, rm or rp. An exact zero is +0 in every direction."""
     nearest = value.astype(np.float32)
     goal = {"rz": 0.0, "rm": -np.inf, "rp": np.inf}[rounding]
     passed = np.abs(nearest) > np.abs(value) if rounding == "rz" else (nearest > value if goal < 0 else nearest < value)
@@ -120,13 +120,13 @@ def fma_f64(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
 
 
 def minimum_or_maximum(name: str, a: np.ndarray, b: np.ndarray, propagate_nan: bool) -> np.ndarray:
-    """PTX min and max of floats: -0 < +0; a NaN gives the other operand, or NaN with .NaN; the NaN is canonical."""
+    """PTX min and max of floats. -0 < +0. A NaN gives the other operand, or with .NaN the canonical NaN."""
     result = (np.fmin if name == "min" else np.fmax)(a, b)
     bits = np.dtype(f"u{a.dtype.itemsize}")
     x, y, word = a.view(bits), b.view(bits), result.view(bits)
     equal = a == b
     if equal.any():
-        # Equal values differ only as zeros do: in the sign bit.
+        # Equal values with different bits are zeros, which differ in the sign bit.
         np.copyto(word, x | y if name == "min" else x & y, where=equal)
     unordered = np.isnan(a) | np.isnan(b) if propagate_nan else np.isnan(result)
     if unordered.any():
@@ -139,7 +139,7 @@ def canonical_nan(width: int) -> int:
 
 
 def round_tf32(values: np.ndarray) -> np.ndarray:
-    """cvt.rna.tf32.f32: 10 mantissa bits, to nearest, ties away from zero; the bits (uint32)."""
+    """cvt.rna.tf32.f32, as bits (uint32): 10 mantissa bits, rounded to nearest, ties away from zero."""
     word = values.view(np.uint32)
     rounded = (word + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
     special = (word & np.uint32(0x7F800000)) == np.uint32(0x7F800000)

@@ -1,4 +1,4 @@
-"""Comparison, selection, moves and the change of state spaces."""
+"""Comparison, selection, moves, and conversion of addresses between state spaces."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _UNSIGNED = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 
 
 def _comparison(b: Binder, kind: str):
-    """(name -> function of two arrays). Ordered comparisons with a NaN are false, the ...u ones true."""
+    """The function of two arrays for a comparison. Ordered comparisons with a NaN are false; those named ...u are
+    true."""
     names = [*_ORDERED, *_UNSIGNED, "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan"]
     name = b.one_of(names)
     if kind in ("f32", "f64", "f16", "bf16"):
@@ -46,7 +47,7 @@ def _comparison(b: Binder, kind: str):
 
 
 def _compared(b: Binder, first: int):
-    """The comparison of setp and set, as a function without arguments, ANDed (ORed, XORed) with a predicate."""
+    """The comparison of setp and set, as a function without arguments. It is ANDed, ORed or XORed with a predicate."""
     kind = b.type(*INTEGERS, *UNTYPED, "f16", "bf16", "f32", "f64")
     ftz = b.flag("ftz")
     compare = _comparison(b, kind)

@@ -1,13 +1,13 @@
-"""Shared memory of a batch of blocks, with a record of who wrote and read what since the last barrier.
+"""Shared memory of a batch of blocks, with a record of which warp wrote and read what since the last barrier.
 
-The machine runs in lock-step, which hides missing barriers: the data are there although nothing on a GPU makes sure of
-it. So every granule (the narrowest access of the kernel to shared memory) carries a tag of its last write, the barrier
-epoch and the warp, and the epoch of the last read by each warp. Two accesses of different warps in one epoch, at least
-one of them a write, are a race and an error, except when a write stores the value that is there already. Accesses of
-one warp count as ordered.
+The machine runs in lock-step, which hides missing barriers: data arrive in time although a GPU would not guarantee it.
+So every granule (the size of the kernel's narrowest access to shared memory) has a tag of its last write, which is the
+barrier epoch and the warp, and the epoch of the last read by each warp. Two accesses by different warps in one epoch
+are a race, which is an error, if at least one of them is a write. The exception is a write that stores the value that
+is there already. Accesses of one warp count as ordered.
 
-Tags are `epoch << 6 | warp`; UNWRITTEN and IN_FLIGHT compare greater than any tag, so one comparison with the current
-epoch finds everything that needs a closer look.
+Tags are `epoch << 6 | warp`. UNWRITTEN and IN_FLIGHT are greater than any tag, so one comparison with the current epoch
+finds everything that needs a closer look.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EPOCH, WARP_BITS, ATOMIC = 64, 63, 62
 
 @dataclass
 class _Copy:
-    """One cp.async instruction of some lanes, not yet retired. `group` counts the commits of each lane before it."""
+    """A cp.async instruction of some lanes that has not been retired. `group` counts each lane's commits before it."""
 
     lanes: np.ndarray
     group: np.ndarray
@@ -34,7 +34,7 @@ class _Copy:
 
 
 class SharedMemory:
-    """`size` bytes for each of `blocks` blocks; `warp` (lanes,) is each lane's warp within its block."""
+    """`size` bytes for each of `blocks` blocks. `warp` (lanes,) is each lane's warp within its block."""
 
     def __init__(self, blocks: int, size: int, granule: int, warp: np.ndarray, block: np.ndarray):
         self.size, self.granule = size, granule
@@ -56,7 +56,7 @@ class SharedMemory:
         self.reset()
 
     def reset(self) -> None:
-        """As at the start of a block: nothing is defined."""
+        """Resets to the state at the start of a block, in which nothing is defined."""
         self._views[1].fill(0xFF)
         self._written.fill(UNWRITTEN)
         self._last_read.fill(0)
@@ -67,7 +67,7 @@ class SharedMemory:
         self._pending: list[_Copy] = []
 
     def barrier(self, mask) -> None:
-        """All warps of the blocks whose lanes are in `mask` have met: what follows is ordered after it."""
+        """All warps of the blocks whose lanes are in `mask` have met. Later accesses are ordered after earlier ones."""
         np.add(self.epoch, np.uint32(EPOCH), out=self.epoch, where=mask)
         np.bitwise_or(self.epoch, self._warp, out=self.tag)
 
@@ -118,7 +118,8 @@ class SharedMemory:
             raise Fault(message, position)
 
     def atomic(self, address: np.ndarray, lanes, width: int, update) -> np.ndarray:
-        """Applies `update(old, i) -> new` lane after lane; returns the old values. Ordered among atomics only."""
+        """Applies `update(old, i) -> new` lane after lane and returns the old values. Only atomics are ordered by
+        it."""
         place = self._locate(address, lanes, width)
         epoch = self.epoch[lanes]
         for granule in self._granules_of(place, width):
@@ -145,7 +146,7 @@ class SharedMemory:
         raise Fault(_race("read", "written", place, found, tag[position]), position)
 
     def _check_write(self, granule, lanes, address, same) -> None:
-        """`same` tells which lanes store the value that is there already: no race, whoever wrote it."""
+        """`same` tells which lanes store the value that is there already, which is no race."""
         written, tag = self._written.take(granule), self.tag[lanes]
         ok = (written < self.epoch[lanes]) | (written == tag) | (written == UNWRITTEN)
         if not ok.all():
@@ -178,7 +179,7 @@ class SharedMemory:
     # ---- cp.async
 
     def copy(self, address: np.ndarray, lanes, width: int, data: np.ndarray) -> None:
-        """Starts an asynchronous copy; its bytes are poison until the wait that retires its group."""
+        """Starts an asynchronous copy. Accessing its bytes is an error until the wait that retires its group."""
         place = self._locate(address, lanes, width)
         for granule in self._granules_of(place, width):
             self._check_write(granule, lanes, address, lambda: np.zeros(address.size, bool))
@@ -192,7 +193,7 @@ class SharedMemory:
         np.add(self.commits, 1, out=self.commits, where=mask)
 
     def wait(self, mask, allowed: int | None) -> None:
-        """Retires, for each lane, all its groups but the last `allowed`; None: all copies, committed or not."""
+        """Retires all groups of each lane except the last `allowed`. None retires all copies, committed or not."""
         remaining = []
         for entry in self._pending:
             landed = np.ones(entry.lanes.size, bool)

@@ -1,4 +1,4 @@
-"""PTX text to kernels: declarations, labels and instructions with parsed operands. Nothing is executed here."""
+"""Parses PTX text into kernels: declarations, labels, and instructions with parsed operands. It executes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OPERAND = re.compile(r"(?:\{[^}]*\}|\[[^\]]*\]|[^,{\[])+")
 
 @dataclass(frozen=True, eq=False)
 class Register:
-    """One object for each declared register. `width` in bits; 1 for predicates."""
+    """A declared register. `width` is in bits, and 1 for predicates."""
 
     name: str
     width: int
@@ -31,7 +31,7 @@ class Register:
 
 @dataclass(frozen=True)
 class Address:
-    """`[base + offset]`; the base is a register or the name of a variable or parameter, or empty."""
+    """`[base + offset]`. The base is a register, the name of a variable or parameter, or empty."""
 
     base: Register | str
     offset: int
@@ -52,15 +52,15 @@ class Instruction:
     predicate: Register | None = None
     negated: bool = False
     scope: tuple[int, ...] = ()
-    target: int | None = None  # index of the instruction that a branch leads to
+    target: int | None = None  # index of the instruction that a branch goes to
     reads: frozenset = frozenset()
     writes: frozenset = frozenset()
-    unproven: tuple = ()  # registers read here that some path leaves unwritten
+    unproven: tuple = ()  # registers that it reads although some path has not written them
 
 
 @dataclass
 class Variable:
-    """A variable in some state space; `data` where it has an initial value."""
+    """A variable in some state space. `data` is its initial value, if it has one."""
 
     name: str
     space: str
@@ -72,7 +72,8 @@ class Variable:
 
 @dataclass
 class Kernel:
-    """One `.entry`. `parameters` lists (name, type), for example ("k_param_0", "u64"); a structure is "b8[size]"."""
+    """One `.entry`. `parameters` lists (name, type), such as ("k_param_0", "u64"). The type of a structure is
+    "b8[size]"."""
 
     name: str
     parameters: list[tuple[str, str]]
@@ -110,7 +111,7 @@ def kernels_of(text: str) -> list[Kernel]:
     while match := head.search(text, position):
         if match.group() == ";":
             statement = text[position : match.start()].strip()
-            # The braces of an initial value are no blocks, and hold no semicolon.
+            # The braces of an initial value are no blocks and contain no semicolon.
             if variable := _VARIABLE.search(statement):
                 declared = _variable(variable)
                 module_variables[declared.name] = declared
@@ -142,12 +143,12 @@ def _variable(match: re.Match) -> Variable:
                 raw = np.array(values, np.uint64).astype(np.dtype(f"u{width}")).view(np.uint8)
                 data[: raw.size] = raw
             else:
-                data = None  # addresses of other variables: an error only where it is used
+                data = None  # addresses of other variables, which are an error only if the variable is used
     return Variable(match["name"], match["space"], int(match["align"] or width), count * width, external, data)
 
 
 def literal(token: str, kind: str) -> int | None:
-    """The bits of a constant of type `kind`, or None if `token` is no constant."""
+    """The bits of a constant of type `kind`. None if `token` is no constant."""
     width = 8 * SCALAR_BYTES.get(kind, 2)
     sign, digits = (-1, token[1:]) if token[:1] == "-" else (1, token)
     if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})", digits):

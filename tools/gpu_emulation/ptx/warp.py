@@ -1,4 +1,4 @@
-"""Instructions of whole warps: shuffles, votes, ldmatrix and mma.
+"""Warp-wide instructions: shuffles, votes, ldmatrix and mma.
 
 Fragments of mma.m16n8kK, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix fragments for mma"):
 
@@ -8,8 +8,8 @@ Fragments of mma.m16n8kK, with g = lane / 4 and t = lane % 4 (PTX ISA, "Matrix f
 - tf32 A: register 0 holds row g, column t; register 1 row g + 8; registers 2, 3 column t + 4;
 - tf32 B: register 0 holds row t of column g; register 1 row t + 4.
 
-Products are exact, sums are taken in f32 in an order that is not specified; order and rounding of the tensor cores are
-not documented either. tf32 operands lose their low 13 bits, as in the hardware.
+Products are exact. Sums are computed in f32, in an unspecified order; the order and rounding of tensor cores are not
+documented either. tf32 operands lose their low 13 bits, as in the hardware.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _shfl(b: Binder) -> Execute:
 
 
 def _shfl_source(mode: str, lane: np.ndarray, amount: np.ndarray, clamp: np.ndarray):
-    """The lane (of the batch) that each lane reads, and whether it lies in its segment."""
+    """The lane (of the batch) that each lane reads, and whether that lane is in its segment."""
     own, first = lane % WARP, lane - lane % WARP
     segment, bound = (clamp >> np.uint32(8)).astype(np.int64) & 31, clamp.astype(np.int64) & 31
     count = amount.astype(np.int64) & 31
@@ -125,7 +125,7 @@ def _redux(b: Binder) -> Execute:
 
 @instruction("bar", "barrier")
 def _warp_barrier(b: Binder) -> Execute:
-    """bar.warp.sync: in lock-step there is nothing to wait for, but its mask is checked."""
+    """bar.warp.sync. In lock-step there is nothing to wait for, but the mask is checked."""
     b.one_of(("warp",))
     b.one_of(("sync",))
     machine, members = b.machine, b.source(0, "b32")
@@ -185,7 +185,7 @@ def _mma(b: Binder) -> Execute:
     columns = [_Elements(b.value(item, "u32"), kind) for item in b.vector(2, steps)]
     machine = b.machine
     count = machine.lanes // WARP
-    # Zeros stay in the low halves of bfloat16 elements, which are only ever written in their high halves.
+    # Only the high halves of bfloat16 elements are written, so zeros stay in their low halves.
     buffers = machine.buffers("mma." + kind, (count, 2, 8, steps, 4, halves), (count, 8, steps, 4, halves))
     sums = machine.buffers("mma", (count, 2, 8, 4, 2))[0]
 

@@ -1,11 +1,10 @@
-"""What nvcc makes of the CUDA kernels, with the options of the real build. Kept in the cache, so that the report and
-the tests compile a file once per architecture."""
+"""Compiles the CUDA kernels with nvcc and the options of the real build. The output is kept in the cache, so that the
+report and the tests compile a file once per architecture."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import re
 import shlex
 import subprocess
@@ -18,7 +17,7 @@ import filelock
 from var_kernels.native import build
 
 _JOBS = 2  # compilations at a time
-_TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16"}  # shorter, as the rest of the report calls them
+_TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16"}  # the shorter names are those of the report
 
 
 def unavailable_reason() -> str | None:
@@ -27,7 +26,7 @@ def unavailable_reason() -> str | None:
 
 
 def release() -> str:
-    """nvcc's, such as "13.0". BuildUnavailable without nvcc."""
+    """The release of nvcc, such as "13.0". BuildUnavailable without nvcc."""
     return ".".join(map(str, _nvcc().release))
 
 
@@ -40,9 +39,9 @@ def _nvcc() -> build.Nvcc:
 
 
 def output(source: Path, arch: str, kind: str) -> Path:
-    """What nvcc makes of a .cu file for `arch` ("sm_80"): `kind` is "ptx" or "cubin".
+    """The output of nvcc for a .cu file and `arch` ("sm_80"). `kind` is "ptx" or "cubin".
 
-    Raises BuildUnavailable without nvcc, BuildFailed with its output where it fails.
+    Raises BuildUnavailable without nvcc, and BuildFailed with nvcc's output if it fails.
     """
     torch = build.require_torch(build.find_torch())
     command = f"{build.nvcc_command(_nvcc())} -arch={arch} -{kind} -I{shlex.quote(str(build.CSRC))} "
@@ -51,24 +50,22 @@ def output(source: Path, arch: str, kind: str) -> Path:
     for path in build._with_includes(source, []):
         digest.update(path.read_bytes())
     directory = build.cache_root() / "nvcc"
-    directory.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)  # the lock is made before the result
     result = directory / f"{source.stem}-{arch}-{digest.hexdigest()[:20]}.{kind}"
     with filelock.FileLock(f"{result}.lock"):
         if not result.is_file():
-            _run(command, source, result)
+            build.write_atomically(result, lambda temporary: _run(command, source, temporary))
     return result
 
 
-def _run(command: str, source: Path, result: Path) -> None:
-    temporary = result.with_name(f".{os.getpid()}-{result.name}")
-    answer = subprocess.run([*shlex.split(command), str(source), "-o", str(temporary)], capture_output=True, text=True)
+def _run(command: str, source: Path, output: str) -> None:
+    answer = subprocess.run([*shlex.split(command), str(source), "-o", output], capture_output=True, text=True)
     if answer.returncode:
         raise build.BuildFailed(f"{command} {source} failed:\n{answer.stderr[-6000:]}")
-    os.replace(temporary, result)
 
 
 def outputs(source: Path, archs: Sequence[str], kind: str) -> list[Path]:
-    """`output` of each architecture, two at a time."""
+    """`output` for each architecture, two at a time."""
     with ThreadPoolExecutor(_JOBS) as pool:
         return list(pool.map(lambda arch: output(source, arch, kind), archs))
 
@@ -80,6 +77,7 @@ def plain_names(symbols: Sequence[str]) -> list[str]:
 
 
 def plain_name(demangled: str) -> str:
-    """A function without return type, parameters, namespaces, and the casts that demanglers put before enumerators."""
+    """A function's name without return type, parameters, namespaces, and the casts that demanglers put before
+    enumerators."""
     name = re.sub(r"^void |\(anonymous namespace\)::|\bvar_kernels::|\([\w:]+\)(?=-?\d)|\(.*", "", demangled)
     return re.sub(r"\b(__nv_bfloat16|__half)\b", lambda match: _TYPES[match[0]], name)

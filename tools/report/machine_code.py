@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels, for the tests of machine code: every kernel of a file, launched or not.
+"""The machine code that nvcc makes of the CUDA kernels, for tests: every kernel of a file, launched or not.
 
     @pytest.mark.evidence
     @pytest.mark.parametrize("arch", machine_code.ARCHS)
@@ -16,15 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from tools.report import nvcc, sass
-from tools.report.rows import functions
+from tools.gpu_emulation.cuda import nvcc
+
+from . import sass
+from .rows import functions
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel: `name` as in `nvcc.plain_name`, such as "forward_kernel<bf16, 64>"; `stack` bytes of a thread."""
+    """One kernel. `name` is that of `nvcc.plain_name`, such as "forward_kernel<bf16, 64>". `stack` is in bytes per
+    thread."""
 
     name: str
     registers: int
@@ -37,7 +40,7 @@ class Kernel:
         return [opcode for opcode in self.opcodes if opcode.partition(".")[0] == base]
 
     def narrow(self, base: str) -> list[str]:
-        """Those accesses of one kind that move less than 128 bits."""
+        """The accesses of one kind that move less than 128 bits."""
         return [opcode for opcode in self.having(base) if not sass.is_wide(opcode)]
 
     @property
@@ -47,9 +50,10 @@ class Kernel:
 
 
 def kernels(source: Path, arch: str, archs: Sequence[str] = ()) -> list[Kernel]:
-    """The kernels of a .cu file for `arch`; all of `archs`, which the run needs too, are compiled, two at a time.
+    """The kernels of a .cu file for `arch`. It also compiles all of `archs`, which the run needs as well, two at a
+    time.
 
-    Skips the test where nvcc is missing, or Triton, which brings nvdisasm and cuobjdump.
+    Skips the test if nvcc is missing, or Triton, which contains nvdisasm and cuobjdump.
     """
     pytest.importorskip("triton")
     if reason := nvcc.unavailable_reason():
@@ -64,7 +68,8 @@ def kernels(source: Path, arch: str, archs: Sequence[str] = ()) -> list[Kernel]:
 
 
 def assert_resources(kernel: Kernel, registers: Mapping[str, int], stack: int = 0) -> None:
-    """No spills, but what fits in `stack` bytes, and no more registers than those of the first prefix of its name."""
+    """Asserts no stack beyond `stack` bytes (0: and no spills), and at most the registers of the first prefix of its
+    name."""
     assert kernel.stack <= stack and (stack or not kernel.spills), f"{kernel.name}: {kernel.stack} bytes of stack"
     limit = next((limit for prefix, limit in registers.items() if kernel.name.startswith(prefix)), None)
     assert limit is not None, f"{kernel.name}: no budget of registers"
