@@ -170,7 +170,7 @@ def sanitized_answers():
     answer = run_sanitized(f"""
         import json, os, tempfile
         import torch
-        import test_cuda_emulation as tests
+        from tests.emulation import test_cuda_emulation as tests
         torch.set_num_threads(1)
         tests.kernel("sanitized")
         answers = {{}}

@@ -229,7 +229,7 @@ def test_tables_of_a_kernel_that_is_gone_are_removed(tmp_path):
 
 
 OPS = tuple(dict.fromkeys(problem.op for problem in PROBLEMS))
-GENERATED = Path(__file__).resolve().parents[1] / "docs" / "generated"
+GENERATED = Path(__file__).resolve().parents[2] / "docs" / "generated"
 
 
 def _committed_tables(op):
