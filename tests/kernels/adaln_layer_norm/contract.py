@@ -1,9 +1,10 @@
 """What every backend of AdaLN is held to: inputs, the reference's results and gradients, the comparison."""
 
+import pytest
 import torch
 
 from var_kernels import adaln_layer_norm, gated_residual_adaln
-from var_kernels.testing import assert_accurate, randn, stated_order
+from var_kernels.testing import assert_accurate, poison, randn, stated_order
 
 OPS = {"adaln": adaln_layer_norm, "gated": gated_residual_adaln}
 ARGUMENTS = {"adaln": ("x", "scale", "shift"), "gated": ("x", "branch", "gate", "scale", "shift")}
@@ -76,3 +77,35 @@ def assert_accurate_mixed(found, tensors) -> None:
         plain = gated_residual_adaln(*tensors, backend="reference")
     for name, *values in zip(("residual", "y"), found, plain, exact, strict=True):
         assert_accurate(*values, name=name)
+
+
+def assert_raw_op_checks(op) -> None:
+    """`op`, a raw _adaln_layer_norm, refuses wrong arguments by itself, not only behind the public function."""
+    x, scale, shift = inputs("adaln", (2, 3, 6), seed=1)
+    with pytest.raises(RuntimeError, match="scale: expected Float, got Half"):
+        op(x, scale.half(), shift, 1e-6)
+    with pytest.raises(RuntimeError, match=r"shift: expected shape \(B, 1, C\)"):
+        op(x, scale, torch.zeros(1, 3, 6), 1e-6)
+    with pytest.raises(RuntimeError, match="x: expected float32, bfloat16 or float16"):
+        op(x.double(), scale.double(), shift.double(), 1e-6)
+
+
+def assert_gradients_of_empty_inputs(ops, shape) -> None:
+    """The raw `ops` give gradients of the inputs' shapes, and zeros where modulation is broadcast over nothing."""
+    x, branch, gate, scale, shift = inputs("gated", shape, seed=1, forms=("(1,1,C)", "(B,1,C)", "(B,L,C)"))
+    residual, y, mean, rstd = ops._gated_residual_adaln(x, branch, gate, scale, shift, 1e-6)
+    poison()
+    gradients = ops._gated_residual_adaln_backward(y, None, residual, branch, gate, scale, mean, rstd, False, False)
+    assert [tuple(g.shape) for g in gradients] == [shape, shape, (1, 1, shape[2]), scale.shape, (1, 1, shape[2])]
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def assert_compiles(op: str, backend: str) -> None:
+    """torch.compile gives the bits of the eager op, forward and backward, for three lengths."""
+    compiled = torch.compile(lambda *tensors: outputs(op, tensors, backend), fullgraph=True, backend="aot_eager")
+    for length in (5, 9, 6):  # The second call makes the length symbolic.
+        tensors = [tensor.requires_grad_() for tensor in inputs(op, (2, length, 20), seed=1)]
+        expected, actual = outputs(op, tensors, backend), compiled(*tensors)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+        gradients = [torch.autograd.grad([out.square().sum() for out in o], tensors) for o in (actual, expected)]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -1,7 +1,6 @@
 """adaln_layer_norm and gated_residual_adaln: accuracy of values and gradients, the contract, torch's tools."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,9 @@ from tests.kernels.adaln_layer_norm.contract import (
     FORMS,
     OPS,
     assert_accurate_results,
+    assert_compiles,
+    assert_gradients_of_empty_inputs,
+    assert_raw_op_checks,
     inputs,
     outputs,
     rotated_forms,
@@ -18,8 +20,6 @@ from tests.kernels.adaln_layer_norm.contract import (
 )
 from var_kernels import adaln_layer_norm, gated_residual_adaln
 from var_kernels.testing import assert_accurate, modulation, poison, randn, stated_order
-
-_ROOT = Path(__file__).resolve().parents[3]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -192,13 +192,7 @@ def test_empty(op, shape):
 
 @EMPTY
 def test_empty_raw_ops(cpu, shape):
-    ops = torch.ops.var_kernels
-    x, branch, gate, scale, shift = inputs("gated", shape, seed=1, forms=("(1,1,C)", "(B,1,C)", "(B,L,C)"))
-    residual, y, mean, rstd = ops._gated_residual_adaln(x, branch, gate, scale, shift, 1e-6)
-    poison()
-    gradients = ops._gated_residual_adaln_backward(y, None, residual, branch, gate, scale, mean, rstd, False, False)
-    assert [tuple(g.shape) for g in gradients] == [shape, shape, (1, 1, shape[2]), scale.shape, (1, 1, shape[2])]
-    assert not any(gradient.any() for gradient in gradients)
+    assert_gradients_of_empty_inputs(torch.ops.var_kernels, shape)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -294,14 +288,7 @@ def test_cpu_backend_refuses_float64(cpu):
 
 
 def test_raw_op_checks_its_arguments(cpu):
-    op = torch.ops.var_kernels._adaln_layer_norm
-    x, scale, shift = inputs("adaln", X, seed=1)
-    with pytest.raises(RuntimeError, match="scale: expected Float, got Half"):
-        op(x, scale.half(), shift, 1e-6)
-    with pytest.raises(RuntimeError, match=r"shift: expected shape \(B, 1, C\)"):
-        op(x, scale, torch.zeros(1, 3, 6), 1e-6)
-    with pytest.raises(RuntimeError, match="x: expected float32, bfloat16 or float16"):
-        op(x.double(), scale.double(), shift.double(), 1e-6)
+    assert_raw_op_checks(torch.ops.var_kernels._adaln_layer_norm)
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -336,13 +323,7 @@ def test_opcheck(cpu, forms):
 
 @pytest.mark.parametrize("op", OPS)
 def test_compile(cpu, op):
-    compiled = torch.compile(lambda *tensors: outputs(op, tensors, "auto"), fullgraph=True, backend="aot_eager")
-    for length in (5, 9, 6):  # the second call makes the length symbolic
-        tensors = [tensor.requires_grad_() for tensor in inputs(op, (2, length, 20), seed=1)]
-        expected, actual = outputs(op, tensors, "auto"), compiled(*tensors)
-        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-        gradients = [torch.autograd.grad([out.square().sum() for out in o], tensors) for o in (actual, expected)]
-        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert_compiles(op, "auto")
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -7,10 +7,13 @@ import itertools
 import pytest
 import torch
 
+from tests.helpers.sanitizers import assert_sanitizers_find_nothing
 from tests.kernels.adaln_layer_norm.contract import (
     FORMS,
     assert_accurate_mixed,
     assert_accurate_results,
+    assert_gradients_of_empty_inputs,
+    assert_raw_op_checks,
     inputs,
     mixed_inputs,
     outputs,
@@ -19,7 +22,6 @@ from tests.kernels.adaln_layer_norm.contract import (
 )
 from tools.gpu_emulation.cuda import as_backend, build, load, machine_code
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
-from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from var_kernels import gated_residual_adaln
 from var_kernels.native import build as native_build
 from var_kernels.testing import modulation, randn
@@ -122,20 +124,15 @@ def test_mean_far_from_zero(dtype):
     assert_op_accurate("fast", "adaln", [tensor.to(dtype) for tensor in (x + 200, scale, shift)])
 
 
-def test_sanitizers_are_silent():
-    build.build("sanitized", [SOURCE])
-    answer = run_sanitized("""
-        import torch
+def test_sanitizers_find_nothing():
+    assert_sanitizers_find_nothing([SOURCE], """
         from tests.kernels.adaln_layer_norm import test_cuda as tests
-        torch.set_num_threads(1)
         for index, shape in enumerate([(2, 5, 8), (1, 3, 264), (2, 5, 3), (1, 2, 33), (1, 9, 520)]):
             for op, dtype in (("adaln", torch.bfloat16), ("gated", torch.float16), ("gated", torch.float32)):
                 tensors = tests.inputs(op, shape, seed=index, dtype=dtype, forms=tests.rotated_forms(index))
                 tests.assert_op_accurate("sanitized", op, tensors, seed=index)
             tests.assert_mixed_accurate("sanitized", tests.mixed_inputs(shape, torch.bfloat16), seed=index)
-        print("fine")
     """)
-    assert (answer.returncode, answer.stdout) == (0, "fine\n"), answer.stderr[-4000:]
 
 
 # ---- layouts, emptiness, determinism -------------------------------------------------------------------------------
@@ -172,14 +169,8 @@ def test_chunk_views():
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
 def test_empty_raw_ops(shape):
     emulation = emulated("race")
-    x, branch, gate, scale, shift = inputs("gated", shape, seed=1, forms=("(1,1,C)", "(B,1,C)", "(B,L,C)"))
     with emulation.run():
-        residual, y, mean, rstd = emulation.ops._gated_residual_adaln(x, branch, gate, scale, shift, 1e-6)
-        gradients = emulation.ops._gated_residual_adaln_backward(
-            y, None, residual, branch, gate, scale, mean, rstd, False, False
-        )
-    assert [tuple(g.shape) for g in gradients] == [shape, shape, (1, 1, shape[2]), scale.shape, (1, 1, shape[2])]
-    assert not any(gradient.any() for gradient in gradients)
+        assert_gradients_of_empty_inputs(emulation.ops, shape)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -203,14 +194,7 @@ def test_nan_and_inf_stay_in_their_row(bad):
 
 
 def test_raw_op_checks_its_arguments():
-    op = emulated("fast").ops._adaln_layer_norm
-    x, scale, shift = inputs("adaln", (2, 3, 6), seed=1)
-    with pytest.raises(RuntimeError, match="scale: expected Float, got Half"):
-        op(x, scale.half(), shift, 1e-6)
-    with pytest.raises(RuntimeError, match=r"shift: expected shape \(B, 1, C\)"):
-        op(x, scale, torch.zeros(1, 3, 6), 1e-6)
-    with pytest.raises(RuntimeError, match="x: expected float32, bfloat16 or float16"):
-        op(x.double(), scale.double(), shift.double(), 1e-6)
+    assert_raw_op_checks(emulated("fast").ops._adaln_layer_norm)
 
 
 def test_opcheck():

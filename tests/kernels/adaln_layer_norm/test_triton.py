@@ -17,6 +17,8 @@ from tests.kernels.adaln_layer_norm.contract import (  # noqa: E402  # noqa: E40
     OPS,
     assert_accurate_mixed,
     assert_accurate_results,
+    assert_compiles,
+    assert_gradients_of_empty_inputs,
     inputs,
     mixed_inputs,
     outputs,
@@ -207,14 +209,8 @@ def test_expanded_gradient():
 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
 def test_empty_raw_ops(shape):
-    ops = torch.ops.var_kernels_triton
-    x, branch, gate, scale, shift = inputs("gated", shape, seed=1, forms=("(1,1,C)", "(B,1,C)", "(B,L,C)"))
     with executing(interpret):
-        residual, y, mean, rstd = ops._gated_residual_adaln(x, branch, gate, scale, shift, 1e-6)
-        poison()
-        gradients = ops._gated_residual_adaln_backward(y, None, residual, branch, gate, scale, mean, rstd, False, False)
-    assert [tuple(g.shape) for g in gradients] == [shape, shape, (1, 1, shape[2]), scale.shape, (1, 1, shape[2])]
-    assert not any(gradient.any() for gradient in gradients)
+        assert_gradients_of_empty_inputs(torch.ops.var_kernels_triton, shape)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -299,14 +295,8 @@ def test_opcheck(forms):
 
 @pytest.mark.parametrize("op", OPS)
 def test_compile(op):
-    compiled = torch.compile(lambda *tensors: outputs(op, tensors, "triton"), fullgraph=True, backend="aot_eager")
     with small():
-        for length in (5, 9, 6):  # the second call makes the length symbolic
-            tensors = [tensor.requires_grad_() for tensor in inputs(op, (2, length, 20), seed=1)]
-            expected, actual = outputs(op, tensors, "triton"), compiled(*tensors)
-            assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-            gradients = [torch.autograd.grad([out.square().sum() for out in o], tensors) for o in (actual, expected)]
-            assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        assert_compiles(op, "triton")
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

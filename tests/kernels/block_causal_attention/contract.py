@@ -31,6 +31,18 @@ def with_grads(attention, inputs, dout, dtype=None):
     return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
 
 
+def references(inputs, lens, **options):
+    """(out, lse) of the reference in the inputs' dtype and in float64."""
+    with stated_order():
+        same, exact = (
+            block_causal_attention(
+                *(x.to(dtype) for x in inputs), lens, backend="reference", return_lse=True, **options
+            )
+            for dtype in (inputs[0].dtype, torch.float64)
+        )
+    return same, exact
+
+
 def check(inputs, lens, *, backend="cpu", rows_cancel=False, **options) -> None:
     """Forward and backward are as accurate as plain PyTorch in the same dtype, and every element is written.
 

@@ -6,8 +6,9 @@ import functools
 import pytest
 import torch
 
+from tests.helpers.sanitizers import assert_sanitizers_find_nothing
 from tests.kernels.block_causal_attention.contract import check as check_values_and_gradients
-from tests.kernels.block_causal_attention.contract import with_grads
+from tests.kernels.block_causal_attention.contract import references, with_grads
 from tests.kernels.block_causal_attention.emulated import (
     DTYPES,
     HALVES,
@@ -17,11 +18,9 @@ from tests.kernels.block_causal_attention.emulated import (
     emulated,
     emulation,
     needs_nvcc,
-    references,
 )
 from tools.gpu_emulation.cuda import build, machine_code
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
-from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from var_kernels import block_causal_attention
 from var_kernels.testing import assert_accurate, attention_inputs, randn, scale_lens, stated_order
 
@@ -130,16 +129,11 @@ def test_schedules_too_long_for_arguments():
 
 
 def test_sanitizers_find_nothing():
-    build.build("sanitized", [SOURCE])
-    answer = run_sanitized("""
-        import torch
+    assert_sanitizers_find_nothing([SOURCE], """
         from tests.kernels.block_causal_attention import test_cuda as tests
-        torch.set_num_threads(1)
         for dim, dtype in ((64, torch.bfloat16), (72, torch.float16), (126, torch.bfloat16), (40, torch.float32)):
             tests.check(tests.attention_inputs(1, 2, 91, dim, seed=1, dtype=dtype), tests.SHORT, "sanitized")
-        print("clean")
     """)
-    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.kernels.block_causal_attention.contract import references
 from tests.kernels.block_causal_attention.emulated import (
     HALVES,
     SOURCE,
     TENSOR_CORE_DIMS,
     emulation,
     needs_nvcc,
-    references,
 )
-from tools.gpu_emulation.cuda import build
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
-from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from var_kernels import block_causal_attention
 from var_kernels.testing import assert_accurate, attention_inputs, randn
 
@@ -110,17 +109,12 @@ def test_every_order_gives_the_same_bits():
 
 
 def test_sanitizers_find_nothing():
-    build.build("sanitized", [SOURCE])
-    answer = run_sanitized("""
-        import torch
+    assert_sanitizers_find_nothing([SOURCE], """
         from tests.kernels.block_causal_attention import test_cuda_parts as tests
-        torch.set_num_threads(1)
         for name, dim in (("tiles of one part and of three", 64), ("one token", 72)):
             case = tests.CASES[name]
             tests.check(case, case.inputs(torch.bfloat16, dim=dim), "sanitized")
-        print("clean")
     """)
-    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)

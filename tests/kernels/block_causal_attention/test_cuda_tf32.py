@@ -5,11 +5,10 @@ import functools
 import pytest
 import torch
 
-from tests.kernels.block_causal_attention.contract import with_grads
-from tests.kernels.block_causal_attention.emulated import SHORT, SOURCE, emulated, emulation, needs_nvcc, references
-from tools.gpu_emulation.cuda import build
+from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.kernels.block_causal_attention.contract import references, with_grads
+from tests.kernels.block_causal_attention.emulated import SHORT, SOURCE, emulated, emulation, needs_nvcc
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
-from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from var_kernels import block_causal_attention
 from var_kernels.testing import assert_accurate, attention_inputs, max_error, randn
 
@@ -155,17 +154,12 @@ def test_nan_and_inf_as_in_plain_pytorch(bad):
 
 
 def test_sanitizers_find_nothing():
-    build.build("sanitized", [SOURCE])
-    answer = run_sanitized("""
-        import torch
+    assert_sanitizers_find_nothing([SOURCE], """
         from tests.kernels.block_causal_attention import test_cuda_tf32 as tests
-        torch.set_num_threads(1)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         for dim in (64, 100):
             tests.forward(tests.attention_inputs(1, 2, 91, dim, seed=1), tests.SHORT, "sanitized")
-        print("clean")
     """)
-    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
 
 
 @needs_nvcc

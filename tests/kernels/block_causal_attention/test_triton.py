@@ -11,16 +11,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.kernels.block_causal_attention.contract import check, with_grads  # noqa: E402
+from tests.helpers.triton_launches import recorded  # noqa: E402
+from tests.kernels.block_causal_attention.contract import check, references, with_grads  # noqa: E402
 from tools.gpu_emulation.triton import executing, interpret, run_ptx  # noqa: E402
 from var_kernels import block_causal_attention  # noqa: E402
 from var_kernels.testing import assert_accurate, attention_inputs, poison, randn, stated_order  # noqa: E402
 from var_kernels.triton import block_causal_attention as kernels  # noqa: E402
 from var_kernels.triton import configs  # noqa: E402
 from var_kernels.triton.configs import Config  # noqa: E402
-from var_kernels.triton.launch import executor  # noqa: E402
 from var_kernels.triton.offline import compilations, compile_for  # noqa: E402
-from var_kernels.triton.targets import TARGETS, assume  # noqa: E402
+from var_kernels.triton.targets import TARGETS  # noqa: E402
 
 RAW = torch.ops.var_kernels_triton
 KERNELS = (kernels.forward, kernels.backward_queries, kernels.backward_keys)
@@ -58,17 +58,10 @@ def small(execute=interpret):
 
 
 def three_ways(inputs, lens, **options):
-    """(out, lse) of the kernels, and of the reference in float32 and in float64."""
+    """(out, lse) of the kernels, and of the reference in the inputs' dtype and in float64."""
     with small():
         ours = block_causal_attention(*inputs, lens, backend="triton", return_lse=True, **options)
-    with stated_order():
-        references = [
-            block_causal_attention(
-                *(x.to(dtype) for x in inputs), lens, backend="reference", return_lse=True, **options
-            )
-            for dtype in (torch.float32, torch.float64)
-        ]
-    return list(zip(ours, *references, strict=True))
+    return list(zip(ours, *references(inputs, lens, **options), strict=True))
 
 
 # ---- accuracy ------------------------------------------------------------------------------------------------------
@@ -235,13 +228,15 @@ def test_no_compilation_for_another_schedule_batch_or_offset():
         ((1, 4, 9), 14, 1, 1, 1.0), ((16, 16), 32, 2, 4, 0.25), ((1,) * 7, 7, 1, 3, 1.0), ((5, 11, 21), 16, 3, 2, 0.5),
         ((1, 1), 1, 1, 16, -1.0), ((100, 156), 129, 16, 1, 2.0),
     ]  # fmt: skip
-    launches = []
-    with assume(TARGETS["sm_80"]), executor(launches.append):
+
+    def train():
         for lens, queries, batch, heads, softmax_scale in problems:
             inputs = attention_inputs(batch, heads, sum(lens), 24, seed=16, query_length=queries, dtype=torch.float16)
             leaves = [x.requires_grad_() for x in inputs]
             out = block_causal_attention(*leaves, lens, softmax_scale=softmax_scale, backend="triton")
             out.sum().backward()
+
+    launches = recorded(train)
     before = [compilations(kernel, TARGETS["sm_80"]) for kernel in KERNELS]
     for launch in launches:
         compile_for(launch, TARGETS["sm_80"])
@@ -260,10 +255,10 @@ def test_no_compilation_for_another_schedule_batch_or_offset():
 )
 def test_tf32_only_where_torch_allows_it(matmul, allowed, target, dtype, precision):
     matmul.fp32_precision = allowed
-    launches = []
-    with assume(TARGETS[target]), executor(launches.append):
-        q, k, v = (x.requires_grad_() for x in attention_inputs(1, 1, 14, 16, seed=26, dtype=dtype))
-        block_causal_attention(q, k, v, SHORT[:3], backend="triton").sum().backward()
+    q, k, v = (x.requires_grad_() for x in attention_inputs(1, 1, 14, 16, seed=26, dtype=dtype))
+    launches = recorded(
+        lambda: block_causal_attention(q, k, v, SHORT[:3], backend="triton").sum().backward(), target
+    )
     assert [launch.arguments["PRECISION"] for launch in launches] == [precision] * 3
 
 

@@ -4,7 +4,8 @@ import numpy
 import torch
 import torch.nn.functional as F
 
-from var_kernels.testing import randn
+from var_kernels import multi_scale_quantize, next_scale_input
+from var_kernels.testing import assert_accurate, randn, stated_order
 
 NAMES = ("f", "codebook", "phi_weight", "phi_bias")
 
@@ -59,6 +60,37 @@ def gradients(result, tensors, seed=9) -> list[torch.Tensor]:
 
 def leaves(tensors, dtype=None) -> list[torch.Tensor]:
     return [tensor.detach().to(dtype or tensor.dtype).requires_grad_() for tensor in tensors]
+
+
+def assert_right(result, derivatives, tensors, maps, **options):
+    """Tokens are those of float64, the rest is as accurate as plain PyTorch. Returns the tokens of plain PyTorch."""
+
+    def reference(dtype=None):
+        arguments = leaves(tensors, dtype)
+        outcome = multi_scale_quantize(*arguments, maps, **options, backend="reference")
+        return outcome, gradients(outcome, arguments)
+
+    with stated_order():
+        plain, plain_gradients = reference()
+    exact, exact_gradients = reference(torch.float64)
+    assert torch.equal(result.tokens, exact.tokens)
+    assert_accurate(result.f_hat, plain.f_hat, exact.f_hat, name="f_hat")
+    assert_accurate(result.vq_loss, plain.vq_loss, exact.vq_loss, name="vq_loss")
+    for name, *parts in zip(NAMES, derivatives, plain_gradients, exact_gradients, strict=True):
+        assert_accurate(*parts, name=f"gradient of {name}")
+    return plain.tokens
+
+
+def assert_right_step(found, tensors, maps, k, **options):
+    """`found`, the next_scale_input of `tensors` after scale k, is as accurate as plain PyTorch."""
+    with stated_order():
+        plain = next_scale_input(*tensors, maps, k, **options, backend="reference")
+    exact = next_scale_input(*(tensor.double() for tensor in tensors), maps, k, **options, backend="reference")
+    for part, *values in zip(("f_hat", "next map"), found, plain, exact, strict=True):
+        if values[1] is None:
+            assert values[0] is None and values[2] is None
+        else:
+            assert_accurate(*values, name=f"{part} after scale {k}")
 
 
 def composition(f, codebook, weight, bias, patch_nums, *, ratio=0.5, metric="l2", beta=0.25):

@@ -9,19 +9,27 @@ import torch
 
 pytest.importorskip("triton")
 
+from tests.helpers.triton_launches import recorded
 from tests.helpers.weights_recipe import fill
-from tests.kernels.multi_scale_quantize.contract import NAMES, SHAPES, gradients, inputs, leaves, pairs
+from tests.kernels.multi_scale_quantize.contract import (
+    SHAPES,
+    assert_right,
+    assert_right_step,
+    gradients,
+    inputs,
+    leaves,
+    pairs,
+)
 from tools.gpu_emulation.triton import executing, interpret, run_ptx
 from var import VQVAE, VQVAEConfig
 from var_kernels import multi_scale_quantize, next_scale_input
-from var_kernels.testing import assert_accurate, poison, randn, stated_order
+from var_kernels.testing import poison, randn
 from var_kernels.triton import multi_scale_quantize as forward_kernels
 from var_kernels.triton import multi_scale_quantize_backward as backward_kernels
 from var_kernels.triton import nearest_code as search_kernels
 from var_kernels.triton.configs import TABLE, Config, override
-from var_kernels.triton.launch import executor
 from var_kernels.triton.offline import compilations, compile_for
-from var_kernels.triton.targets import TARGETS, assume
+from var_kernels.triton.targets import TARGETS
 
 DATA = Path(__file__).parents[2] / "data"
 STEMS = ("nearest_code.", "multi_scale_quantize.", "multi_scale_quantize_backward.")
@@ -41,14 +49,6 @@ ROOMY = tiles(BLOCK_N=64, BLOCK_V=32, BLOCK_C=32, BLOCK_Q=8, BLOCK_S=4, BLOCK_P=
 TINY = (2, 5, 12, 2, ((1, 1), (2, 3), (5, 4)))  # batch, channels, codes, convolutions, maps
 
 
-def recorded(function) -> list:
-    """The launches of a call, which are not executed."""
-    launches = []
-    with assume(TARGETS["sm_80"]), executor(launches.append):
-        function()
-    return launches
-
-
 def triton(tensors, shape, **options):
     return multi_scale_quantize(*tensors, shape[-1], **options, backend="triton")
 
@@ -58,22 +58,6 @@ def forward_and_backward(function, tensors, shape, **options):
         arguments = leaves(tensors)
         result = triton(arguments, shape, **options)
         return result, gradients(result, arguments)
-
-
-def assert_right(result, derivatives, tensors, shape, **options):
-    """The tokens are those of the reference; the rest is as accurate as plain PyTorch."""
-    expected = []
-    for dtype in (None, torch.float64):
-        arguments = leaves(tensors, dtype)
-        with stated_order():
-            reference = multi_scale_quantize(*arguments, shape[-1], **options, backend="reference")
-            expected.append((reference, gradients(reference, arguments)))
-    (plain, plain_gradients), (exact, exact_gradients) = expected
-    assert torch.equal(result.tokens, exact.tokens)
-    assert_accurate(result.f_hat, plain.f_hat, exact.f_hat, name="f_hat")
-    assert_accurate(result.vq_loss, plain.vq_loss, exact.vq_loss, name="vq_loss")
-    for name, *parts in zip(NAMES, derivatives, plain_gradients, exact_gradients, strict=True):
-        assert_accurate(*parts, name=f"gradient of {name}")
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -100,7 +84,7 @@ def test_forward_and_backward(name, metric, function, configs):
     tensors = inputs(shape)
     with override(configs):
         outcome = forward_and_backward(function, tensors, shape, metric=metric)
-    assert_right(*outcome, tensors, shape, metric=metric)
+    assert_right(*outcome, tensors, shape[-1], metric=metric)
 
 
 def test_small_tiles_and_uneven_slices(monkeypatch):
@@ -110,7 +94,7 @@ def test_small_tiles_and_uneven_slices(monkeypatch):
     tensors = inputs(shape)
     with override(SMALL):
         outcome = forward_and_backward(run_ptx, tensors, shape)
-    assert_right(*outcome, tensors, shape)
+    assert_right(*outcome, tensors, shape[-1])
 
 
 def test_tokens_of_the_official_model():
@@ -135,12 +119,7 @@ def test_next_scale_input(name, configs):
         tensors = (f_hat, randn(shape[0], height * width, shape[1], seed=20 + k), *phi)
         with executing(interpret), override(configs):
             ours = next_scale_input(*tensors, shape[-1], k, phi_ratio=0.4, backend="triton")
-        with stated_order():
-            plain = next_scale_input(*tensors, shape[-1], k, phi_ratio=0.4, backend="reference")
-        exact = next_scale_input(*(tensor.double() for tensor in tensors), shape[-1], k, phi_ratio=0.4)
-        for part, *values in zip(("f_hat", "next map"), ours, plain, exact, strict=True):
-            if values[0] is not None:
-                assert_accurate(*values, name=f"{part} after scale {k}")
+        assert_right_step(ours, tensors, shape[-1], k, phi_ratio=0.4)
 
 
 # ---- the code that the compiler wrote --------------------------------------------------------------------------------
@@ -152,19 +131,15 @@ def test_compiled(dtype):
     with override(SMALL):
         result, derivatives = forward_and_backward(run_ptx, tensors, TINY)
     assert result.f_hat.dtype == dtype and result.vq_loss.dtype == torch.float32
-    assert_right(result, derivatives, tensors, TINY)
+    assert_right(result, derivatives, tensors, TINY[-1])
 
 
 def test_compiled_next_scale_input():
     f_hat, _, *phi = inputs(TINY)
-    codes = randn(2, 6, 5, seed=20)
+    tensors = (f_hat, randn(2, 6, 5, seed=20), *phi)
     with executing(run_ptx), override(SMALL):
-        ours = next_scale_input(f_hat, codes, *phi, TINY[-1], 1, backend="triton")
-    with stated_order():
-        plain = next_scale_input(f_hat, codes, *phi, TINY[-1], 1, backend="reference")
-    exact = next_scale_input(f_hat.double(), codes.double(), *(tensor.double() for tensor in phi), TINY[-1], 1)
-    for values in zip(ours, plain, exact, strict=True):
-        assert_accurate(*values)
+        ours = next_scale_input(*tensors, TINY[-1], 1, backend="triton")
+    assert_right_step(ours, tensors, TINY[-1], 1)
 
 
 def vary(batch, patch_nums):

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from tests.kernels.nearest_code.contract import assert_nearest
+from tests.kernels.nearest_code.contract import (
+    assert_nearest,
+    problem_of_tiny_codes,
+    problems_of_small_integers,
+    problems_with_special_values,
+)
 from var_kernels import nearest_code
 from var_kernels.testing import poison, randn
 
@@ -55,15 +60,8 @@ def test_near_ties_within_rounding(backend):
 
 
 def test_exact_on_small_integers(backend):
-    # Small integers leave no rounding, so that index and tie rule must be exact; three values make many ties.
-    generator = torch.Generator().manual_seed(0)
-    for codes in CODES:
-        for rows in ROWS:
-            z = torch.randint(-1, 2, (rows, 4), generator=generator).float()
-            codebook = torch.randint(-1, 2, (codes, 4), generator=generator).float()
-            distance = torch.cdist(z.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
-            lowest = (distance.round() == distance.round().amin(-1, keepdim=True)).int().argmax(-1)
-            assert torch.equal(nearest_code(z, codebook, backend=backend), lowest), (rows, codes)
+    for z, codebook, first in problems_of_small_integers((rows, codes) for codes in CODES for rows in ROWS):
+        assert torch.equal(nearest_code(z, codebook, backend=backend), first), (z.shape, codebook.shape)
 
 
 def test_agrees_with_the_expanded_formula(cpu):
@@ -85,10 +83,7 @@ def test_cosine_ignores_lengths(backend):
 
 
 def test_cosine_of_tiny_codes(backend):
-    # Below a length of 1e-12 a code is divided by 1e-12: it loses against any code of ordinary length.
-    z, direction = torch.ones(1, 4), torch.tensor([[1.0, 1.0, 1.0, 1.0]])
-    codebook = torch.cat([torch.zeros(1, 4), direction * 1e-20, direction * 1e-3 + torch.eye(4)[:1] * 1e-3])
-    assert nearest_code(z, codebook, metric="cosine", backend=backend).item() == 2
+    assert nearest_code(*problem_of_tiny_codes(), metric="cosine", backend=backend).item() == 2
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -136,13 +131,7 @@ def test_all_codes_equal(backend):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_nan_and_inf_are_the_same_in_both_backends(cpu, metric):
-    generator = torch.Generator().manual_seed(3)
-    specials = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
-    for case in range(40):
-        z, codebook = randn(20, 6, seed=case), randn(90, 6, seed=100 + case)
-        for tensor, count in ((z, 10), (codebook, 30)):
-            where = torch.randint(tensor.numel(), (count,), generator=generator)
-            tensor.view(-1)[where] = specials[torch.randint(4, (count,), generator=generator)]
+    for case, (z, codebook) in enumerate(problems_with_special_values(40, 90, 30)):
         ours = nearest_code(z, codebook, metric=metric, backend="cpu")
         assert torch.equal(ours, nearest_code(z, codebook, metric=metric, backend="reference")), case
 

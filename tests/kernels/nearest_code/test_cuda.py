@@ -6,10 +6,15 @@ import functools
 import pytest
 import torch
 
-from tests.kernels.nearest_code.contract import assert_nearest
+from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.kernels.nearest_code.contract import (
+    assert_nearest,
+    problem_of_tiny_codes,
+    problems_of_small_integers,
+    problems_with_special_values,
+)
 from tools.gpu_emulation.cuda import build, load, machine_code, serving
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
-from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from tools.report import nvcc
 from var_kernels import nearest_code
 from var_kernels.native import build as native_build
@@ -67,14 +72,8 @@ def test_few_rows_are_searched_in_splits():
 
 @pytest.mark.parametrize("variant", ["fast", "race"])
 def test_exact_on_small_integers(variant):
-    # Small integers leave no rounding, so that index and tie rule must be exact; three values make many ties.
-    generator = torch.Generator().manual_seed(0)
-    for rows, codes in ((17, 5), (3, 31), (70, 500), (2, 900)):
-        z = torch.randint(-1, 2, (rows, 4), generator=generator).float()
-        codebook = torch.randint(-1, 2, (codes, 4), generator=generator).float()
-        distance = (z.unsqueeze(1) - codebook).square().sum(-1)
-        lowest = (distance == distance.amin(-1, keepdim=True)).int().argmax(-1)
-        assert torch.equal(search(z, codebook, variant=variant, seed=1), lowest), (rows, codes)
+    for z, codebook, first in problems_of_small_integers(((17, 5), (3, 31), (70, 500), (2, 900))):
+        assert torch.equal(search(z, codebook, variant=variant, seed=1), first), (z.shape, codebook.shape)
 
 
 @pytest.mark.parametrize("channels", [19, 40])
@@ -102,13 +101,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_nan_and_inf_as_in_the_reference(metric):
-    generator = torch.Generator().manual_seed(3)
-    specials = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
-    for case in range(6):
-        z, codebook = randn(20, 6, seed=case), randn(190, 6, seed=100 + case)
-        for tensor, count in ((z, 10), (codebook, 60)):
-            where = torch.randint(tensor.numel(), (count,), generator=generator)
-            tensor.view(-1)[where] = specials[torch.randint(4, (count,), generator=generator)]
+    for z, codebook in problems_with_special_values(6, 190, 60):
         assert torch.equal(search(z, codebook, metric), nearest_code(z, codebook, metric=metric, backend="reference"))
 
 
@@ -121,24 +114,17 @@ def test_nothing_to_choose():
 
 
 def test_cosine_of_tiny_codes():
-    z, direction = torch.ones(1, 4), torch.tensor([[1.0, 1.0, 1.0, 1.0]])
-    codebook = torch.cat([torch.zeros(1, 4), direction * 1e-20, direction * 1e-3 + torch.eye(4)[:1] * 1e-3])
-    assert search(z, codebook, "cosine").item() == 2
+    assert search(*problem_of_tiny_codes(), "cosine").item() == 2
 
 
 def test_sanitizers_find_nothing():
-    build.build("sanitized", [SOURCE])
-    answer = run_sanitized("""
-        import torch
+    assert_sanitizers_find_nothing([SOURCE], """
         from tests.kernels.nearest_code import test_cuda as tests
-        torch.set_num_threads(1)
         for rows, codes, channels in tests.EDGES:
             for dtype in tests.DTYPES[:2]:
                 z, codebook = (tests.randn(n, channels, seed=n, dtype=dtype) for n in (rows, codes))
                 tests.assert_nearest(tests.search(z, codebook, "cosine", "sanitized", seed=1), z, codebook, "cosine")
-        print("clean")
     """)
-    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
 
 
 # ---- layouts, the call ---------------------------------------------------------------------------------------------

@@ -7,15 +7,20 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.kernels.nearest_code.contract import assert_nearest
+from tests.helpers.triton_launches import recorded
+from tests.kernels.nearest_code.contract import (
+    assert_nearest,
+    problem_of_tiny_codes,
+    problems_of_small_integers,
+    problems_with_special_values,
+)
 from tools.gpu_emulation.triton import executing, interpret, run_ptx
 from var_kernels import nearest_code
 from var_kernels.testing import poison, randn
 from var_kernels.triton import nearest_code as kernels
 from var_kernels.triton.configs import Config, override
-from var_kernels.triton.launch import executor
 from var_kernels.triton.offline import compilations, compile_for
-from var_kernels.triton.targets import TARGETS, assume
+from var_kernels.triton.targets import TARGETS
 
 METRICS = ("l2", "cosine")
 # Small enough that few rows, codes and channels straddle them. Up to four splits.
@@ -35,14 +40,6 @@ def small_tiles(function=interpret):
 
 def triton(*arguments, **options) -> torch.Tensor:
     return nearest_code(*arguments, **options, backend="triton")
-
-
-def recorded(function) -> list:
-    """The launches of a call, which are not executed."""
-    launches = []
-    with assume(TARGETS["sm_80"]), executor(launches.append):
-        function()
-    return launches
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -72,15 +69,9 @@ def test_shipped_tiles(rows, codes, channels):
 
 
 def test_exact_on_small_integers():
-    # Small integers leave no rounding, so that index and tie rule must be exact; three values make many ties.
-    generator = torch.Generator().manual_seed(0)
-    for rows, codes in ((17, 5), (3, 31), (20, 100)):
-        z = torch.randint(-1, 2, (rows, 4), generator=generator).float()
-        codebook = torch.randint(-1, 2, (codes, 4), generator=generator).float()
-        distance = (z.unsqueeze(1) - codebook).square().sum(-1)
-        lowest = (distance == distance.amin(-1, keepdim=True)).int().argmax(-1)
+    for z, codebook, first in problems_of_small_integers(((17, 5), (3, 31), (20, 100))):
         with small_tiles():
-            assert torch.equal(triton(z, codebook), lowest), (rows, codes)
+            assert torch.equal(triton(z, codebook), first), (z.shape, codebook.shape)
 
 
 @pytest.mark.parametrize("channels", (19, 5))
@@ -100,13 +91,7 @@ def test_first_of_equal_codes(metric, channels):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_nan_and_inf_as_in_the_reference(metric):
-    generator = torch.Generator().manual_seed(3)
-    specials = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
-    for case in range(4):
-        z, codebook = randn(20, 6, seed=case), randn(90, 6, seed=100 + case)
-        for tensor, count in ((z, 10), (codebook, 60)):
-            where = torch.randint(tensor.numel(), (count,), generator=generator)
-            tensor.view(-1)[where] = specials[torch.randint(4, (count,), generator=generator)]
+    for case, (z, codebook) in enumerate(problems_with_special_values(4, 90, 60)):
         with small_tiles():
             index = triton(z, codebook, metric=metric)
         assert torch.equal(index, nearest_code(z, codebook, metric=metric, backend="reference")), case
@@ -122,10 +107,8 @@ def test_nothing_to_choose():
 
 
 def test_cosine_of_tiny_codes():
-    z, direction = torch.ones(1, 4), torch.tensor([[1.0, 1.0, 1.0, 1.0]])
-    codebook = torch.cat([torch.zeros(1, 4), direction * 1e-20, direction * 1e-3 + torch.eye(4)[:1] * 1e-3])
     with small_tiles():
-        assert triton(z, codebook, metric="cosine").item() == 2
+        assert triton(*problem_of_tiny_codes(), metric="cosine").item() == 2
 
 
 @pytest.mark.parametrize("metric", METRICS)

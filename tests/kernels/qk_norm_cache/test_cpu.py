@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from tests.kernels.qk_norm_cache.contract import DTYPES, expected, problem
+from tests.kernels.qk_norm_cache.contract import DTYPES, assert_right, expected, problem, without_dense_rows
 from var_kernels import qk_norm_cache
-from var_kernels.testing import assert_accurate, stated_order
 
 # Head dims on both sides of every vector width, 126 and 104 of Infinity among them; tokens over several tasks.
 SHAPES = [(1, 1, 1, 1), (2, 3, 2, 7), (1, 5, 3, 8), (2, 16, 2, 15), (1, 40, 4, 16), (2, 9, 3, 33), (1, 4, 2, 64),
@@ -16,17 +15,8 @@ SHAPES = [(1, 1, 1, 1), (2, 3, 2, 7), (1, 5, 3, 8), (2, 16, 2, 15), (1, 40, 4, 1
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(shape, dtype):
     qkv, q_factor, k_cache, v_cache = problem(*shape, dtype)
-    start, length = 3, shape[1]
-    q = qk_norm_cache(qkv, k_cache, v_cache, start, q_factor=q_factor)
-    exact = expected(qkv.double(), q_factor.double())
-    with stated_order():
-        plain = [tensor.to(dtype) for tensor in expected(qkv.float(), q_factor)]
-    rows = slice(start, start + length)
-    for name, found, i in (("q", q, 0), ("k", k_cache[:, :, rows], 1)):
-        assert_accurate(found, plain[i], exact[i], name=name)
-    assert torch.equal(v_cache[:, :, rows], plain[2])
-    for cache in (k_cache, v_cache):
-        assert cache[:, :, :start].isnan().all() and cache[:, :, start + length :].isnan().all()
+    q = qk_norm_cache(qkv, k_cache, v_cache, 3, q_factor=q_factor)
+    assert_right(q, qkv, q_factor, k_cache, v_cache, start=3)
 
 
 @pytest.mark.parametrize("layout", ["BHLD", "BLHD"])
@@ -38,8 +28,7 @@ def test_strided_inputs_and_caches(layout):
     wide = torch.full((batch, 2 * length, 3, heads + 1, dim + 3), torch.nan)
     strided = wide[:, ::2, :, :heads, :dim]
     strided.copy_(qkv)
-    no_dense_row = torch.stack((qkv, qkv), dim=-1)[..., 0]
-    for source in (strided, no_dense_row):
+    for source in (strided, without_dense_rows(qkv)):
         k_cache.fill_(torch.nan), v_cache.fill_(torch.nan)
         # The reference adds up squares in an order that depends on the strides.
         found = qk_norm_cache(source, k_cache, v_cache, 2, q_factor=q_factor)

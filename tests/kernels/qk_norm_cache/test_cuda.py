@@ -6,14 +6,20 @@ import functools
 import pytest
 import torch
 
-from tests.kernels.qk_norm_cache.contract import DTYPES, expected, problem
+from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.kernels.qk_norm_cache.contract import (
+    DTYPES,
+    assert_right,
+    assert_zero_and_nan_vectors,
+    problem,
+    without_dense_rows,
+)
 from tools.gpu_emulation.cuda import build, load, machine_code, serving
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
-from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from tools.report import nvcc
 from var_kernels import qk_norm_cache
 from var_kernels.native import build as native_build
-from var_kernels.testing import assert_accurate, randn, stated_order
+from var_kernels.testing import randn
 
 if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
@@ -31,18 +37,9 @@ def emulated(variant):
 
 def check(shape, dtype, variant="fast", layout="BHLD", **options):
     qkv, q_factor, k_cache, v_cache = problem(*shape, dtype, layout=layout)
-    start, length = 2, shape[1]
     with serving(emulated(variant) if isinstance(variant, str) else variant, **options):
-        q = qk_norm_cache(qkv, k_cache, v_cache, start, q_factor=q_factor, backend="cuda")
-    exact = expected(qkv.double(), q_factor.double())
-    with stated_order():
-        plain = [tensor.to(dtype) for tensor in expected(qkv.float(), q_factor)]
-    rows = slice(start, start + length)
-    assert_accurate(q, plain[0], exact[0], name="q")
-    assert_accurate(k_cache[:, :, rows], plain[1], exact[1], name="k")
-    assert torch.equal(v_cache[:, :, rows], plain[2])
-    for cache in (k_cache, v_cache):
-        assert cache[:, :, :start].isnan().all() and cache[:, :, start + length :].isnan().all()
+        q = qk_norm_cache(qkv, k_cache, v_cache, 2, q_factor=q_factor, backend="cuda")
+    assert_right(q, qkv, q_factor, k_cache, v_cache, start=2)
 
 
 @pytest.mark.parametrize("variant", ["fast", "race"])
@@ -53,19 +50,16 @@ def test_against_float64(dtype, variant):
 
 
 def test_strides_alignment_zeros_and_nan():
-    qkv, q_factor, k_cache, v_cache = problem(2, 4, 3, 24)
-    qkv[0, 0, 0, 0] = 0
-    qkv[0, 1, 1, 1, 3] = torch.nan
-    want = [torch.full_like(k_cache, torch.nan) for _ in range(2)]
-    expected_q = qk_norm_cache(qkv, *want, 1, q_factor=q_factor, backend="reference")
-    wide = torch.zeros(2, 4, 3, 4, 29)
-    wide[..., :3, 1:25] = qkv
-    for source in (qkv, wide[..., :3, 1:25], torch.stack((qkv, qkv), dim=-1)[..., 0]):
+    def emulated_op(*arguments, **options):
         with serving(emulated("race")):
-            q = qk_norm_cache(source, k_cache, v_cache, 1, q_factor=q_factor, backend="cuda")
-        torch.testing.assert_close(q, expected_q, equal_nan=True)
-        torch.testing.assert_close(k_cache, want[0], equal_nan=True)
-        assert not q[0, 0, 0].any()
+            return qk_norm_cache(*arguments, **options, backend="cuda")
+
+    def unaligned(qkv):
+        wide = torch.zeros(2, 4, 3, 4, 29)
+        wide[..., :3, 1:25] = qkv
+        return wide[..., :3, 1:25]
+
+    assert_zero_and_nan_vectors(emulated_op, 24, (torch.clone, unaligned, without_dense_rows))
 
 
 def unfit_for_packs() -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -133,16 +127,11 @@ def test_empty_and_bad_arguments_of_the_raw_op():
 
 
 def test_sanitizers_find_nothing():
-    build.build("sanitized", [SOURCE])
-    answer = run_sanitized("""
-        import torch
+    assert_sanitizers_find_nothing([SOURCE], """
         from tests.kernels.qk_norm_cache import test_cuda as tests
-        torch.set_num_threads(1)
         for shape in tests.EDGES[1:6]:
             tests.check(shape, torch.bfloat16, "sanitized", seed=1)
-        print("clean")
     """)
-    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
 
 
 @pytest.mark.skipif(nvcc.unavailable_reason() is not None, reason=str(nvcc.unavailable_reason()))

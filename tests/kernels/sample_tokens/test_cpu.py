@@ -5,7 +5,13 @@ import functools
 import pytest
 import torch
 
-from tests.kernels.sample_tokens.contract import OPTIONS
+from tests.kernels.sample_tokens.contract import (
+    OPTIONS,
+    logits_with_special_values,
+    noise_for_each_token,
+    noise_of,
+    tied_logits,
+)
 from var_kernels import sample_tokens
 from var_kernels.reference.sample_tokens import exponential, guide, philox, restrict
 from var_kernels.testing import randn
@@ -16,16 +22,14 @@ VOCABULARIES = (1, 2, 15, 16, 17, 63, 64, 65, 100, 1000, 4096)
 
 
 def chosen_by(noise_seed, conditional, *arguments, **options):
-    noise = torch.empty(conditional.shape).exponential_(generator=torch.Generator().manual_seed(noise_seed))
-    return sample_tokens(conditional, *arguments, noise=noise, **options)
+    return sample_tokens(conditional, *arguments, noise=noise_of(conditional.shape, noise_seed), **options)
 
 
 def kept(logits, top_k, top_p):
     """Which tokens can be drawn, seen from outside: each in turn gets nearly no noise, and wins if it stays."""
     batch, length, vocab = logits.shape
     rows = logits.reshape(-1, 1, vocab).repeat_interleave(vocab, dim=0)
-    noise = torch.full_like(rows, 1e18)
-    noise.view(-1, vocab, vocab).diagonal(dim1=1, dim2=2).fill_(1e-18)
+    noise = noise_for_each_token(vocab).repeat(batch * length, 1, 1).view_as(rows)
     winners = sample_tokens(rows, top_k=top_k, top_p=top_p, noise=noise).view(-1, vocab)
     return (winners == torch.arange(vocab)).view(batch, length, vocab)
 
@@ -47,10 +51,8 @@ def test_what_stays_is_the_sorted_definition(vocab, options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_equal_logits_on_the_border(options):
     """Few values, so that ties are everywhere: all ties of top-k stay, top-p drops the first ones first."""
-    generator = torch.Generator().manual_seed(1)
     for vocab in (5, 40, 70):
-        logits = torch.randint(-2, 3, (3, 2, vocab), generator=generator).float()
-        logits[logits == 0] *= -1  # -0 equals 0
+        logits = tied_logits((3, 2, vocab))
         top_p = options[1]
         expected = restrict(logits.double(), *options).isfinite()
         # Sums of equal terms come close to the budget only by accident; such a case would test nothing.
@@ -166,11 +168,7 @@ def test_strided_logits_and_threads(restore_threads):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_nan_and_infinite_logits(backend):
-    logits = randn(1, 5, 40, seed=1)
-    logits[0, 0] = torch.nan
-    logits[0, 1] = -torch.inf
-    logits[0, 2, :39] = -torch.inf
-    logits[0, 3, ::2] = torch.nan
+    logits = logits_with_special_values(5)
     for top_k, top_p in OPTIONS:
         tokens = chosen_by(2, logits, top_k=top_k, top_p=top_p, backend=backend)[0]
         assert tokens[0] == tokens[1] == 0 and tokens[2] == 39 and tokens[3] % 2 == 1
