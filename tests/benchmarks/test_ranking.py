@@ -1,5 +1,6 @@
-"""How a GPU run of the benchmarks ranks our backends and tells later processes: on a stand-in GPU whose clock reads the
-seconds that each provider says."""
+"""How a GPU run of the benchmarks ranks our backends and records the ranking for later processes.
+
+The GPU is a stand-in, whose clock reads the seconds that each provider names."""
 
 import subprocess
 import sys
@@ -94,7 +95,8 @@ def test_a_run_on_a_gpu_changes_the_order_of_later_processes(cache, tmp_path):
     lines = answer.stdout.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("our GPU backends, by op"))
     path = speeds.path_of(NAME)
-    # nearest_code: cuda (2·8·2)^(1/3), triton (4·4·8)^(1/3); the wrong result of adaln_layer_norm is never ranked.
+    # nearest_code has the geometric means (2·8·2)^(1/3) for cuda and (4·4·8)^(1/3) for triton. A wrong result, as in
+    # adaln_layer_norm, is never ranked.
     assert lines[at + 1 : at + 5] == [
         "  nearest_code: cuda 3.17×, triton 5.04× (3 cases): triton comes first",
         "  gated_residual_adaln: cuda 4×, triton 2× (1 cases): cuda stays first",

@@ -91,7 +91,7 @@ def test_npz_is_what_the_library_generates(model, tmp_path):
         np.testing.assert_array_equal(arrays["tokens"], expected.tokens)
         np.testing.assert_array_equal(arrays["labels"], [3, 1, 4])
         pixels = ((expected.images.permute(0, 2, 3, 1) + 1) * 127.5).clamp(0, 255)
-        # Rounded; what is a rounding of fp32 away from one half may go either way, and does on some processors.
+        # A pixel within a rounding of fp32 of one half may be rounded either way, and is on some processors.
         assert np.abs(arrays["arr_0"].astype(np.float32) - pixels.numpy()).max() <= 0.5 + 1e-3
         assert arrays["arr_0"].dtype == np.uint8
         assert list(arrays)[0] == "arr_0"
@@ -107,7 +107,7 @@ def test_batches_follow_one_another(model, tmp_path):
 def test_bf16_gives_nearly_the_same_images(model, tmp_path):
     arrays = []
     for precision in ("fp32", "bf16"):
-        # Greedy, so that a rounding changes few tokens; without it the draws would differ at once.
+        # Greedy, so that a rounding changes few tokens; random draws would differ at once.
         run("generate", "-m", model, *REFERENCE, "-l", "0-3", "--top-k", 1, "--precision", precision,
             "-o", tmp_path / f"{precision}.npz")
         with np.load(tmp_path / f"{precision}.npz") as file:

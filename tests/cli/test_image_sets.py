@@ -1,4 +1,4 @@
-"""Sets of generated images on disk: whatever stops a run, finished images stay and the same command does the rest."""
+"""Sets of generated images on disk: after a stop, finished images stay, and the same command makes the others."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def whole(model, tmp_path_factory):
 
 
 def stop_after(monkeypatch, calls, error):
-    """Let a Generator work for so many batches, then raise; returns the number of labels of each call."""
+    """Makes a Generator raise `error` after `calls` batches; the returned list receives the size of each batch."""
     original, sizes = Generator.__call__, []
 
     def call(self, labels, **options):
@@ -77,7 +77,7 @@ def test_goes_on_where_it_was_stopped(model, whole, tmp_path, monkeypatch, kind,
         sizes = stop_after(patches, -1, None)
         result = invoke("generate", "-m", model, *ARGUMENTS, "-o", output)
     assert result.exit_code == 0 and f"{2 * done} of {COUNT} images are there from an earlier run" in result.stderr
-    assert sum(sizes) == COUNT - 2 * done, "no image twice"
+    assert sum(sizes) == COUNT - 2 * done, "no image is generated twice"
     if kind == "images":
         assert_same_files(output, whole / kind)
     else:
@@ -96,7 +96,7 @@ def test_an_image_in_the_middle_is_replaced(model, whole, tmp_path):
     run("generate", "-m", model, *ARGUMENTS, "-o", folder)
     names = files_below(folder)
     (folder / names[4]).unlink()
-    (folder / names[7]).write_bytes((folder / names[7]).read_bytes()[:40])  # as of a crash of the machine
+    (folder / names[7]).write_bytes((folder / names[7]).read_bytes()[:40])  # as after a crash of the machine
     run("generate", "-m", model, *ARGUMENTS, "-o", folder)
     assert_same_files(folder, whole / "images")
 
@@ -136,7 +136,7 @@ def test_the_batch_size_changes_no_image(model, whole, tmp_path):
         with np.load(tmp_path / f"{size}.npz") as one, np.load(whole / "set.npz") as other:
             np.testing.assert_array_equal(one["tokens"], other["tokens"])
             difference = one["arr_0"].astype(int) - other["arr_0"]
-            assert np.abs(difference).max() <= 1, "the rounding of another algorithm of a convolution"
+            assert np.abs(difference).max() <= 1, "another algorithm of a convolution may differ by a rounding"
 
 
 def test_a_full_disk_in_the_middle_of_an_image_leaves_no_half_file(model, tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"""The plan of planted faults itself: what stands in a file is what it says, and each kernel has a representative."""
+"""Planted faults: planting one replaces its text and restores it, and each kernel has a representative fault.
+
+A planted fault is a deliberate error in a kernel, which the tests of that kernel must find.
+"""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Small networks with random weights."""
+"""Small networks with random weights, and the logits that the engine computes for given tokens."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The model against vectors recorded once from the official model's arithmetic in fp32 on a CPU (tests/data)."""
+"""The model is compared with vectors recorded once from the official model in fp32 on a CPU (tests/data)."""
 
 import functools
 
@@ -79,7 +79,7 @@ def test_edit(tiny, task):
 
 
 def test_cached_steps_equal_the_masked_forward(golden):
-    """KV-cached stepwise logits are those of one forward over all tokens with the block-causal mask."""
+    """The logits of steps with a KV cache equal those of one forward over all tokens with the block-causal mask."""
     var, schedule = golden.var, golden.var.config.schedule
     with torch.inference_mode():
         inputs = golden["teacher_forcing_input"]
