@@ -42,7 +42,7 @@ def rms(error):
 
 @pytest.fixture(scope="module")
 def embedded():
-    """The embedded model, labels, the tokens that it generates for them, the inputs they make, and the logits in fp64."""
+    """The embedded model, labels, tokens that it generates for them, their input for training, and the fp64 logits."""
     pipeline, labels = var.load(), torch.arange(6)
     tokens = generate(pipeline.var, pipeline.vqvae, labels, seed=0, top_k=900, top_p=0.96).tokens
     inputs = pipeline.vqvae.teacher_forcing_input(tokens)

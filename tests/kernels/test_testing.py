@@ -1,4 +1,4 @@
-"""The judge is judged: every way in which a kernel can be wrong must fail, and what is right must pass."""
+"""The comparison itself, `assert_accurate`: wrong results must fail, and right ones must pass."""
 
 import platform
 
@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _softmax_average(dtype):
-    """A causal average of L values, whose late rows are small: (plain result in dtype, exact)."""
+    """A causal average of values, whose late rows are small: (plain result in `dtype`, exact result)."""
     q, k, v = attention_inputs(1, 2, 200, 16, seed=0, dtype=dtype)
 
     def average(q, k, v):
@@ -57,7 +57,7 @@ def test_refuses_a_wrong_result(case, spoil):
 
 
 def test_zero_late_rows_fail_although_the_first_row_is_large():
-    # In bf16 the bound of the whole tensor is wider than the late rows are tall: only the row rule sees them.
+    # In bf16, the bound of the whole tensor is larger than the late rows, so that only the bound of a row finds them.
     plain, exact = _softmax_average(torch.bfloat16)
     plain[..., 0, :] *= 16
     exact[..., 0, :] *= 16
@@ -191,7 +191,7 @@ def test_modulation_is_a_view_that_cannot_be_ignored(length):
     assert gate.mean() < scale.mean() < shift.mean() and gate.abs().min() > 0
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere freed memory may come back as zeros")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators may return freed memory as zeros")
 @pytest.mark.parametrize("shape", [(20,), (3, 100), (1000, 1000), (4, 680, 1024)], ids=str)
 def test_poison_shows_an_unwritten_output(shape):
     like = torch.zeros(shape)

@@ -1,4 +1,4 @@
-"""What every backend of AdaLN is held to: inputs, the reference's results and gradients, the comparison."""
+"""What the tests of every backend of AdaLN share: inputs, the results of the reference, and comparisons with them."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def shape_of(form: str, batch: int, length: int, channels: int) -> tuple[int, ..
 
 
 def inputs(op: str, shape, *, seed: int, dtype=torch.float32, forms=("(B,1,C)",) * 3) -> list[torch.Tensor]:
-    """Inputs of `op`; modulation in the three forms has nonzero mean, so that none can be ignored or swapped."""
+    """Inputs of `op`. The means of gate, scale and shift differ and are not 0: none can be ignored or swapped."""
     batch, length, channels = shape
     forms = dict(zip(("gate", "scale", "shift"), forms, strict=True))
 
@@ -36,7 +36,7 @@ def outputs(op: str, tensors, backend: str) -> tuple[torch.Tensor, ...]:
 
 
 def values_and_gradients(op: str, tensors, backend: str, use=(True, True), upstream=None) -> dict[str, torch.Tensor]:
-    """Outputs, and gradients of the inputs for fixed gradients, rounded to `upstream`, of the outputs in `use`."""
+    """The outputs, and the gradients of the inputs. The outputs in `use` get fixed gradients, rounded to `upstream`."""
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     results = outputs(op, tensors, backend)
     chosen = [result for result, used in zip(results[::-1], use, strict=False) if used]
@@ -48,7 +48,7 @@ def values_and_gradients(op: str, tensors, backend: str, use=(True, True), upstr
 
 
 def assert_accurate_results(actual, op: str, tensors, *, may_vanish: bool = False, **options) -> None:
-    """Of `actual`, what a kernel made of `values_and_gradients`."""
+    """`actual`, the `values_and_gradients` of a kernel, is as accurate as the reference in the same dtype."""
     with stated_order():
         same_dtype = values_and_gradients(op, tensors, "reference", **options)
     exact = values_and_gradients(op, [t.double() for t in tensors], "reference", upstream=tensors[0].dtype, **options)
@@ -60,7 +60,7 @@ def assert_accurate_results(actual, op: str, tensors, *, may_vanish: bool = Fals
 
 
 def rotated_forms(index: int) -> list[str]:
-    """A form of modulation for each of gate, scale and shift."""
+    """A form of modulation each for gate, scale and shift."""
     return [FORMS[(index + offset) % 4] for offset in (0, 1, 3)]
 
 
@@ -70,7 +70,7 @@ def mixed_inputs(shape, dtype, seed=1, forms=("(B,1,C)",) * 3) -> list[torch.Ten
 
 
 def assert_accurate_mixed(found, tensors) -> None:
-    """Of `found`, what a kernel made of these tensors: dtypes, and no further from fp64 than the reference allows."""
+    """`found`, the results of a kernel for these tensors, has the right dtypes and is as accurate as the reference."""
     assert [tensor.dtype for tensor in found] == [torch.float32, tensors[1].dtype]
     exact = gated_residual_adaln(*(tensor.double() for tensor in tensors))
     with stated_order():

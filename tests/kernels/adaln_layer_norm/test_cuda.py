@@ -1,5 +1,8 @@
-"""The CUDA kernels of adaln_layer_norm and gated_residual_adaln: executed on the CPU by the emulation and from the PTX
-that nvcc writes, never on a GPU; what nvcc makes of them; and that planted faults are found."""
+"""The CUDA kernels of adaln_layer_norm and gated_residual_adaln: emulated, compiled, and with planted faults.
+
+Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
+Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
+"""
 
 import functools
 import itertools
@@ -33,9 +36,9 @@ SOURCE = native_build.CSRC / "cuda" / "adaln_layer_norm.cu"
 OPS = ("adaln", "gated")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# A pack is 4 channels in fp32 and 8 in the others; one warp holds 256 channels in packs of 8, or 512 in twice as many.
+# A pack is 4 channels in fp32 and 8 in 16 bits. A warp holds 256 channels in packs of 8, or 512 with twice the packs.
 VECTOR_SHAPES = [(2, 5, 8), (3, 2, 248), (1, 9, 256), (2, 3, 264), (1, 3, 520), (1, 2, 1032), (2, 17, 40), (5, 1, 24)]
-# Rows that are not aligned, and short or long for the plain kernels, which give a row one warp up to 256 channels.
+# Rows that are not aligned. Some are longer than the 256 channels up to which the plain kernels use one warp for a row.
 PLAIN_SHAPES = [(2, 5, 3), (1, 3, 31), (1, 6, 33), (2, 2, 257), (1, 1, 1), (4, 1, 9)]
 LONG_SHAPE = (1, 2, 4104)  # too many channels for the registers of backward
 
@@ -46,7 +49,7 @@ def emulated(variant):
 
 
 def run(variant, op, tensors, *, seed=0, executor=None, **options):
-    """Values and gradients by the emulated kernels; raises EmulationError for what was found."""
+    """Values and gradients of the emulated kernels; raises EmulationError with their findings."""
     emulation = emulated(variant) if isinstance(variant, str) else variant
     with as_backend(emulation), emulation.run(seed=seed, executor=executor):
         return values_and_gradients(op, tensors, "cuda", **options)
@@ -73,7 +76,7 @@ def test_accurate_over_shapes(op, dtype, variant):
 def test_accurate_over_modulation_forms(op):
     for index, forms in enumerate(itertools.product(FORMS, repeat=3)):
         if op == "adaln" and forms[0] != FORMS[0]:
-            continue  # there is no gate
+            continue  # adaln_layer_norm has no gate
         channels = 24 if index % 3 else 23
         assert_op_accurate("race" if index % 4 == 0 else "fast", op, inputs(op, (2, 9, channels), seed=7, forms=forms))
 
@@ -95,7 +98,7 @@ def test_branch_of_another_dtype(dtype, variant):
 
 @pytest.mark.parametrize("op", OPS)
 def test_many_tokens_for_each_worker(op):
-    # More rows than warps in flight: modulation stays in registers from token to token, sums run over many.
+    # There are more rows than warps: modulation stays in registers from token to token, and sums are over many tokens.
     assert_op_accurate("fast", op, inputs(op, (3, 1500, 16), seed=1, dtype=torch.bfloat16), seed=3)
     assert_op_accurate("race", op, inputs(op, (1, 40, 520), seed=1, dtype=torch.bfloat16), seed=3)
 
@@ -154,7 +157,7 @@ def test_strided_inputs(op):
     check("outer stride", lambda t: torch.cat([t, t + 1], dim=-1)[..., : t.shape[-1]], True)
     check("transposed tokens", lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), True)
     check("inner stride", lambda t: torch.stack([t, t + 1], dim=-1)[..., 0], True)
-    # Not 16-byte aligned: the plain kernel, which sums in another order.
+    # These are not aligned to 16 bytes, which selects the plain kernel, whose sums have another order.
     check("offset", lambda t: torch.cat([t[..., :1], t], dim=-1)[..., 1:], False)
 
 
@@ -214,7 +217,7 @@ def test_outputs_without_gradients():
     assert record.counters["launches"] == 1 and residual.shape == y.shape == (2, 5, 20)
 
 
-# ---- what nvcc makes of them --------------------------------------------------------------------------------------
+# ---- the code that nvcc compiles ----------------------------------------------------------------------------------
 
 needs_nvcc = pytest.mark.skipif(native_build.find_nvcc() is None, reason="nvcc is not installed")
 
@@ -223,7 +226,7 @@ needs_nvcc = pytest.mark.skipif(native_build.find_nvcc() is None, reason="nvcc i
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_ptx_is_accurate(op, dtype):
-    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same door."""
+    """Executes the code that nvcc compiles for sm_80 in the PTX interpreter, called from the same entry function."""
     from tools.gpu_emulation.cuda.ptx import execute_ptx_of
 
     executor = execute_ptx_of(SOURCE)
@@ -242,7 +245,7 @@ def test_ptx_is_accurate_with_a_branch_of_another_dtype(dtype):
         assert_mixed_accurate("fast", mixed_inputs(shape, dtype, seed=index), executor=executor)
 
 
-# Registers that leave room for what the partition of the work assumes, per kernel and element type.
+# The registers with which as many blocks fit on a multiprocessor as the partition of the work assumes, by kernel.
 REGISTERS = {
     "forward_kernel<bf16, false, 2, bf16>": 88,
     "forward_kernel<bf16, true, 2, bf16>": 112,
@@ -263,7 +266,7 @@ def test_machine_code(arch, selected):
             narrow_loads = 2 if kernel.name.startswith("backward") else 0  # mean and rstd
             narrow_stores = 2 - narrow_loads
             if kernel.name.startswith("forward_kernel<float, true") and not kernel.name.endswith("float>"):
-                # Branch and y of half the bytes: 8 for each 16 of x, none narrower.
+                # Branch and y have half the bytes: accesses of 8 for each 16 bytes of x, none narrower.
                 halves = int(kernel.name.split(",")[2])
                 assert sum(".64" in line for line in kernel.narrow("LDG")) == halves, kernel.having("LDG")
                 narrow_loads, narrow_stores = halves, narrow_stores + halves
@@ -303,13 +306,13 @@ MUTANTS = {
 
 
 def steps(emulation, looked_for):
-    # In the last one, more tokens than warps in flight, workers of forward have several tokens each.
+    # The last shape has more tokens than there are warps, so that each worker of forward gets several.
     for index, shape in enumerate([(1, 9, 264), (1, 9, 1032), (3, 5, 40)] + [(3, 1500, 16)] * (looked_for == "values")):
         tensors = inputs("adaln", shape, seed=index, dtype=torch.bfloat16, forms=("(B,C)", "(B,L,C)", "(B,1,C)"))
         if looked_for == "misaligned":
             tensors[0] = torch.nn.functional.pad(tensors[0], (1, 7))[..., 1:-7]
         elif looked_for != "values":
-            tensors[1] = tensors[1][:, :1]  # so that dscale is summed as well
+            tensors[1] = tensors[1][:, :1]  # so that dscale is a sum as well
         yield functools.partial(assert_op_accurate, emulation, "adaln", tensors, seed=index)
     yield lambda: assert_mixed_accurate(emulation, mixed_inputs((1, 9, 264), torch.bfloat16))
 

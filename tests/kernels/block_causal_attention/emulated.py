@@ -12,7 +12,7 @@ SOURCE = native_build.CSRC / "cuda" / "block_causal_attention.cu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = DTYPES[1:]
 SHORT = (1, 4, 9, 16, 25, 36)  # 91 tokens
-# Compiled for 64, 96 and 128 columns: full ones and padded ones.
+# Kernels are compiled for 64, 96 and 128 columns. Some of these dimensions fill the columns, others are padded.
 TENSOR_CORE_DIMS = (8, 40, 64, 72, 96, 104, 128)
 
 
@@ -22,7 +22,7 @@ def emulated(variant):
 
 
 def emulation(variant="fast", **options):
-    """Inside, backend="cuda" is the emulation; raises EmulationError for what was found."""
+    """A context in which backend="cuda" is the emulation; raises EmulationError with its findings."""
     return serving(emulated(variant) if isinstance(variant, str) else variant, **options)
 
 

@@ -30,7 +30,7 @@ def test_phi_index_is_that_of_numpy():
             for k in range(scales):
                 assert phi_index(k, scales, n) == numpy.argmin(numpy.abs(ticks - k / (scales - 1))), (k, scales, n)
         assert phi_index(0, 1, n) == 0
-    # The released models: scales 2 and 7 lie halfway between two ticks, where rounding decides.
+    # In the released models, scales 2 and 7 lie halfway between two ticks, where rounding decides.
     assert [phi_index(k, 10, 4) for k in range(10)] == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
 
 
@@ -54,7 +54,7 @@ def test_reference_is_the_composition(name, metric):
 
 
 def test_gradcheck_of_the_codebook_part():
-    # beta 0: the loss is then a function of codebook and phi alone whose derivative is the one that autograd gives.
+    # With beta 0, the loss depends on codebook and phi only, and autograd gives its true derivative.
     f, *parameters = leaves(inputs((2, 3, 7, 3, (1, 2, (3, 2), (3, 4)))), torch.float64)
     patch_nums = (1, 2, (3, 2), (3, 4))
 
@@ -264,8 +264,8 @@ def test_writes_every_element(cpu):
 
 
 def test_equal_for_any_number_of_threads(cpu, restore_threads):
-    # Large enough for the parallel rounds: phi is 19 images · 81 pixels · 9 · 48² multiply-adds. 19 images are several
-    # groups, the last one not full.
+    # The problem is large enough for threads: phi has 19 images · 81 pixels · 9 · 48² multiply-adds. The 19 images make
+    # several groups, and the last one is not full.
     shape = (19, 40, 200, 4, (1, 2, 4, 9))
     tensors, results = inputs(shape), []
     codes = randn(19, 16, 40, seed=7)

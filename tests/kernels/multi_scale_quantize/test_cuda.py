@@ -1,5 +1,8 @@
-"""The CUDA kernels of multi_scale_quantize and next_scale_input: executed on the CPU by the emulation and from the PTX
-that nvcc writes, never on a GPU; what nvcc makes of them; and that planted faults are found."""
+"""The CUDA kernels of multi_scale_quantize and next_scale_input: emulated, compiled, and with planted faults.
+
+Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
+Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
+"""
 
 import functools
 
@@ -28,10 +31,10 @@ if build.unavailable_reason() is not None:
 
 FORWARD = native_build.CSRC / "cuda" / "multi_scale_quantize.cu"
 BACKWARD = native_build.CSRC / "cuda" / "multi_scale_quantize_backward.cu"
-# Beside the shapes of all backends: several tiles of 16×16 pixels, and of 32 channels; as (batch, channels, codes,
-# convolutions, maps).
+# (batch, channels, codes, convolutions, maps), in addition to the shapes of all backends: several tiles of 16×16 pixels
+# and of 32 channels.
 TILED = (2, 33, 30, 2, ((1, 1), (3, 5), (17, 19)))
-LARGE = (6, 3, 9, 1, ((1, 1), (100, 70)))  # a residual map that no block can hold
+LARGE = (6, 3, 9, 1, ((1, 1), (100, 70)))  # a residual map that is too large for a block
 
 
 @functools.cache
@@ -40,7 +43,7 @@ def emulated(variant):
 
 
 def emulation(variant="fast", **options):
-    """Inside, backend="cuda" is the emulation; raises EmulationError for what was found."""
+    """A context in which backend="cuda" is the emulation; raises EmulationError with its findings."""
     return serving(emulated(variant) if isinstance(variant, str) else variant, **options)
 
 
@@ -51,7 +54,7 @@ def forward_and_backward(tensors, maps, **options):
 
 
 def check(shape, variant="fast", *, seed=0, executor=None, metric="l2"):
-    """Tokens are those of float64, the rest is as accurate as plain PyTorch."""
+    """Compares forward and backward of `shape` with the reference; returns the counters of the emulation."""
     tensors, maps = inputs(shape), shape[-1]
     with emulation(variant, seed=seed, late_copies=seed % 2 == 0, executor=executor) as record:
         found, derivatives = forward_and_backward(tensors, maps, metric=metric)
@@ -78,7 +81,8 @@ def test_several_tiles():
     check(TILED, "race", seed=1, metric="cosine")
 
 
-# Backward takes 7 launches, forward one or, for each scale, a pool, a search with its candidates, and an update.
+# If the residual fits a block, forward is one launch. Otherwise each scale takes several: a pool, a search with its
+# candidates, and an update. Backward takes 7 launches.
 @pytest.mark.parametrize(("shape", "launches"), [(SHAPES["nine images"], 1), (LARGE, 1 + 3 * 2 + 1)])
 def test_one_launch_if_the_residual_fits_a_block(shape, launches):
     tensors = inputs(shape)
@@ -93,7 +97,8 @@ def test_one_launch_if_the_residual_fits_a_block(shape, launches):
 
 
 def test_both_ways_give_the_same_bits():
-    # One image is too much for a block while the rest of the emulated GPU waits, six are not.
+    # For one image, the kernels of single steps serve, because one block would leave the rest of the emulated GPU idle.
+    # For six images, the resident kernel serves.
     shape = (1, 32, 1500, 2, (1, 4, 8))
     tensors = inputs(shape)
     with emulation() as record:
@@ -117,7 +122,7 @@ def test_next_scale_input(variant):
 
 
 def test_every_order_gives_the_same_bits():
-    shape = (17, 8, 40, 2, (1, 3, 5))  # slices of two images, the last of one
+    shape = (17, 8, 40, 2, (1, 3, 5))  # slices of two images; the last slice has one
     results = []
     for seed in (0, 1, 2, 9):
         with emulation(seed=seed):
@@ -204,7 +209,7 @@ def test_opcheck():
         torch.library.opcheck(ops._next_scale_input.default, (f, randn(2, 1, 4, seed=1), *phi, 0, 1, 1, 3, 3, 0.5))
 
 
-# ---- what nvcc writes ----------------------------------------------------------------------------------------------
+# ---- the code that nvcc compiles -----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(nvcc.unavailable_reason() is not None, reason=str(nvcc.unavailable_reason()))
@@ -212,13 +217,13 @@ def test_opcheck():
                          ids=str)  # fmt: skip
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_ptx_is_accurate(shape, metric):
-    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same doors."""
+    """Executes the code that nvcc compiles for sm_80 in the PTX interpreter, called from the same entry functions."""
     from tools.gpu_emulation.cuda.ptx import execute_ptx_of
 
     check(shape, metric=metric, executor=execute_ptx_of(FORWARD, BACKWARD))
 
 
-# Two blocks of 256 threads on a multiprocessor; of the resident kernel one.
+# Two blocks of 256 threads fit on a multiprocessor, and one block of the resident kernel.
 REGISTERS = {
     "quantize_resident_kernel": 255, "nearest_code_kernel": 168, "quantize_update_kernel": 128, "add_scale_kernel": 128,
     "scale_maps_kernel": 128, "code_maps_kernel": 128, "phi_gradients_kernel": 128, "": 64,
@@ -279,7 +284,7 @@ SMALL = (2, 12, 40, 2, (1, 4, (9, 10)))  # two strips; windows that overlap
 
 
 def outcome(emulated_kernels, source):
-    """What the kernels of a source make of SMALL, as a list of tensors."""
+    """The results of the kernels in `source` for SMALL, as a list of tensors."""
     tensors, maps = inputs(SMALL), [[side[i] for side in pairs(SMALL[-1])] for i in range(2)] + [[0, 1, 1]]
     with emulation(emulated_kernels, seed=1):
         if source == FORWARD:

@@ -1,4 +1,4 @@
-"""The Triton kernels of multi_scale_quantize and next_scale_input: interpreted, and as compiled for capability 8.0."""
+"""The Triton kernels of multi_scale_quantize and next_scale_input, interpreted and as compiled for sm_80."""
 
 import json
 from pathlib import Path
@@ -36,14 +36,14 @@ STEMS = ("nearest_code.", "multi_scale_quantize.", "multi_scale_quantize_backwar
 
 
 def tiles(**sizes: int) -> dict[str, Config]:
-    """Of all kernels of the quantizer, with these sizes where a kernel has them."""
+    """Configurations of all kernels of the quantizer, with those of `sizes` that a kernel has."""
     kernels = [name for name in TABLE if name.startswith(STEMS)]
     return {name: Config({tile: sizes.get(tile, size) for tile, size in TABLE[name][-1].config.tiles.items()})
             for name in kernels}  # fmt: skip
 
 
-# The interpreter takes its time per program and operation, whatever the size of a tile. SMALL tiles are straddled by
-# pixels, tokens, codes, windows of pooling and channels; ROOMY ones leave one or two programs per map.
+# The interpreter's time depends on the number of programs and operations, not on the size of a tile. Pixels, tokens,
+# codes, pooling windows and channels straddle SMALL tiles. With ROOMY ones there are one or two programs per map.
 SMALL = tiles(BLOCK_N=16, BLOCK_V=16, BLOCK_C=16, BLOCK_Q=2, BLOCK_S=4, BLOCK_P=16, BLOCK_I=16, BLOCK_O=16, BLOCK_T=16)
 ROOMY = tiles(BLOCK_N=64, BLOCK_V=32, BLOCK_C=32, BLOCK_Q=8, BLOCK_S=4, BLOCK_P=64, BLOCK_I=32, BLOCK_O=32, BLOCK_T=64)
 TINY = (2, 5, 12, 2, ((1, 1), (2, 3), (5, 4)))  # batch, channels, codes, convolutions, maps
@@ -63,9 +63,9 @@ def forward_and_backward(function, tensors, shape, **options):
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-# Interpreted with roomy tiles, or compiled with the shipped ones: several images and scales, several convolutions and
-# one; maps that are not square, at full size or beyond it on the way; a single scale, pixel, channel; more channels
-# than a tile has.
+# These are interpreted with roomy tiles, or compiled with the shipped ones. There are several images and scales, one or
+# several convolutions, maps that are not square, maps of the full size or larger before the last one, a single scale,
+# pixel or channel, and more channels than a tile has.
 CASES = [
     ("narrow", "l2", interpret, ROOMY),
     ("one channel", "cosine", interpret, ROOMY),
@@ -88,7 +88,7 @@ def test_forward_and_backward(name, metric, function, configs):
 
 
 def test_small_tiles_and_uneven_slices(monkeypatch):
-    # 3 images in slices of 2, 20 pixels in tiles of 16, 18 channels in two tiles (and pooled before the search).
+    # 3 images are in slices of 2, 20 pixels in tiles of 16, and 18 channels in two tiles, and pooled before the search.
     monkeypatch.setattr(backward_kernels, "_SLICES", 2)
     shape = (3, 18, 33, 2, ((1, 2), (5, 4)))
     tensors = inputs(shape)
@@ -122,7 +122,7 @@ def test_next_scale_input(name, configs):
         assert_right_step(ours, tensors, shape[-1], k, phi_ratio=0.4)
 
 
-# ---- the code that the compiler wrote --------------------------------------------------------------------------------
+# ---- the code that Triton compiles ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -143,7 +143,7 @@ def test_compiled_next_scale_input():
 
 
 def vary(batch, patch_nums):
-    """Launches of one training step of the shape of VAR."""
+    """The launches of a training step with 32 channels and 4 convolutions, as in VAR."""
     tensors = inputs((batch, 32, 128, 4, patch_nums))
 
     def step():

@@ -1,4 +1,4 @@
-"""What every backend of the search is held to: the code that is nearest in float64."""
+"""What the tests of every backend of the search share: problems, and the comparison with float64."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,11 +8,12 @@ from var_kernels.testing import randn
 
 
 def scores_and_band(z: torch.Tensor, codebook: torch.Tensor, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact scores in float64, and a bound of the error of each in fp32, both (N, V).
+    """Exact scores in float64, and a bound of the error of each score in fp32; both are (N, V).
 
-    The score z·c - |c|²/2 is a chain of C multiply-adds that starts at the rounded |c|²/2, itself a chain of C: in any
-    order of summation its error is at most gamma(2C + 2) times the sum of the terms' magnitudes, with
-    gamma(n) = n·u / (1 - n·u) and u = 2^-24. Normalising a code (cosine) adds C + 3 roundings to each factor.
+    The score z·c - |c|²/2 is a chain of C multiply-adds that starts at the rounded |c|²/2, which is a chain of C
+    multiply-adds too. In any order of summation, the error is at most gamma(2C + 2) times the sum of the magnitudes of
+    the terms, with gamma(n) = n·u / (1 - n·u) and u = 2^-24. Cosine normalises the codes, which adds C + 3 roundings to
+    each factor.
     """
     z, codes = z.double(), codebook.double()
     unit_roundoff, channels = 2.0**-24, z.shape[-1]
@@ -28,7 +29,7 @@ def scores_and_band(z: torch.Tensor, codebook: torch.Tensor, metric: str) -> tup
 
 
 def assert_nearest(index: torch.Tensor, z: torch.Tensor, codebook: torch.Tensor, metric: str) -> None:
-    """Each index is the exact one, or its exact score is below the maximum by no more than both scores' errors."""
+    """The exact score of each index is the maximum, or below it by no more than the bounds of both scores' errors."""
     assert index.dtype == torch.int64 and index.shape == z.shape[:-1]
     assert ((index >= 0) & (index < codebook.shape[0])).all()
     scores, band = scores_and_band(z, codebook, metric)

@@ -1,5 +1,8 @@
-"""The CUDA kernels of nearest_code: executed on the CPU by the emulation and from the PTX that nvcc writes, never on a
-GPU; what nvcc makes of them; and that planted faults are found."""
+"""The CUDA kernels of nearest_code: emulated, compiled, and with planted faults.
+
+Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
+Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
+"""
 
 import functools
 
@@ -26,8 +29,9 @@ if build.unavailable_reason() is not None:
 SOURCE = native_build.CSRC / "cuda" / "nearest_code.cu"
 METRICS = ("l2", "cosine")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Rows, codes, channels. A block takes 8, 16, 32 or 64 rows by 128 codes by 32 channels: both sides of each, aligned and
-# not, one chunk of channels and several, one tile of codes and as many splits as the emulated GPU has room for.
+# Rows, codes, channels. A block takes 8, 16, 32 or 64 rows by 128 codes by 32 channels. The problems are on both sides
+# of these numbers, aligned or not, with one or several chunks of channels. Some have one tile of codes, others as many
+# splits as the emulated GPU has room for.
 EDGES = [
     (1, 1, 1), (8, 127, 3), (9, 128, 32), (16, 129, 31), (17, 257, 36), (32, 90, 64), (33, 1030, 32), (64, 300, 8),
     (65, 140, 33), (3, 700, 100), (130, 65, 4),
@@ -40,7 +44,7 @@ def emulated(variant):
 
 
 def emulation(variant="fast", **options):
-    """Inside, backend="cuda" is the emulation; raises EmulationError for what was found."""
+    """A context in which backend="cuda" is the emulation; raises EmulationError with its findings."""
     return serving(emulated(variant) if isinstance(variant, str) else variant, **options)
 
 
@@ -67,7 +71,7 @@ def test_few_rows_are_searched_in_splits():
     with emulation() as record:
         found = nearest_code(z, codebook, backend="cuda")
         assert torch.equal(nearest_code(z.repeat(60, 1), codebook, backend="cuda"), found.repeat(60))
-    assert record.counters["launches"] == 2 + 1  # the many rows keep the emulated GPU busy without
+    assert record.counters["launches"] == 2 + 1  # the many rows keep the emulated GPU busy without splits
 
 
 @pytest.mark.parametrize("variant", ["fast", "race"])
@@ -79,7 +83,7 @@ def test_exact_on_small_integers(variant):
 @pytest.mark.parametrize("channels", [19, 40])
 @pytest.mark.parametrize("metric", METRICS)
 def test_first_of_equal_codes(metric, channels):
-    # Equal codes at `first` and everywhere behind: other lanes, warps, tiles and splits.
+    # The code at `first` and all later ones are equal, in other lanes, warps, tiles and splits.
     target = randn(1, channels, seed=1)
     far = -target + randn(700, channels, seed=3, std=0.1)
     for rows in (3, 40):
@@ -92,7 +96,7 @@ def test_first_of_equal_codes(metric, channels):
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    # Every number of rows a thread takes, and splits: scores are the same bits, near-ties included.
+    # The calls differ in rows per thread and in splits. Scores have the same bits, so that even near-ties agree.
     z, codebook = randn(200, 24, seed=1, std=1e-3) + 3, randn(1000, 24, seed=2, std=1e-3) + 3
     everything = search(z, codebook)
     for count in (1, 9, 20, 40, 150):
@@ -110,7 +114,7 @@ def test_nothing_to_choose():
     assert not search(z, torch.full_like(codebook, torch.nan)).any()
     assert not search(z * torch.nan, codebook).any()
     codebook[:170, 3] = torch.inf
-    assert (search(z, codebook) >= 170).all()  # infinitely far codes score -inf
+    assert (search(z, codebook) >= 170).all()  # codes at an infinite distance have the score -inf
 
 
 def test_cosine_of_tiny_codes():
@@ -171,14 +175,14 @@ def test_opcheck():
             torch.library.opcheck(emulated("fast").ops._nearest_code.default, arguments)
 
 
-# ---- what nvcc writes ----------------------------------------------------------------------------------------------
+# ---- the code that nvcc compiles -----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(nvcc.unavailable_reason() is not None, reason=str(nvcc.unavailable_reason()))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("metric", METRICS)
 def test_ptx_is_accurate(metric, dtype):
-    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same door."""
+    """Executes the code that nvcc compiles for sm_80 in the PTX interpreter, called from the same entry function."""
     from tools.gpu_emulation.cuda.ptx import execute_ptx_of
 
     for rows, codes, channels in ((3, 300, 32), (9, 130, 33), (20, 131, 8), (70, 129, 36)):
@@ -186,7 +190,7 @@ def test_ptx_is_accurate(metric, dtype):
         assert_nearest(search(z, codebook, metric, executor=execute_ptx_of(SOURCE)), z, codebook, metric)
 
 
-# Three blocks of 128 threads on a multiprocessor.
+# Three blocks of 128 threads fit on a multiprocessor.
 REGISTERS = {"nearest_code_kernel": 168, "normalise_codes_kernel": 40, "best_candidate_kernel": 40}
 
 
@@ -194,12 +198,12 @@ REGISTERS = {"nearest_code_kernel": 168, "normalise_codes_kernel": 40, "best_can
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
-    assert len(kernels) == 4 * (2 + 1 + 1) + 3 + 1  # rows of a thread, elements or pieces; normalised; candidates
+    assert len(kernels) == 4 * (2 + 1 + 1) + 3 + 1  # search, by rows of a thread and width of loads; norms; candidates
     for kernel in kernels:
         machine_code.assert_resources(kernel, REGISTERS)
         if kernel.name.startswith("nearest_code_kernel<float, true"):
             assert kernel.having("LDGSTS") and not kernel.narrow("LDGSTS") and not kernel.having("LDG"), kernel.name
-            # Operands come 16 bytes at a time, of 8 codes and the thread's rows; no product is rounded to fewer bits.
+            # Operands of 8 codes and of the thread's rows are loaded in 16 bytes. No product is rounded to fewer bits.
             wide = len(kernel.having("LDS")) - len(kernel.narrow("LDS"))
             assert wide >= 8 + int(kernel.name[-2]) and not kernel.having("HMMA"), f"{kernel.name}: {wide} wide loads"
 
@@ -234,7 +238,7 @@ MUTANTS = {
 
 def steps(faulty, looked_for):
     z, codebook = randn(13, 28, seed=1), randn(700, 28, seed=2)
-    # The best code of all rows but the first: behind the last, negative scores lose to what is not a code.
+    # To find wrong values, all scores are negative, so that a score of 0 in the padding behind the codes would win.
     z, codebook = z - 2 * (looked_for == "values"), codebook + 2 * (looked_for == "values")
     if looked_for == "misaligned":
         z = torch.nn.functional.pad(z, (1, 3))[:, 1:-3]

@@ -1,4 +1,4 @@
-"""The Triton kernels of nearest_code: interpreted in fp32 and fp16, and as compiled for compute capability 8.0."""
+"""The Triton kernels of nearest_code, interpreted in fp32 and fp16, and as compiled for sm_80."""
 
 import contextlib
 
@@ -23,7 +23,7 @@ from var_kernels.triton.offline import compilations, compile_for
 from var_kernels.triton.targets import TARGETS
 
 METRICS = ("l2", "cosine")
-# Small enough that few rows, codes and channels straddle them. Up to four splits.
+# Tiles so small that few rows, codes and channels straddle them. There are up to four splits.
 SMALL = {
     "nearest_code.prepare": Config({"BLOCK_V": 16, "BLOCK_C": 16}),
     "nearest_code.search": Config({"BLOCK_N": 16, "BLOCK_V": 16, "BLOCK_C": 16}),
@@ -45,7 +45,7 @@ def triton(*arguments, **options) -> torch.Tensor:
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-# Rows, codes and channels: below, at and above the tiles and splits; one and several chunks of channels; all three 1.
+# Rows, codes and channels below, at and above the tiles and splits, one or several chunks of channels, and 1 of each.
 EDGES = [
     (1, 1, 1), (15, 17, 3), (16, 16, 16), (17, 15, 17), (33, 64, 32), (5, 65, 33), (49, 129, 8), (2, 200, 50)
 ]  # fmt: skip
@@ -59,8 +59,8 @@ def test_small_tiles(rows, codes, channels, metric):
         assert_nearest(triton(z, codebook, metric=metric), z, codebook, metric)
 
 
-# One row: as many splits as tiles of the codebook. 70 rows: the tile of 64. 2100: the tile of 128. 40 channels are more
-# than a tile has.
+# One row has as many splits as the codebook has tiles. 70 rows use tiles of 64 rows, and 2100 rows tiles of 128. 40
+# channels are more than a tile has.
 @pytest.mark.parametrize("rows, codes, channels", [(1, 1030, 32), (70, 300, 32), (2100, 130, 8), (70, 130, 40)])
 def test_shipped_tiles(rows, codes, channels):
     z, codebook = randn(rows, channels, seed=rows), randn(codes, channels, seed=codes + 7)
@@ -77,7 +77,7 @@ def test_exact_on_small_integers():
 @pytest.mark.parametrize("channels", (19, 5))
 @pytest.mark.parametrize("metric", METRICS)
 def test_first_of_equal_codes(metric, channels):
-    # Equal codes at `first` and everywhere behind: in the tile, in the tiles behind, in the splits behind.
+    # The code at `first` and all later ones are equal: in the same tile, in later tiles, and in later splits.
     target = randn(1, channels, seed=1)
     z = target + randn(3, channels, seed=2, std=0.01)
     far = -target + randn(90, channels, seed=3, std=0.1)
@@ -103,7 +103,7 @@ def test_nothing_to_choose():
         assert not triton(z, torch.full_like(codebook, torch.nan)).any()
         assert not triton(z * torch.nan, codebook).any()
         codebook[:70, 3] = torch.inf
-        assert (triton(z, codebook) >= 70).all()  # infinitely far codes score -inf
+        assert (triton(z, codebook) >= 70).all()  # codes at an infinite distance have the score -inf
 
 
 def test_cosine_of_tiny_codes():
@@ -119,7 +119,7 @@ def test_fp16_is_widened_exactly(metric):
         assert torch.equal(index, triton(z.float(), codebook.float(), metric=metric))
 
 
-# ---- the code that the compiler wrote --------------------------------------------------------------------------------
+# ---- the code that Triton compiles ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_strided_inputs():
     with small_tiles():
         expected = triton(z, codebook)
         assert expected.shape == (4, 9)
-        feature_map = z.permute(0, 2, 1).contiguous()  # channels before positions, as in a convolution's output
+        feature_map = z.permute(0, 2, 1).contiguous()  # channels first, as in the output of a convolution
         assert torch.equal(triton(feature_map.permute(0, 2, 1), codebook), expected)
         assert torch.equal(triton(feature_map[1].T, codebook.T.contiguous().T), expected[1])
         wide = torch.cat([codebook, codebook], dim=1)[:, :7]
@@ -213,7 +213,7 @@ def test_no_recompilation_for_other_numbers_of_rows():
         for launch in recorded(lambda rows=rows: triton(torch.zeros(rows, 32), torch.zeros(4096, 32))):
             compile_for(launch, TARGETS["sm_80"])
         numbers.append([compilations(kernel, TARGETS["sm_80"]) for kernel in counted])
-    assert numbers[-1] == numbers[1], "the first two calls compile the tile for many rows and that for few"
+    assert numbers[-1] == numbers[1], "only the first two calls compile, the tiles for many and for few rows"
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_splits_cover_the_codebook_and_fill_the_gpu():
             for multiprocessors in (82, 132):
                 splits, per_split = kernels.count_splits(row_tiles, code_tiles, multiprocessors, 64)
                 assert 1 <= splits <= min(64, code_tiles)
-                assert (splits - 1) * per_split < code_tiles <= splits * per_split  # none is empty
+                assert (splits - 1) * per_split < code_tiles <= splits * per_split  # no split is empty
     assert kernels.count_splits(1, 64, 132, 64) == (64, 1)
     assert kernels.count_splits(132, 64, 132, 64) == (1, 64)
     assert kernels.count_splits(1000, 64, 132, 64)[0] <= 2

@@ -1,4 +1,4 @@
-"""What every backend of qk_norm_cache is held to: inputs, and the results in plain PyTorch."""
+"""What the tests of every backend of qk_norm_cache share: inputs, the results of plain PyTorch, comparisons."""
 
 import torch
 from torch.nn.functional import normalize
@@ -10,7 +10,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def problem(batch, length, heads, dim, dtype=torch.float32, rows=None, layout="BHLD"):
-    """qkv, q_factor and poisoned caches with room around the new rows."""
+    """qkv, q_factor, and caches filled with NaN that have room around the new rows."""
     rows = length + 5 if rows is None else rows
     qkv = randn(batch, length, 3, heads, dim, seed=length, dtype=dtype)
     shape = (batch, heads, rows, dim) if layout == "BHLD" else (batch, rows, heads, dim)

@@ -1,4 +1,4 @@
-"""qk_norm_cache against fp64: values, cache rows, layouts, dtypes; and the contract of the call."""
+"""qk_norm_cache on the CPU: accuracy against fp64, rows of the caches, layouts, arguments."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from tests.kernels.qk_norm_cache.contract import DTYPES, assert_right, expected, problem, without_dense_rows
 from var_kernels import qk_norm_cache
 
-# Head dims on both sides of every vector width, 126 and 104 of Infinity among them; tokens over several tasks.
+# Head dimensions on both sides of every vector width, 126 and 104 of Infinity among them. Tokens make several tasks.
 SHAPES = [(1, 1, 1, 1), (2, 3, 2, 7), (1, 5, 3, 8), (2, 16, 2, 15), (1, 40, 4, 16), (2, 9, 3, 33), (1, 4, 2, 64),
           (3, 70, 16, 64), (1, 2, 1, 104), (2, 5, 2, 126), (1, 300, 4, 128)]  # fmt: skip
 
@@ -30,7 +30,7 @@ def test_strided_inputs_and_caches(layout):
     strided.copy_(qkv)
     for source in (strided, without_dense_rows(qkv)):
         k_cache.fill_(torch.nan), v_cache.fill_(torch.nan)
-        # The reference adds up squares in an order that depends on the strides.
+        # The reference sums squares in an order that depends on the strides.
         found = qk_norm_cache(source, k_cache, v_cache, 2, q_factor=q_factor)
         torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
         for cache, old in zip((k_cache, v_cache), kept, strict=True):
@@ -42,7 +42,7 @@ def test_default_factor_zeros_and_nan():
     qkv[0, 0, 0, 0] = 0
     qkv[0, 1, 1, 1, 3] = torch.nan
     q = qk_norm_cache(qkv, k_cache, v_cache, 0)
-    assert not q[0, 0, 0].any(), "a zero vector stays one"
+    assert not q[0, 0, 0].any(), "a vector of zeros must stay one"
     torch.testing.assert_close(q[0, 1].norm(dim=-1), torch.ones(2))
     assert k_cache[0, 1, 1].isnan().all() and not k_cache[0, 0, :2].isnan().any() and not k_cache[0, 1, 0].isnan().any()
 
@@ -82,7 +82,7 @@ def test_compile_writes_the_caches():
     k_cache.fill_(torch.nan), v_cache.fill_(torch.nan)
     with torch.no_grad():
         found = step(qkv, k_cache, v_cache, q_factor)
-    # Without the library it is the reference that is compiled, whose squares then add up in another order.
+    # Without the library, torch compiles the reference and changes the order of the sums of squares.
     for one, other in zip((found, k_cache, v_cache), want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=0, equal_nan=True)
 

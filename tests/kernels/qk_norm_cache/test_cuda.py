@@ -1,5 +1,8 @@
-"""The CUDA kernels of qk_norm_cache: executed on the CPU by the emulation and from the PTX that nvcc writes, never on a
-GPU; what nvcc makes of them; and that planted faults are found."""
+"""The CUDA kernels of qk_norm_cache: emulated, compiled, and with planted faults.
+
+Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
+Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
+"""
 
 import functools
 
@@ -25,7 +28,7 @@ if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
 SOURCE = native_build.CSRC / "cuda" / "qk_norm_cache.cu"
-# Batch, tokens, heads, head dimension: 1 to 32 lanes for a head, two packs in a lane, and what no pack fits.
+# Batch, tokens, heads, head dimension. A head takes 1 to 32 lanes, a lane one or two packs; no pack fits some of them.
 EDGES = [(1, 1, 1, 1), (2, 3, 2, 7), (1, 5, 3, 8), (2, 3, 3, 24), (1, 9, 2, 64), (1, 3, 2, 126), (2, 2, 3, 128),
          (1, 2, 1, 256)]  # fmt: skip
 
@@ -63,13 +66,13 @@ def test_strides_alignment_zeros_and_nan():
 
 
 def unfit_for_packs() -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """qkv and caches each of which only one check of `packs_fit` refuses: 16 bytes are four elements."""
+    """Cases (qkv, k_cache, v_cache), each refused by only one check of `packs_fit`. A pack is 4 elements here."""
     shape = {"qkv": (2, 4, 3, 3, 24), "cache": (2, 3, 9, 24)}
 
     def strided(kind: str, dim: int) -> torch.Tensor:
-        """Aligned, with a stride of `dim` that is odd, and one in every other dimension that is not."""
+        """An aligned tensor with an odd stride in the dimension `dim` only."""
         sizes, stride, strides = shape[kind], 24, {}
-        for other in sorted(range(len(sizes) - 1), key=lambda d: (d == dim, -d)):  # the odd one is the outermost
+        for other in sorted(range(len(sizes) - 1), key=lambda d: (d == dim, -d)):  # `dim` is the outermost one in memory
             strides[other] = stride + (other == dim)
             stride *= sizes[other]
         memory = torch.zeros(sum((size - 1) * strides.get(d, 1) for d, size in enumerate(sizes)) + 1)
@@ -137,7 +140,7 @@ def test_sanitizers_find_nothing():
 @pytest.mark.skipif(nvcc.unavailable_reason() is not None, reason=str(nvcc.unavailable_reason()))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ptx_is_accurate(dtype):
-    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same door."""
+    """Executes the code that nvcc compiles for sm_80 in the PTX interpreter, called from the same entry function."""
     from tools.gpu_emulation.cuda.ptx import execute_ptx_of
 
     for shape in ((1, 3, 2, 64), (2, 2, 3, 7), (1, 2, 1, 256)):
@@ -151,7 +154,7 @@ REGISTERS = {"qk_norm_cache_kernel": 64, "plain_qk_norm_cache_kernel": 56}
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
-    assert len(kernels) == 3 * (2 + 1)  # dtypes; one or two packs, or element by element
+    assert len(kernels) == 3 * (2 + 1)  # for each dtype, one or two packs, or single elements
     for kernel in kernels:
         machine_code.assert_resources(kernel, REGISTERS)
         if kernel.name.startswith("qk_norm_cache_kernel"):
@@ -170,7 +173,7 @@ MUTANTS = {
 }  # fmt: skip
 
 
-# Each check of `packs_fit` left out: 16-byte accesses at addresses that are not aligned.
+# Without a check of `packs_fit`, kernels make accesses of 16 bytes at addresses that are not aligned.
 DOOR = "qk_norm_cache.cu"
 UNCHECKED = {
     "qkv, address": Mutant(DOOR, "aligned(a.qkv) && ", "", "misaligned", representative=True),

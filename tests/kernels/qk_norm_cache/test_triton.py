@@ -1,4 +1,4 @@
-"""The Triton kernel of qk_norm_cache: interpreted in fp32 and fp16, and as compiled for compute capability 8.0."""
+"""The Triton kernel of qk_norm_cache, interpreted in fp32 and fp16, and as compiled for sm_80."""
 
 import functools
 
@@ -20,7 +20,7 @@ from var_kernels.triton import qk_norm_cache as kernels
 from var_kernels.triton.offline import compilations, compile_for
 from var_kernels.triton.targets import TARGETS
 
-# Heads and dimensions on both sides of a program's; one of each kind of mask.
+# Heads and dimensions on both sides of those of a program, so that every kind of mask occurs.
 SHAPES = [(1, 1, 1, 1), (2, 3, 3, 7), (1, 5, 2, 64), (2, 2, 17, 40), (1, 2, 3, 126)]
 
 
@@ -50,7 +50,7 @@ def test_strides_zeros_and_nan():
 
 
 def test_no_recompilation_from_step_to_step():
-    """Another scale, another batch, another place in the cache: the same code."""
+    """The same code serves other scales, batches and positions in the cache."""
     numbers = []
     for batch, length, start in ((2, 1, 0), (2, 4, 1), (4, 256, 424), (1, 9, 5), (3, 1, 0)):
         qkv, _, k_cache, v_cache = problem(batch, length, 16, 64, rows=680)

@@ -1,5 +1,8 @@
-"""The CUDA kernel of sample_tokens: executed on the CPU by the emulation and from the PTX that nvcc writes, never on a
-GPU; what nvcc makes of it; and that planted faults are found."""
+"""The CUDA kernel of sample_tokens: emulated, compiled, and with planted faults.
+
+Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
+Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
+"""
 
 import functools
 
@@ -59,7 +62,7 @@ def test_seeds_and_large_vocabularies(dtype):
 
 
 def test_equal_logits_on_the_border():
-    """All ties of top-k stay, top-p drops the first ones first."""
+    """top-k keeps all ties, and top-p drops those with the lowest indices first."""
     logits, noise = tied_logits((1, 1, 40)), noise_for_each_token(40)
     for top_k, top_p in ((7, 0.0), (0, 0.3), (0, 0.96), (30, 0.9), (0, 1e-9)):
         with serving(emulated("race")):
@@ -95,7 +98,7 @@ def test_sanitizers_find_nothing():
 @pytest.mark.skipif(nvcc.unavailable_reason() is not None, reason=str(nvcc.unavailable_reason()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ptx_is_accurate(dtype):
-    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same door."""
+    """Executes the code that nvcc compiles for sm_80 in the PTX interpreter, called from the same entry function."""
     from tools.gpu_emulation.cuda.ptx import execute_ptx_of
 
     conditional, unconditional = (4 * randn(1, 2, 300, seed=seed, dtype=dtype) for seed in (1, 2))
@@ -113,8 +116,8 @@ REGISTERS = {"sample_tokens_kernel": 128}
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
-    assert len(kernels) == 3 * 3  # dtypes; counters of a thread
-    # Vocabularies above 4096, 64 values in each of 512 threads: newer compilers' code spills a few of them.
+    assert len(kernels) == 3 * 3  # for each dtype, three numbers of counters per thread
+    # For vocabularies above 4096, each of 512 threads has 64 values, of which newer compilers spill a few.
     spilled = {"sm_100a": 16, "sm_120": 216}
     for kernel in kernels:
         machine_code.assert_resources(kernel, REGISTERS, spilled.get(arch, 0) if ", 8, 512>" in kernel.name else 0)

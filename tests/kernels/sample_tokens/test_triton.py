@@ -1,4 +1,4 @@
-"""The Triton kernel of sample_tokens: interpreted, and as compiled for compute capability 8.0."""
+"""The Triton kernel of sample_tokens, interpreted and as compiled for sm_80."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from var_kernels.testing import randn
 
 
 def both(function, conditional, unconditional=None, **options):
-    """Tokens of the Triton kernel and of the reference."""
+    """The tokens of the Triton kernel and those of the reference."""
     with executing(function):
         found = sample_tokens(conditional, unconditional, **options, backend="triton")
     return found, sample_tokens(conditional, unconditional, **options, backend="reference")
@@ -44,7 +44,7 @@ def test_seeds_stand_for_the_documented_noise():
 
 
 def test_equal_logits_on_the_border():
-    """All ties of top-k stay, top-p drops the first ones first."""
+    """top-k keeps all ties, and top-p drops those with the lowest indices first."""
     logits, noise = tied_logits((1, 1, 20)), noise_for_each_token(20)
     rows = logits.expand(1, 20, 20)
     for top_k, top_p in ((7, 0.0), (0, 0.3), (15, 0.9), (0, 1e-9)):
