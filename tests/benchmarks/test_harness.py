@@ -111,7 +111,7 @@ def test_a_wrong_provider_is_refused_before_timing(toy):
                for line in toy.out.splitlines())  # fmt: skip
 
 
-def test_a_missing_peer_is_a_row(toy):
+def test_a_missing_peer_is_listed_with_the_reason(toy):
     lines = toy.out.split("side by side")[1].splitlines()
 
     def row(provider):
@@ -124,7 +124,7 @@ def test_a_missing_peer_is_a_row(toy):
     assert "not measured: nobody wrote it" in row("unwritten")
 
 
-def test_every_round_of_the_baseline_comes_right_before_the_provider(toy):
+def test_a_call_of_the_baseline_directly_precedes_each_timed_call(toy):
     ours = [i for i, name in enumerate(toy.calls) if name == "var_kernels"]
     timed = ours[1:-5]  # without the call that is compared and those that count page faults
     assert len(timed) >= 2 + 7
@@ -303,7 +303,7 @@ def test_a_gpu_is_timed_by_events_after_a_flush(monkeypatch):
     assert placed[0].requires_grad and placed[0] is not leaf and placed[1] == "name" and not placed[2].requires_grad
 
 
-def test_on_a_gpu_the_clock_counts_and_not_the_host(monkeypatch):
+def test_on_a_gpu_times_are_those_of_the_clock_and_not_of_the_host(monkeypatch):
     gpu = SimpleNamespace(device="cuda", seconds=lambda call: (call(), 0.5)[1])
     recorded = []
 
@@ -319,7 +319,7 @@ def test_on_a_gpu_the_clock_counts_and_not_the_host(monkeypatch):
     assert log[:18] == ["a", "b"] * 9
 
 
-def test_providers_and_cases_of_one_device_stay_there():
+def test_providers_and_cases_for_one_device_run_only_there():
     providers = {"a": lambda x: x, "b": harness.only_on("cuda")(lambda x: x), "c": harness.only_on("cpu")(lambda x: x)}
     case = harness.Case("g", "n", "quick", None, providers, "a", None, table.Work(1, "B"), devices=("cuda",))
     assert case.providers_on("cpu") == ["a", "c"] and case.providers_on("cuda") == ["a", "b"]

@@ -135,7 +135,7 @@ def report(benchmarks: plugin.BenchmarkPlugin) -> list[str]:
 @pytest.mark.parametrize(
     ("options", "reason"), [({"no_record": True}, "--no-record"), ({"smoke": True}, "--smoke"), ({}, None)]
 )
-def test_what_is_not_recorded(cache, monkeypatch, options, reason):
+def test_a_ranking_is_recorded_unless_an_option_forbids_it(cache, monkeypatch, options, reason):
     benchmarks = session(monkeypatch, **options)
     benchmarks.cases = [case("nearest_code")]
     benchmarks.duel_of_session.rows["nearest_code, A"] = rows(cuda=1.0, triton=1.04)
@@ -148,7 +148,7 @@ def test_what_is_not_recorded(cache, monkeypatch, options, reason):
         assert speeds.read(NAME, backends.GPU_BACKENDS)["nearest_code"].cases == 1
 
 
-def test_half_an_op_is_not_ranked(cache, monkeypatch):
+def test_an_op_with_untimed_cases_is_not_ranked(cache, monkeypatch):
     benchmarks = session(monkeypatch)
     benchmarks.cases = [case("nearest_code"), case("nearest_code", "B"), case("adaln_layer_norm")]
     benchmarks.duel_of_session.rows["nearest_code, A"] = rows(cuda=1.0, triton=2.0)  # as with -k A
@@ -166,7 +166,7 @@ def test_an_op_without_gpu_kernels_is_not_ranked(cache, monkeypatch):
     assert ranking.rank(benchmarks.cases, benchmarks.duel_of_session.rows) == ({}, {})
 
 
-def test_what_was_measured_before_is_kept(cache, monkeypatch):
+def test_earlier_measurements_of_other_ops_are_kept(cache, monkeypatch):
     session(monkeypatch)
     old = {"nearest_code": Speeds({"cuda": 1.0, "triton": 2.0}, 3),
            "adaln_layer_norm": Speeds({"cuda": 1.0, "triton": 2.0}, 3)}  # fmt: skip
@@ -178,7 +178,7 @@ def test_what_was_measured_before_is_kept(cache, monkeypatch):
     assert ranking.record(new).startswith("recorded in ") and speeds.read(NAME, backends.GPU_BACKENDS) == new
 
 
-def test_an_unwritable_cache_is_a_line(tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_reported_in_a_line(tmp_path, monkeypatch):
     session(monkeypatch)
     (tmp_path / "file").touch()
     monkeypatch.setenv("VAR_KERNELS_CACHE", str(tmp_path / "file"))

@@ -203,7 +203,7 @@ def test_sanitizers_pass_right_kernels(sanitized_answers):
         assert sanitized_answers[name][0] == 0, sanitized_answers[name]
 
 
-def test_seeds_are_different_orders():
+def test_each_seed_gives_another_order_and_repeats_it():
     name = "reverse_in_block: no barrier before the next write"
     outcomes = {run("fast", name, seed=seed)[0].numpy().tobytes() for seed in range(8)}
     assert len(outcomes) > 2
@@ -223,7 +223,7 @@ def test_a_tail_of_whole_warps_hides_its_fault():
     assert is_right(name, run("race", name, n=32)[0], 32)
 
 
-def test_report_says_who_and_where():
+def test_the_report_of_a_race_names_both_threads_and_the_line():
     with pytest.raises(EmulationError) as caught:
         run("race", "reverse_in_block: no barrier before the next write", seed=0)
     report = next(report for report in caught.value.reports if report.kind == "race")
@@ -236,7 +236,7 @@ def test_report_says_who_and_where():
     assert report.where in str(caught.value)
 
 
-def test_bounds_name_the_buffer():
+def test_an_access_out_of_bounds_names_the_buffer():
     with pytest.raises(EmulationError, match=rf"read of 4 bytes at byte {4 * RAGGED} of source \({4 * RAGGED} bytes\)"):
         run("race", "copy_ragged: no guard")
 

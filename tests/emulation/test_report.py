@@ -359,7 +359,7 @@ def test_a_real_cuda_kernel():
         assert row.occupancy.blocks >= 1 and row.programs >= 8 and row.config == "code for sm_80"
 
 
-def test_what_is_not_looked_at_is_said(monkeypatch, capsys, tmp_path):
+def test_a_backend_that_is_left_out_is_named_with_the_reason(monkeypatch, capsys, tmp_path):
     pytest.importorskip("triton")
     monkeypatch.setattr(cuda_source, "unavailable_reason", lambda: "nvcc is not installed")
     sentence = "the cuda kernels and their budgets were not looked at: nvcc is not installed"
@@ -376,6 +376,6 @@ def test_what_is_not_looked_at_is_said(monkeypatch, capsys, tmp_path):
         assert sentence in capsys.readouterr().err
 
 
-def test_without_a_checkout(monkeypatch, tmp_path):
+def test_cuda_kernels_need_a_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_source, "_EMULATION", tmp_path)
     assert "an installed package does not have" in cuda_source.unavailable_reason.__wrapped__()

@@ -116,7 +116,7 @@ def test_products_in_tf32_are_seen():
     assert amdgcn.counts(["v_mfma_f32_16x16x8_xf32", "v_mfma_f32_32x32x2_f32"])["rounded fp32"] == 1
 
 
-def test_a_hint_is_not_a_width():
+def test_a_cache_hint_is_not_taken_for_the_width_of_an_access():
     wide = ("LDG.E.128", "LDGSTS.E.BYPASS.LTC128B.128", "LDG.E.ENL2.256", "STG.E.EF.128")
     narrow = ("LDGSTS.E.LTC128B", "LDG.E.LTC128B.64", "LDG.E", "STG.E.U16")
     assert all(map(sass.is_wide, wide)) and not any(map(sass.is_wide, narrow))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import var
-from tests.helpers.models import tiny_var, tiny_vqvae
+from tests.helpers.models import stepwise_logits, tiny_var, tiny_vqvae
 from var import Generator, VARConfig, VQVAEConfig, generate
 from var.generation import memory
 from var.generation.decoder import InferenceDecoder, Spaces
@@ -51,16 +51,6 @@ def embedded():
     return pipeline, labels, tokens, inputs, exact
 
 
-def stepwise(transformer, labels, inputs):
-    schedule, x, logits = transformer.config.schedule, transformer.begin(labels), []
-    first = schedule.lengths[0]
-    for k, (start, length) in enumerate(zip(schedule.starts, schedule.lengths, strict=True)):
-        if k:
-            x = transformer.embed(inputs[:, start - first : start - first + length], k, guided=False)
-        logits.append(transformer.step(x, k))
-    return torch.cat(logits, dim=1)
-
-
 @torch.inference_mode()
 def test_logits_against_float64(embedded):
     """Errors in fp32 (bf16) are at most twice those of the plain model in fp32 (bf16 autocast) on two images."""
@@ -71,7 +61,7 @@ def test_logits_against_float64(embedded):
         with torch.autocast("cpu", torch.bfloat16):
             autocast = plain(labels[:2], inputs[:2])
     for dtype, plain_result in ((torch.float32, fp32), (torch.bfloat16, autocast)):
-        logits = stepwise(InferenceTransformer(pipeline.var, len(labels), dtype), labels, inputs)
+        logits = stepwise_logits(InferenceTransformer(pipeline.var, len(labels), dtype), labels, inputs)
         assert logits.dtype == torch.float32
         error, limit = logits - exact, plain_result - exact[:2]
         assert rms(error) <= 2 * rms(limit) and error.abs().max() <= 2 * limit.abs().max(), dtype
@@ -131,11 +121,11 @@ def test_cached_steps_equal_one_forward(fields):
     tokens = torch.randint(0, 24, (5, 14), generator=torch.Generator().manual_seed(0))
     inputs = vqvae.teacher_forcing_input(tokens)
     with torch.inference_mode():
-        logits = stepwise(InferenceTransformer(model, 7), LABELS, inputs)  # with room for more rows than are used
+        logits = stepwise_logits(InferenceTransformer(model, 7), LABELS, inputs)  # it has room for more rows
         torch.testing.assert_close(logits, on_reference(model)(LABELS, inputs), rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_in_front_of_the_head_is_that_of_the_logits():
+def test_guidance_before_the_head_equals_guidance_of_the_logits():
     with torch.inference_mode():
         transformer = InferenceTransformer(tiny_var(), 4)
         x = transformer.begin(torch.tensor([0, 1, 5, 5]))
@@ -185,7 +175,7 @@ def test_exponential_noise_is_torchs_own(count):
     assert torch.equal(generators[0].get_state(), generators[1].get_state())
 
 
-def test_stream_is_the_calls_one_after_another():
+def test_stream_equals_one_call_for_all_labels():
     generator = Generator(tiny_var(), tiny_vqvae(), batch_size=2)
     parts = list(generator.stream(LABELS, seeds=[1, 2, 3, 4, 5], **OPTIONS))
     assert [len(part.images) for part in parts] == [2, 2, 1]
@@ -196,7 +186,7 @@ def test_stream_is_the_calls_one_after_another():
         next(generator.stream(LABELS, seed=1))
 
 
-def test_weights_are_those_of_the_moment_and_the_model_stays_trainable():
+def test_a_generator_keeps_its_weights_and_the_model_stays_trainable():
     model, vqvae = tiny_var(), tiny_vqvae()
     generator = Generator(model, vqvae, batch_size=5)
     before = generator(LABELS, seed=0)
@@ -234,7 +224,7 @@ for _ in range(3):
     assert peak_growth(preparation, measured, mmap_threshold=64 << 10) < 1 << 20
 
 
-def test_spaces_of_no_elements_beside_an_empty_image():
+def test_an_empty_batch_finds_an_empty_space():
     """Empty spaces and empty images both have the address 0. Without the library, an empty batch found no space."""
     empty = torch.zeros(0, 8, 3, 3)
     assert Spaces(0, torch.float32).beside(empty.shape, empty) is None
@@ -244,7 +234,7 @@ def test_spaces_of_no_elements_beside_an_empty_image():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts page faults as Linux does")
 @pytest.mark.skipif(not load.native_library().available, reason="without our kernels, malloc allocates the activations")
-def test_activations_of_the_decoder_are_no_fresh_pages_after_the_first_call():
+def test_the_decoder_reuses_its_memory_after_the_first_call():
     """With malloc's default settings, activations of 40 MiB and more were returned to the system after each use."""
     program = """
 import resource, torch, var
@@ -352,7 +342,7 @@ def test_available_memory_is_the_smaller_of_machine_and_container(monkeypatch, t
     assert memory.available_bytes() != 600000
 
 
-def test_kept_memory_is_not_fetched_page_by_page():
+def test_keeping_freed_memory_avoids_page_faults():
     """Counts the page faults of calls whose activations are larger than what malloc keeps by itself."""
     program = """
 import resource, sys, torch

@@ -93,7 +93,7 @@ def test_what_a_graph_cannot_vary_is_captured_again():
     assert captures.count == 5 * 5
 
 
-def test_results_are_no_memory_of_the_graph():
+def test_the_next_replay_does_not_change_earlier_results():
     _, captured, _ = generators()
     first = captured(LABELS, seed=1, **OPTIONS)
     tokens, images = first.tokens.clone(), first.images.clone()
@@ -117,7 +117,7 @@ def test_editing_and_smooth_codes_are_not_captured():
     assert captures.count == 0
 
 
-def test_the_recorder_finds_what_a_graph_would_not_see():
+def test_the_recorder_fixes_a_value_that_is_read_on_the_host():
     """A check of the recorder itself: a value read on the host is fixed in the recording."""
     value, captures = torch.tensor([2.0]), Captures()
     outputs, replay = captures(lambda: (value * float(value), value * value))
@@ -126,7 +126,7 @@ def test_the_recorder_finds_what_a_graph_would_not_see():
     assert outputs[0].item() == 6.0 and outputs[1].item() == 9.0
 
 
-def test_a_failed_capture_is_said_once_and_launched_as_usual():
+def test_a_failed_capture_warns_once_and_runs_without_graphs():
     eager, captured, _ = generators()
 
     def refuse(function):

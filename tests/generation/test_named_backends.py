@@ -113,7 +113,7 @@ def test_cpu_never_enters_the_reference(work, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_argument_comes_before_the_backend_of_the_model(precision):
+def test_the_backend_argument_overrides_that_of_the_model(precision):
     options = {"seed": 1, "precision": precision}
     with Called() as called:
         plain = generate(*models("auto"), LABELS, backend="reference", **options)
@@ -123,7 +123,7 @@ def test_the_argument_comes_before_the_backend_of_the_model(precision):
 
 
 @needs_library
-def test_the_argument_brings_the_kernels_to_a_model_of_the_reference(monkeypatch):
+def test_a_model_on_the_reference_generates_with_kernels_if_asked(monkeypatch):
     pair = models("reference")
     forbid_the_reference(monkeypatch)
     with Called() as called:
@@ -133,7 +133,7 @@ def test_the_argument_brings_the_kernels_to_a_model_of_the_reference(monkeypatch
 
 
 @needs_library
-def test_unpacked_weights_leave_the_other_ops_where_they_are():
+def test_without_packing_the_other_ops_keep_their_kernels():
     with Called() as called:
         generate(*models("cpu"), LABELS, seed=1, pack=False)
     assert called.ours == _GENERATION

@@ -65,7 +65,7 @@ def refusal(op: str, device: str = "cuda") -> str:
     return str(error.value)
 
 
-def test_the_table_of_ops_is_what_the_kernels_are():
+def test_the_table_of_ops_agrees_with_the_files_of_kernels():
     """The table lists for each backend exactly the ops of which it has files."""
     package = Path(backends.__file__).parent
     files = {"reference": (package / "reference", ".py"), "triton": (package / "triton", ".py"),
@@ -139,7 +139,7 @@ def test_an_op_is_served_if_all_its_raw_ops_are_there(gpu):
     assert auto("multi_scale_quantize") == "triton" and auto("nearest_code") == "cuda"
 
 
-def test_every_op_has_a_page_and_an_order():
+def test_every_op_has_a_module_and_an_order():
     pages = {backends.page_of(op) for op in backends.OPS}
     assert pages == set(library._names)
     assert [name for stem in library._names for name in library.names(stem)] == [

@@ -112,7 +112,7 @@ def test_the_same_bits_with_other_threads_and_libraries(case, restore_threads, m
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_the_same_bits_whatever_is_computed_at_a_time(case, monkeypatch):
+def test_the_bits_do_not_depend_on_how_many_sums_run_at_once(case, monkeypatch):
     """A GPU computes more sums at once than a CPU."""
     expected = in_order(with_gradients, case[0], *case[1])
     monkeypatch.setattr(_stated_order, "_AT_ONCE", 100)
@@ -171,7 +171,7 @@ def test_never_falls_back_to_the_order_of_the_host(product):
         in_order(product)
 
 
-# ---- as the reference result ------------------------------------------------------------------------------------------
+# ---- as the reference result ----------------------------------------------------------------------------------------
 
 
 def problem(dtype, terms=2050):

@@ -76,7 +76,7 @@ def test_the_message_names_the_worst_index():
         assert_accurate(spoilt, exact.float(), exact, name="y")
 
 
-def test_rows_of_zero_but_for_rounding_are_judged_by_the_tensor():
+def test_rows_that_are_zero_but_for_rounding_get_the_bound_of_the_tensor():
     exact = randn(8, 16, seed=2, dtype=torch.float64)
     exact[0] = 1e-19
     plain = exact.float()
@@ -116,7 +116,7 @@ def test_non_finite_values_match_in_place_and_kind(value):
         assert_accurate(spoilt, plain, exact)
 
 
-def test_overflow_of_the_dtype_is_expected_of_the_result():
+def test_a_result_must_overflow_where_the_dtype_does():
     exact = randn(2, 8, seed=5, dtype=torch.float64)
     exact[0, 0] = 1e6
     plain = exact.half()
@@ -126,7 +126,7 @@ def test_overflow_of_the_dtype_is_expected_of_the_result():
         assert_accurate(exact.half().clamp(max=65504), plain, exact)
 
 
-def test_a_useless_plain_result_is_refused_as_a_judge():
+def test_a_plain_result_with_which_zeros_would_pass_is_refused():
     exact = randn(4, 8, seed=6, dtype=torch.float64)
     with pytest.raises(AssertionError, match="zeros would pass"):
         assert_accurate(exact.float(), -exact.float(), exact)
@@ -144,7 +144,7 @@ def test_vanishing_and_empty_and_scalar_results():
     assert_accurate(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0, dtype=torch.float64))
 
 
-def test_mistakes_of_the_test_are_not_failures_of_the_kernel():
+def test_wrong_arguments_of_the_comparison_are_no_assertion_errors():
     exact = randn(4, 8, seed=8, dtype=torch.float64)
     with pytest.raises(TypeError, match="exact: expected torch.float64"):
         assert_accurate(exact.float(), exact.float(), exact.float())
@@ -200,7 +200,7 @@ def test_poison_shows_an_unwritten_output(shape):
     assert torch.empty_like(like, dtype=torch.float16).isnan().all()
 
 
-def test_isa_levels_start_portable_and_end_in_use():
+def test_isa_levels_start_with_portable_and_end_with_the_one_in_use():
     from var_kernels.native import load
 
     levels = testing.isa_levels()

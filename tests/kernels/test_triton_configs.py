@@ -35,7 +35,7 @@ def table(monkeypatch, tmp_path):
     configs.tuned_on.cache_clear()
 
 
-def test_the_first_row_that_serves_counts():
+def test_the_first_row_that_fits_is_chosen():
     def chosen(target, size, itemsize):
         return configs.choose(KERNEL, TARGETS[target], size, itemsize)
 
@@ -75,7 +75,7 @@ def test_measured_configurations_are_read_on_that_gpu_only(table):
     assert configs.choose(KERNEL, TARGETS["sm_90"], 64, 2) is LARGE
 
 
-def test_what_was_measured_against_another_table_does_not_count(table):
+def test_measurements_for_another_table_are_ignored(table):
     entry = {"tiles": {"TILE": 64}, "num_warps": 8, "num_stages": 3, "options": {}, "table": "of an older version"}
     tuned_tiles.write(HERE.device, {Key(KERNEL, 64, 2): entry})
     assert configs.choose(KERNEL, HERE, 50, 2) is LARGE

@@ -57,13 +57,6 @@ PIP_FLAGS = ("--no-build-isolation", "--no-deps", "-v")
 
 
 @pytest.fixture
-def no_compiler(tmp_path):
-    """A PATH without any compiler."""
-    (tmp_path / "empty").mkdir()
-    return str(tmp_path / "empty")
-
-
-@pytest.fixture
 def project(tmp_path):
     """A copy of the project as pip needs it, with the tiny ``csrc`` instead of the real one."""
     target = tmp_path / "project"

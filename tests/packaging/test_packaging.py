@@ -29,13 +29,6 @@ def tiny(tmp_path):
     return Checkout(tmp_path)
 
 
-@pytest.fixture
-def no_compiler(tmp_path):
-    """A PATH without any compiler."""
-    (tmp_path / "empty").mkdir()
-    return str(tmp_path / "empty")
-
-
 @pytest.mark.parametrize("module", ["var_kernels", "var"])
 def test_import_is_inert(module, tmp_path):
     code = f"""
@@ -156,7 +149,7 @@ def test_a_compiler_that_does_not_work_is_named(tiny):
 
 
 @needs_compiler
-def test_a_compile_error_is_shown_and_later_mended(tiny):
+def test_a_compile_error_is_shown_and_its_correction_is_built(tiny):
     good = (tiny.csrc / "cpu/dispatch.cpp").read_text()
     (tiny.csrc / "cpu/dispatch.cpp").write_text(good + "\nnonsense;\n")
     answer = tiny.load()
@@ -179,7 +172,7 @@ def test_a_cache_that_is_a_file_is_one_warning(tiny, tmp_path):
     assert not answer["available"] and "VAR_KERNELS_CACHE" in answer["reason"] and len(answer["warnings"]) == 1
 
 
-def test_none_asks_for_no_library(tiny):
+def test_mode_none_loads_no_library(tiny):
     answer = tiny.load(VAR_KERNELS_BUILD="none")
     assert not answer["available"] and not answer["warnings"] and not answer["stderr"]
     assert answer["reason"] == "VAR_KERNELS_BUILD=none asks for no native library"

@@ -56,7 +56,7 @@ def test_accurate_over_shapes(cpu, op, dtype):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_accurate_in_brief(cpu, op):
+def test_accurate_in_a_few_shapes(cpu, op):
     # A tail, whole vectors, and both, in every dtype.
     for index, dtype in enumerate(DTYPES):
         for channels in (13, 64, 83):
@@ -365,7 +365,7 @@ def test_func_grad(cpu, op):
     assert all(torch.equal(a[0], b) for a, b in zip(batched, expected, strict=True))
 
 
-def test_what_is_not_differentiable_says_so(cpu):
+def test_second_derivatives_and_forward_mode_are_refused(cpu):
     x, scale, shift = inputs("adaln", X, seed=1)
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(adaln_layer_norm(leaf, scale, shift).square().sum(), leaf, create_graph=True)

@@ -23,7 +23,7 @@ def assert_same_values(tensors, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_values_in_brief(cpu, dtype):
+def test_same_values(cpu, dtype):
     for index, shape in enumerate(SHAPES):
         assert_same_values(mixed_inputs(shape, dtype, seed=index, forms=rotated_forms(index)), "cpu")
 

@@ -51,7 +51,7 @@ def test_a_mean_far_from_zero_costs_no_digits():
     assert (y - exact).abs().max() < 1000 * 2.0**-22 * exact.abs().max()
 
 
-def test_large_outputs_are_stored_past_the_caches_the_same():
+def test_large_outputs_stored_past_the_caches_are_the_same():
     x, weight, bias = problem(1, 32, 500, 500)  # 32 MB
     y = group_norm_silu(x, weight, bias, 32)
     with stated_order():

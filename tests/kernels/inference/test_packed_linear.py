@@ -105,7 +105,7 @@ def test_layouts():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_says_what_it_holds(dtype):
+def test_backend_and_bytes_of_a_layer(dtype):
     for shape in ((20, 10), (1024, 64)):
         weight = torch.zeros(shape, dtype=dtype)
         layer = PackedLinear(weight)
@@ -199,7 +199,7 @@ def test_opcheck(dtype):
         ({3: 33}, "packed: expected"),
     ],
 )  # fmt: skip
-def test_the_raw_op_guards_itself(change, match):
+def test_the_raw_op_checks_its_arguments(change, match):
     if (reason := kernel_unavailable_reason(torch.float32)) is not None:
         pytest.skip(reason)
     arguments = [torch.zeros(4, 8), torch.zeros(256), torch.zeros(32), 20, False]

@@ -130,7 +130,7 @@ def test_out_may_be_the_residual(scheme):
 
 
 @needs_kernel
-def test_large_outputs_are_stored_past_the_caches_the_same():
+def test_large_outputs_stored_past_the_caches_are_the_same():
     x, weight, bias, residual = problem(1, 16, 64, 330, 330)  # 28 MB of outputs
     conv = PackedConv3x3(weight, bias)
     part = conv(x[..., :40, :], residual[..., :40, :])  # 3 MB
@@ -235,7 +235,7 @@ def test_bad_input(change, error, match):
         ({5: torch.zeros(1, 4, 16, 4).transpose(2, 3)}, "y: expected"),
     ],
 )  # fmt: skip
-def test_the_raw_op_guards_itself(change, match):
+def test_the_raw_op_checks_its_arguments(change, match):
     arguments = [torch.zeros(1, 4, 4, 8), torch.zeros(36 * 32 * 16), torch.zeros(16), None, 1, torch.zeros(1, 4, 4, 16)]
     for i, argument in change.items():
         arguments[i] = argument

@@ -96,7 +96,7 @@ def test_one_launch_if_the_residual_fits_a_block(shape, launches):
     assert_accurate(found.f_hat, plain.f_hat, exact.f_hat, name="f_hat")
 
 
-def test_both_ways_give_the_same_bits():
+def test_stepwise_and_resident_kernels_give_the_same_bits():
     # For one image, the kernels of single steps serve, because one block would leave the rest of the emulated GPU idle.
     # For six images, the resident kernel serves.
     shape = (1, 32, 1500, 2, (1, 4, 8))

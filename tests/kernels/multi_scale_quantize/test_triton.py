@@ -1,16 +1,11 @@
 """The Triton kernels of multi_scale_quantize and next_scale_input, interpreted and as compiled for sm_80."""
 
-import json
-from pathlib import Path
-
-import numpy
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from tests.helpers.triton_launches import recorded
-from tests.helpers.weights_recipe import fill
 from tests.kernels.multi_scale_quantize.contract import (
     SHAPES,
     assert_right,
@@ -20,8 +15,8 @@ from tests.kernels.multi_scale_quantize.contract import (
     leaves,
     pairs,
 )
+from tests.model.golden import Golden
 from tools.gpu_emulation.triton import executing, interpret, run_ptx
-from var import VQVAE, VQVAEConfig
 from var_kernels import multi_scale_quantize, next_scale_input
 from var_kernels.testing import poison, randn
 from var_kernels.triton import multi_scale_quantize as forward_kernels
@@ -31,7 +26,6 @@ from var_kernels.triton.configs import TABLE, Config, override
 from var_kernels.triton.offline import compilations, compile_for
 from var_kernels.triton.targets import TARGETS
 
-DATA = Path(__file__).parents[2] / "data"
 STEMS = ("nearest_code.", "multi_scale_quantize.", "multi_scale_quantize_backward.")
 
 
@@ -98,17 +92,10 @@ def test_small_tiles_and_uneven_slices(monkeypatch):
 
 
 def test_tokens_of_the_official_model():
-    spec, arrays = json.loads((DATA / "tiny.json").read_text()), numpy.load(DATA / "tiny.npz")
-    config = VQVAEConfig(ch=spec["ch"], patch_nums=tuple(spec["patch_nums"]), vocab_size=spec["vocab_size"],
-                         z_channels=spec["z_channels"])  # fmt: skip
-    vqvae = VQVAE(config, "triton")
-    vqvae.load_state_dict({
-        name: torch.from_numpy(fill(name, tuple(value.shape), spec["seed"]))
-        for name, value in vqvae.state_dict().items()
-    })  # fmt: skip
+    golden = Golden("tiny", "triton")
     with executing(interpret), override(ROOMY):
-        tokens = vqvae.encode(torch.from_numpy(arrays["image"]))
-    assert torch.equal(tokens, torch.from_numpy(arrays["tokens"]).long())
+        tokens = golden.vqvae.encode(golden["image"])
+    assert torch.equal(tokens, golden["tokens"].long())
 
 
 @pytest.mark.parametrize("name, configs", [("larger on the way", ROOMY), ("narrow", SMALL), ("one pixel", ROOMY)])

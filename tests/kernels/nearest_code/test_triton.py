@@ -97,7 +97,7 @@ def test_nan_and_inf_as_in_the_reference(metric):
         assert torch.equal(index, nearest_code(z, codebook, metric=metric, backend="reference")), case
 
 
-def test_nothing_to_choose():
+def test_nan_gives_code_0_and_infinite_codes_are_never_chosen():
     z, codebook = randn(9, 6, seed=1), randn(90, 6, seed=2)
     with small_tiles():
         assert not triton(z, torch.full_like(codebook, torch.nan)).any()

@@ -66,13 +66,13 @@ def test_strides_alignment_zeros_and_nan():
 
 
 def unfit_for_packs() -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Cases (qkv, k_cache, v_cache), each refused by only one check of `packs_fit`. A pack is 4 elements here."""
+    """Cases (qkv, k_cache, v_cache), each refused by one check of `packs_fit` only. A pack is 4 elements."""
     shape = {"qkv": (2, 4, 3, 3, 24), "cache": (2, 3, 9, 24)}
 
     def strided(kind: str, dim: int) -> torch.Tensor:
         """An aligned tensor with an odd stride in the dimension `dim` only."""
         sizes, stride, strides = shape[kind], 24, {}
-        for other in sorted(range(len(sizes) - 1), key=lambda d: (d == dim, -d)):  # `dim` is the outermost one in memory
+        for other in sorted(range(len(sizes) - 1), key=lambda d: (d == dim, -d)):  # `dim` is outermost in memory
             strides[other] = stride + (other == dim)
             stride *= sizes[other]
         memory = torch.zeros(sum((size - 1) * strides.get(d, 1) for d, size in enumerate(sizes)) + 1)

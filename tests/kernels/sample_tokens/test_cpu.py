@@ -36,7 +36,7 @@ def kept(logits, top_k, top_p):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("vocab", [v for v in VOCABULARIES if v <= 100])
-def test_what_stays_is_the_sorted_definition(vocab, options):
+def test_the_kept_tokens_are_those_of_the_sorted_definition(vocab, options):
     logits = 3 * randn(2, 3, vocab, seed=vocab)
     found = kept(logits, *options)
     wide = logits.double()
