@@ -287,7 +287,7 @@ def test_shuffle_from_a_lane_that_takes_no_part():
     fails("shfl.sync reads lane 16", LOWER + "@%p0 shfl.sync.down.b32 %r1, %t0, 1, 31, 0xffff;")
 
 
-def test_barriers_that_nobody_else_reaches():
+def test_barriers_that_other_threads_do_not_reach():
     exit_first = "setp.ge.u32 %p0, %t0, 32; @%p0 exit; bar.sync 0;"
     fails(
         "barrier 0 waits for 64 threads for ever: 32 threads of the block have exited", exit_first, threads=(64, 1, 1)

@@ -194,7 +194,7 @@ def test_committed_budgets_cover_every_problem_and_target():
     }  # fmt: skip
 
 
-# ---- Page and command
+# ---- Tables and command
 
 
 def test_rewriting_a_page(tmp_path):

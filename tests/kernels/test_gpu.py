@@ -1,4 +1,4 @@
-"""Every op on a GPU: `pytest -m gpu`. The tests are skipped if there is none, and have never run on one so far.
+"""Every op on a GPU: `pytest -m gpu` runs these tests, which are skipped if there is no GPU.
 
 Arithmetic, masks and addresses, which tests/kernels/*/test_triton.py and test_cuda.py check without a GPU, are tested
 here again, at the sizes of the model family. Streams, graphs, inductor and a second device can only be tested on a GPU.

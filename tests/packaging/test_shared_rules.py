@@ -99,7 +99,7 @@ def test_winograd_conv(cpp):
 
 
 def test_widest_head_of_the_attention(cpu):
-    # As an attribute of the package, the name is the function.
+    # `var_kernels.block_causal_attention` is the function, not the module.
     widest = importlib.import_module("var_kernels.block_causal_attention").MAX_HEAD_DIM
     raw = torch.ops.var_kernels._block_causal_attention
     fits, wider = torch.zeros(1, 1, 1, widest), torch.zeros(1, 1, 1, widest + 1)

@@ -68,7 +68,7 @@ def test_accurate_in_a_few_shapes(cpu, op):
 def test_accurate_over_modulation_forms(cpu, op):
     for forms in itertools.product(FORMS, repeat=3):
         if op == "adaln" and forms[0] != FORMS[0]:
-            continue  # there is no gate
+            continue  # adaln_layer_norm has no gate
         assert_op_accurate(op, inputs(op, (2, 50, 24), seed=7, forms=forms))
 
 

@@ -164,7 +164,7 @@ def test_log_sum_exp_and_its_gradient():
         with stated_order():
             references = [run("reference", dtype, use_out) for dtype in (torch.float32, torch.float64)]
         for name, *results in zip(("lse", "dq", "dk", "dv"), ours, *references, strict=True):
-            # Row 0 sees one key: its gradient through out cancels, that through lse is left with the rounding.
+            # Row 0 sees one key, so that its gradient through out is 0. Its gradient through lse is a rounding error.
             assert_accurate(*(x.flatten() for x in results), name=name)
 
 
