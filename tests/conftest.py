@@ -14,20 +14,20 @@ from var_kernels.backends import unavailable_reason
 
 _LEFT_OUT = pytest.StashKey[int]()
 
-# Of the randomised tests; `--hypothesis-profile=long` for ten minutes of test_cpu_differential.py.
+# Profiles of the randomised tests. With `--hypothesis-profile=long`, test_cpu_differential.py takes ten minutes.
 settings.register_profile("brief", max_examples=15, derandomize=True)
 settings.register_profile("long", max_examples=2000)
 settings.load_profile("brief")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--all", action="store_true", help="every tier of the tests, not only what every edit needs")
+    parser.addoption("--all", action="store_true", help="run the tests of all tiers, not only what every edit needs")
 
 
 def pytest_configure(config):
     for tier, what in tiers.TIERS.items():
         config.addinivalue_line("markers", f"{tier}: {what}")
-    # The workers of pytest-xdist share the processors. A process that counts its threads anew must find the same.
+    # The workers of pytest-xdist share the processors. Processes that tests start read OMP_NUM_THREADS.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     if workers > 1:
         threads = max(1, (os.cpu_count() or 1) // workers)
@@ -60,7 +60,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 @pytest.fixture
 def cpu():
-    """Skips where the native library, which serves all ops together, is not available."""
+    """Skips the test if the native library, which has the CPU kernels of all ops, is not available."""
     reason = unavailable_reason("cpu", "cpu", "block_causal_attention")
     if reason is not None:
         pytest.skip(reason)
@@ -68,14 +68,15 @@ def cpu():
 
 @pytest.fixture
 def peak_growth():
-    """`peak_growth(preparation, measured)`: bytes by which the second program raises the peak of the first one.
+    """`peak_growth(preparation, measured)`: by how many bytes the program `measured` raises the peak memory.
 
-    In a process of its own, whose peak is Linux' VmHWM: `ru_maxrss` of a child begins with the size of its parent. With
-    `mmap_threshold`, glibc's malloc returns whatever has more bytes to the system at once, so that the peak is that of
-    what is in use; without it, some 10 MiB of it may be gaps between what is in use, which differ from run to run.
+    Both programs run in one process of their own, `preparation` first. The peak is VmHWM of Linux, because `ru_maxrss`
+    of a child process begins with the size of its parent. With `mmap_threshold`, glibc's malloc returns larger blocks
+    to the system as soon as they are freed, so that the peak counts only memory in use. Without it, some 10 MiB of the
+    peak may be gaps between blocks in use, which differ from run to run.
     """
     if sys.platform != "linux":
-        pytest.skip("VmHWM is Linux'")
+        pytest.skip("VmHWM exists only on Linux")
 
     def run(preparation, measured, mmap_threshold=None):
         peak = "int(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
@@ -93,8 +94,10 @@ def peak_growth():
 
 @pytest.fixture
 def selected(request):
-    """The values of one parameter of the test with which this run calls it: what is slow to make, compiled code say, is
-    made for all of them together."""
+    """`selected(parameter)`: the values of a parameter of the test that this run selects.
+
+    With it, a test makes what is slow to make, such as compiled code, for all these values together.
+    """
 
     def values(parameter):
         items = (item for item in request.session.items if getattr(item, "function", None) is request.function)
@@ -119,7 +122,7 @@ def restore_threads():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Directory of a data set for trainings of a second."""
+    """The directory of a data set on which a training takes a second."""
     from tests.helpers.training import write_fashion_mnist
 
     directory = tmp_path_factory.mktemp("fashion")
@@ -129,7 +132,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory, data):
-    """Run directory of a finished tokenizer training of 8 steps."""
+    """The run directory of a finished tokenizer training of 8 steps."""
     from tests.helpers.training import tokenizer_options
     from var.training.tokenizer import train_tokenizer
 

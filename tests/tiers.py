@@ -1,7 +1,7 @@
-"""The tiers of the tests: which tests belong to which, by their place in the tree, and which of them a run takes.
+"""The tiers of the tests: to which tier a test belongs, by its place in the tree, and which tests a run includes.
 
-A run without options takes what every edit needs. What takes minutes is in tiers of its own, which `--all` adds; a
-file or a test that is named, and a `-m` of one's own, run whatever their tier is.
+A run without options includes what every edit needs. Tests that take minutes are in tiers, which `--all` adds. If a run
+names a file or a test, or has an option `-m`, it includes them whatever their tier is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TIERS = {
     "packaging": "installations and builds in fresh environments",
     "gpu": "needs a GPU",
 }
-# The tier of every test in the files that match. Single tests of other files carry the marker themselves.
+# The tier of all tests in the files that match. Single tests of other files have the marker of a tier in their code.
 _PATHS = {
     "evidence": (
         "tests/emulation/test_report*.py", "tests/kernels/test_triton_mutants.py", "tests/kernels/test_lower_levels.py",
@@ -42,7 +42,7 @@ def tiers_of(path: Path) -> list[str]:
 
 
 def mark(items: Iterable[pytest.Item]) -> None:
-    """Adds the marker of its tiers to every test; a test that is evidence is in no cheaper tier as well."""
+    """Adds the markers of its tiers to every test. A test that is evidence is not in the cheaper tier as well."""
     for item in items:
         for tier in tiers_of(item.path):
             if tier != "emulated" or not item.get_closest_marker("evidence"):
@@ -50,7 +50,7 @@ def mark(items: Iterable[pytest.Item]) -> None:
 
 
 def is_left_out(item: pytest.Item, named: Iterable[Path]) -> bool:
-    """Whether a run without options leaves out a test, unless its file is among those that were named."""
+    """Whether a run without options leaves out a test, which it does not if the file is among those that it names."""
     if item.path in named:
         return False
     return any(item.get_closest_marker(tier) for tier in TIERS)

@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery: wrong results are refused, missing peers are shown, the arithmetic is right."""
+"""The machinery of the benchmarks: it refuses wrong results, shows missing peers and computes its figures correctly."""
 
 import importlib
 import json
@@ -20,9 +20,9 @@ from benchmarks.peaks import Peak, Peaks  # noqa: E402
 from tests.helpers.processes import child_environment  # noqa: E402
 
 MODULES = sorted(f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("bench_*.py"))
-on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are those of glibc's malloc")
+on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings exist only in glibc's malloc")
 
-# Providers that are right, wrong, absent and broken; each call leaves a line in the file CALLS.
+# Providers that are right, wrong, absent and broken. Each call writes a line to the file CALLS.
 TOY = """
 import os
 import torch
@@ -74,7 +74,7 @@ def test_toy(duel):
 
 def run_toy(directory: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
     (directory / "bench_toy.py").write_text(TOY)
-    # Loaded by every pytest process: one line for the first and one for the process that replaces it.
+    # Every pytest process loads this: the first one, and the one that replaces it, write a line each.
     (directory / "conftest.py").write_text(
         "import os\n"
         "with open(os.environ['STARTS'], 'a') as file:\n"
@@ -102,7 +102,7 @@ def toy(tmp_path_factory):
 
 
 def test_a_wrong_provider_is_refused_before_timing(toy):
-    assert toy.calls.count("off by one row") == toy.calls.count("two results") == 1  # judged, never timed
+    assert toy.calls.count("off by one row") == toy.calls.count("two results") == 1  # compared once, never timed
     timed = {bench["extra_info"]["provider"] for bench in toy.json["benchmarks"] if bench.get("stats")}
     assert timed == {"var_kernels", "eager"}
     assert "2 failed, 2 passed, 4 skipped" in toy.out
@@ -111,7 +111,7 @@ def test_a_wrong_provider_is_refused_before_timing(toy):
                for line in toy.out.splitlines())  # fmt: skip
 
 
-def test_a_missing_peer_is_a_row(toy):
+def test_a_missing_peer_is_listed_with_the_reason(toy):
     lines = toy.out.split("side by side")[1].splitlines()
 
     def row(provider):
@@ -124,9 +124,9 @@ def test_a_missing_peer_is_a_row(toy):
     assert "not measured: nobody wrote it" in row("unwritten")
 
 
-def test_every_round_of_the_baseline_comes_right_before_the_provider(toy):
+def test_a_call_of_the_baseline_directly_precedes_each_timed_call(toy):
     ours = [i for i, name in enumerate(toy.calls) if name == "var_kernels"]
-    timed = ours[1:-5]  # without the judged call and those that count page faults
+    timed = ours[1:-5]  # without the call that is compared and those that count page faults
     assert len(timed) >= 2 + 7
     assert all(toy.calls[i - 1] == "eager" for i in timed)
 
@@ -143,7 +143,7 @@ def test_the_json_file_has_peaks_ratios_and_the_machine(toy):
 @on_glibc
 def test_pytest_is_restarted_once_in_fair_mode(toy):
     (first, before), (second, after) = toy.starts
-    assert first == second  # the same process, so a caller sees one exit status
+    assert first == second  # the restart keeps the process, so that a caller sees one exit status
     assert before.strip() == "glibc.malloc.check=0"
     assert after.strip().split(":") == ["glibc.malloc.check=0", *fair_malloc.TUNABLES]
     assert "fair allocation" in toy.out
@@ -218,7 +218,8 @@ def test_the_arithmetic_of_the_table():
     assert table.Work(8, "images").rate(2) == 4 and table.Work(8, "images").share(2, peaks) is None
     row = table.Row("x", (1.0, 2.0, 3.0, 4.0, 5.0))
     assert row.median == 3 and row.iqr == 2
-    # Pair by pair: a burst that hits both halves of a pair cancels, medians of all rounds would not show 2.
+    # The ratio is taken pair by pair, where a burst that hits both halves of a pair cancels. The ratio of the medians
+    # of all rounds would not be 2.
     timing = harness.Timing(seconds=(1.0, 10.0, 1.0), baseline=(2.0, 20.0, 9.0), faults=0)
     assert timing.ratio == 2 and timing.median == 1
     assert [table.format_seconds(s) for s in (2.5, 0.0123, 4.5e-5)] == ["2.5 s", "12.3 ms", "45 µs"]
@@ -241,7 +242,7 @@ def test_the_lines_of_a_case():
     assert [line.split() for line in lines] == [
         "var_kernels 10 ms 0.0% 2.00x 200 50% 1.0e-07 0".split(),
         "eager 20 ms 0.0% 1.00x 100 25% 1.0e-06 3".split(),
-        "slower 40 ms 0.0% 0.50x 50 12% 2.0e-06 0".split(),  # a loss is shown like a win
+        "slower 40 ms 0.0% 0.50x 50 12% 2.0e-06 0".split(),  # a case where we are slower is shown as well
         "gone not measured: why".split(),
         "flex not measured: no backward".split(),
     ]
@@ -263,11 +264,11 @@ def test_measure_interleaves_and_counts_faults():
     assert log[:18] == ["a", "b"] * 9
     page = 4096
     fresh = fair_malloc.faults_per_call(lambda: torch.zeros(64 << 20, dtype=torch.uint8).fill_(1), calls=1)
-    assert fresh == 0 or fresh > (64 << 20) / (512 * page)  # nothing, or whole pages, be they huge
+    assert fresh == 0 or fresh > (64 << 20) / (512 * page)  # no faults, or one for each page, which may be huge
 
 
 class _FakeEvents:
-    """CUDA events on a machine without a GPU: each record takes the next of the given times, in milliseconds."""
+    """Stands for CUDA events on a machine without a GPU: each record takes the next of the given times, in ms."""
 
     def __init__(self, monkeypatch, log):
         self.times = iter(range(0, 10**6, 5))
@@ -302,7 +303,7 @@ def test_a_gpu_is_timed_by_events_after_a_flush(monkeypatch):
     assert placed[0].requires_grad and placed[0] is not leaf and placed[1] == "name" and not placed[2].requires_grad
 
 
-def test_on_a_gpu_the_clock_counts_and_not_the_host(monkeypatch):
+def test_on_a_gpu_times_are_those_of_the_clock_and_not_of_the_host(monkeypatch):
     gpu = SimpleNamespace(device="cuda", seconds=lambda call: (call(), 0.5)[1])
     recorded = []
 
@@ -318,7 +319,7 @@ def test_on_a_gpu_the_clock_counts_and_not_the_host(monkeypatch):
     assert log[:18] == ["a", "b"] * 9
 
 
-def test_providers_and_cases_of_one_device_stay_there():
+def test_providers_and_cases_for_one_device_run_only_there():
     providers = {"a": lambda x: x, "b": harness.only_on("cuda")(lambda x: x), "c": harness.only_on("cpu")(lambda x: x)}
     case = harness.Case("g", "n", "quick", None, providers, "a", None, table.Work(1, "B"), devices=("cuda",))
     assert case.providers_on("cpu") == ["a", "c"] and case.providers_on("cuda") == ["a", "b"]

@@ -1,5 +1,6 @@
-"""How a GPU run of the benchmarks ranks our backends and tells later processes: on a stand-in GPU whose clock reads the
-seconds that each provider says."""
+"""How a GPU run of the benchmarks ranks our backends and records the ranking for later processes.
+
+The GPU is a stand-in, whose clock reads the seconds that each provider names."""
 
 import subprocess
 import sys
@@ -94,7 +95,8 @@ def test_a_run_on_a_gpu_changes_the_order_of_later_processes(cache, tmp_path):
     lines = answer.stdout.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("our GPU backends, by op"))
     path = speeds.path_of(NAME)
-    # nearest_code: cuda (2·8·2)^(1/3), triton (4·4·8)^(1/3); the wrong result of adaln_layer_norm is never ranked.
+    # nearest_code has the geometric means (2·8·2)^(1/3) for cuda and (4·4·8)^(1/3) for triton. A wrong result, as in
+    # adaln_layer_norm, is never ranked.
     assert lines[at + 1 : at + 5] == [
         "  nearest_code: cuda 3.17×, triton 5.04× (3 cases): triton comes first",
         "  gated_residual_adaln: cuda 4×, triton 2× (1 cases): cuda stays first",
@@ -133,7 +135,7 @@ def report(benchmarks: plugin.BenchmarkPlugin) -> list[str]:
 @pytest.mark.parametrize(
     ("options", "reason"), [({"no_record": True}, "--no-record"), ({"smoke": True}, "--smoke"), ({}, None)]
 )
-def test_what_is_not_recorded(cache, monkeypatch, options, reason):
+def test_a_ranking_is_recorded_unless_an_option_forbids_it(cache, monkeypatch, options, reason):
     benchmarks = session(monkeypatch, **options)
     benchmarks.cases = [case("nearest_code")]
     benchmarks.duel_of_session.rows["nearest_code, A"] = rows(cuda=1.0, triton=1.04)
@@ -146,7 +148,7 @@ def test_what_is_not_recorded(cache, monkeypatch, options, reason):
         assert speeds.read(NAME, backends.GPU_BACKENDS)["nearest_code"].cases == 1
 
 
-def test_half_an_op_is_not_ranked(cache, monkeypatch):
+def test_an_op_with_untimed_cases_is_not_ranked(cache, monkeypatch):
     benchmarks = session(monkeypatch)
     benchmarks.cases = [case("nearest_code"), case("nearest_code", "B"), case("adaln_layer_norm")]
     benchmarks.duel_of_session.rows["nearest_code, A"] = rows(cuda=1.0, triton=2.0)  # as with -k A
@@ -164,7 +166,7 @@ def test_an_op_without_gpu_kernels_is_not_ranked(cache, monkeypatch):
     assert ranking.rank(benchmarks.cases, benchmarks.duel_of_session.rows) == ({}, {})
 
 
-def test_what_was_measured_before_is_kept(cache, monkeypatch):
+def test_earlier_measurements_of_other_ops_are_kept(cache, monkeypatch):
     session(monkeypatch)
     old = {"nearest_code": Speeds({"cuda": 1.0, "triton": 2.0}, 3),
            "adaln_layer_norm": Speeds({"cuda": 1.0, "triton": 2.0}, 3)}  # fmt: skip
@@ -176,7 +178,7 @@ def test_what_was_measured_before_is_kept(cache, monkeypatch):
     assert ranking.record(new).startswith("recorded in ") and speeds.read(NAME, backends.GPU_BACKENDS) == new
 
 
-def test_an_unwritable_cache_is_a_line(tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_reported_in_a_line(tmp_path, monkeypatch):
     session(monkeypatch)
     (tmp_path / "file").touch()
     monkeypatch.setenv("VAR_KERNELS_CACHE", str(tmp_path / "file"))

@@ -60,7 +60,7 @@ def test_generate_writes_a_sheet_with_a_row_per_class(model, tmp_path):
     assert files_below(tmp_path) == ["new/sheet.png"]
 
 
-def test_generate_repeats_itself_for_a_seed_only(model, tmp_path):
+def test_generate_repeats_its_image_only_for_the_same_seed_and_options(model, tmp_path):
     def pixels(name, *options):
         run("generate", "-m", model, *REFERENCE, "-o", tmp_path / name, *options)
         with Image.open(tmp_path / name) as image:
@@ -91,13 +91,13 @@ def test_npz_is_what_the_library_generates(model, tmp_path):
         np.testing.assert_array_equal(arrays["tokens"], expected.tokens)
         np.testing.assert_array_equal(arrays["labels"], [3, 1, 4])
         pixels = ((expected.images.permute(0, 2, 3, 1) + 1) * 127.5).clamp(0, 255)
-        # Rounded; what is a rounding of fp32 away from one half may go either way, and does on some processors.
+        # A pixel within a rounding of fp32 of one half may be rounded either way, and is on some processors.
         assert np.abs(arrays["arr_0"].astype(np.float32) - pixels.numpy()).max() <= 0.5 + 1e-3
         assert arrays["arr_0"].dtype == np.uint8
         assert list(arrays)[0] == "arr_0"
 
 
-def test_batches_follow_one_another(model, tmp_path):
+def test_several_batches_make_one_set(model, tmp_path):
     run("generate", "-m", model, *REFERENCE, "-l", "all", "--batch-size", 4, "-o", tmp_path / "set.npz")
     with np.load(tmp_path / "set.npz") as arrays:
         assert arrays["arr_0"].shape == (10, SIZE, SIZE, 3) and arrays["labels"].tolist() == list(range(10))
@@ -107,7 +107,7 @@ def test_batches_follow_one_another(model, tmp_path):
 def test_bf16_gives_nearly_the_same_images(model, tmp_path):
     arrays = []
     for precision in ("fp32", "bf16"):
-        # Greedy, so that a rounding changes few tokens; without it the draws would differ at once.
+        # Greedy, so that a rounding changes few tokens; random draws would differ at once.
         run("generate", "-m", model, *REFERENCE, "-l", "0-3", "--top-k", 1, "--precision", precision,
             "-o", tmp_path / f"{precision}.npz")
         with np.load(tmp_path / f"{precision}.npz") as file:
@@ -121,7 +121,7 @@ def test_the_embedded_model_is_the_default(model, tmp_path, monkeypatch):
     assert "cfg 2.5" in run("generate", *REFERENCE, "-l", "0", "-o", tmp_path / "a.png")
 
 
-def test_sampling_is_chosen_then_the_files_then_the_papers(model):
+def test_sampling_takes_options_before_those_of_the_file_and_of_the_paper(model):
     opened = opening.OpenModel("own", None, {"sampling_cfg": "3", "sampling_top_k": "9"})
     assert batches.sampling_for(opened) == batches.Sampling(3.0, 9, 0.96)
     assert batches.sampling_for(opened, cfg=0.0, top_k=0, top_p=None) == batches.Sampling(0.0, 0, 0.96)
@@ -140,7 +140,7 @@ def test_labels(text, labels):
     assert parse_labels(text, ("Box", "2-1 cup", "big", "4*4")) == labels
 
 
-def test_count_is_for_items_without_their_own():
+def test_count_applies_to_items_without_a_count_of_their_own():
     assert parse_labels("1,0*1", ("a", "b"), count=3) == [1, 1, 1, 0]
 
 
@@ -202,7 +202,7 @@ def test_a_model_without_names_asks_for_labels(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["generate", "reconstruct", "demo", "evaluate"])
-def test_an_unwritable_output_is_found_out_before_the_work(model, tmp_path, command):
+def test_an_unwritable_output_is_refused_before_the_work(model, tmp_path, command):
     (tmp_path / "file").touch()
     picture = tmp_path / "picture.png"
     Image.new("RGB", (SIZE, SIZE)).save(picture)
@@ -238,7 +238,7 @@ def test_broken_weights_are_named(model, tmp_path):
 @pytest.mark.parametrize(
     "error", [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), MemoryError()]
 )
-def test_out_of_memory_names_a_way_out(model, tmp_path, monkeypatch, error):
+def test_out_of_memory_advises_a_smaller_batch(model, tmp_path, monkeypatch, error):
     monkeypatch.setattr(batches, "generate_batches", _raising(error))
     assert "--batch-size" in refused("generate", "-m", model, "-o", tmp_path / "a.png")
 

@@ -1,4 +1,4 @@
-"""The commands about training: their options, a whole small run, what they refuse, interruption."""
+"""The commands for training: their options, a whole small run, bad input, interruption."""
 
 import dataclasses
 import inspect
@@ -32,7 +32,7 @@ TINY_TOKENIZER = (
     ("command", "options", "sizes", "own"),
     [
         (training.train_tokenizer, TokenizerTraining, var.VQVAEConfig, set()),
-        # Of the transformer's sizes these follow from the tokenizer and the data set.
+        # These sizes of the transformer follow from the tokenizer and the data set.
         (training.train, TransformerTraining, var.VARConfig,
          {"patch_nums", "vocab_size", "z_channels", "class_names"}),
     ],
@@ -122,5 +122,5 @@ def test_interrupted_training_can_be_resumed(tmp_path):
     assert process.returncode == 130, stderr
     assert "interrupted after" in stdout and "--resume" in stdout and "Traceback" not in stderr
     assert isinstance(checkpoints.load_model(output / "vqvae.safetensors"), var.VQVAE)
-    # Zero minutes: the resumed run takes one step and stops.
+    # With zero minutes, the resumed run takes one step and stops.
     assert "time limit after" in run(*arguments, "--max-steps", 1_000_000, "--resume", "--max-minutes", 0)

@@ -1,4 +1,4 @@
-"""Sets of generated images on disk: whatever stops a run, finished images stay and the same command does the rest."""
+"""Sets of generated images on disk: after a stop, finished images stay, and the same command makes the others."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def whole(model, tmp_path_factory):
 
 
 def stop_after(monkeypatch, calls, error):
-    """Let a Generator work for so many batches, then raise; returns the number of labels of each call."""
+    """Makes a Generator raise `error` after `calls` batches; the returned list receives the size of each batch."""
     original, sizes = Generator.__call__, []
 
     def call(self, labels, **options):
@@ -65,7 +65,7 @@ def assert_same_arrays(file, whole):
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))], ids=repr)
 @pytest.mark.parametrize("done", [1, 3])
 @pytest.mark.parametrize("kind", ["images", "set.npz"])
-def test_goes_on_where_it_was_stopped(model, whole, tmp_path, monkeypatch, kind, done, error):
+def test_the_same_command_continues_a_stopped_run(model, whole, tmp_path, monkeypatch, kind, done, error):
     output = tmp_path / kind
     with monkeypatch.context() as patches:
         stop_after(patches, done, error)
@@ -77,7 +77,7 @@ def test_goes_on_where_it_was_stopped(model, whole, tmp_path, monkeypatch, kind,
         sizes = stop_after(patches, -1, None)
         result = invoke("generate", "-m", model, *ARGUMENTS, "-o", output)
     assert result.exit_code == 0 and f"{2 * done} of {COUNT} images are there from an earlier run" in result.stderr
-    assert sum(sizes) == COUNT - 2 * done, "no image twice"
+    assert sum(sizes) == COUNT - 2 * done, "no image is generated twice"
     if kind == "images":
         assert_same_files(output, whole / kind)
     else:
@@ -85,25 +85,25 @@ def test_goes_on_where_it_was_stopped(model, whole, tmp_path, monkeypatch, kind,
         assert files_below(tmp_path) == ["set.npz"]
 
 
-def test_nothing_is_left_to_do(model, whole, monkeypatch):
+def test_a_finished_set_is_not_generated_again(model, whole, monkeypatch):
     sizes = stop_after(monkeypatch, -1, None)
     result = invoke("generate", "-m", model, *ARGUMENTS, "-o", whole / "images")
     assert result.exit_code == 0 and not sizes and f"{COUNT} of {COUNT} images are there" in result.stderr
 
 
-def test_an_image_in_the_middle_is_replaced(model, whole, tmp_path):
+def test_a_missing_and_a_damaged_image_are_generated_again(model, whole, tmp_path):
     folder = tmp_path / "images"
     run("generate", "-m", model, *ARGUMENTS, "-o", folder)
     names = files_below(folder)
     (folder / names[4]).unlink()
-    (folder / names[7]).write_bytes((folder / names[7]).read_bytes()[:40])  # as of a crash of the machine
+    (folder / names[7]).write_bytes((folder / names[7]).read_bytes()[:40])  # as after a crash of the machine
     run("generate", "-m", model, *ARGUMENTS, "-o", folder)
     assert_same_files(folder, whole / "images")
 
 
 @pytest.mark.parametrize("change", [("--seed", 4), ("--cfg", 0.5), ("--precision", "bf16")], ids=str)
 @pytest.mark.parametrize("kind", ["images", "set.npz"])
-def test_images_of_another_request_do_not_count(model, tmp_path, monkeypatch, kind, change):
+def test_images_of_another_request_are_not_reused(model, tmp_path, monkeypatch, kind, change):
     with monkeypatch.context() as patches:
         stop_after(patches, 2, KeyboardInterrupt())
         invoke("generate", "-m", model, *ARGUMENTS, "-o", tmp_path / kind)
@@ -112,7 +112,7 @@ def test_images_of_another_request_do_not_count(model, tmp_path, monkeypatch, ki
     assert sum(sizes) == COUNT
 
 
-def test_images_of_other_weights_do_not_count(model, tmp_path, monkeypatch):
+def test_images_of_other_weights_are_not_reused(model, tmp_path, monkeypatch):
     run("generate", "-m", model, *ARGUMENTS, "-o", tmp_path / "images")
     monkeypatch.setattr(images, "_fingerprint", lambda pipeline: "00000000")
     sizes = stop_after(monkeypatch, -1, None)
@@ -120,7 +120,7 @@ def test_images_of_other_weights_do_not_count(model, tmp_path, monkeypatch):
     assert sum(sizes) == COUNT
 
 
-def test_half_a_record_is_cut_off(model, whole, tmp_path, monkeypatch):
+def test_an_incomplete_record_is_generated_again(model, whole, tmp_path, monkeypatch):
     output, partial = tmp_path / "set.npz", tmp_path / "set.npz.partial"
     with monkeypatch.context() as patches:
         stop_after(patches, 2, KeyboardInterrupt())
@@ -136,7 +136,7 @@ def test_the_batch_size_changes_no_image(model, whole, tmp_path):
         with np.load(tmp_path / f"{size}.npz") as one, np.load(whole / "set.npz") as other:
             np.testing.assert_array_equal(one["tokens"], other["tokens"])
             difference = one["arr_0"].astype(int) - other["arr_0"]
-            assert np.abs(difference).max() <= 1, "the rounding of another algorithm of a convolution"
+            assert np.abs(difference).max() <= 1, "another algorithm of a convolution may differ by a rounding"
 
 
 def test_a_full_disk_in_the_middle_of_an_image_leaves_no_half_file(model, tmp_path, monkeypatch):
@@ -161,7 +161,7 @@ def test_a_batch_that_does_not_fit_is_refused_with_advice(model, tmp_path, monke
     assert not files_below(tmp_path)
 
 
-def test_seeds_are_of_the_request_and_the_image():
+def test_the_seed_of_an_image_depends_on_the_request_and_its_index():
     seeds = batches.image_seeds(2**32 - 1, [0, 1, 2**32 - 1]) + batches.image_seeds(0, range(3))
     assert len(set(seeds)) == 6 and all(-(2**63) <= seed < 2**63 for seed in seeds)
     assert torch.tensor(seeds).dtype == torch.int64

@@ -1,4 +1,4 @@
-"""`python -m var profile`: its times add up to what is measured from outside, its operations to the model's."""
+"""`python -m var profile`: its times add up to the time of a generation, and its operations to those of the model."""
 
 import time
 

@@ -1,7 +1,9 @@
-"""The emulation of CUDA kernels itself: right kernels pass, and every planted fault is caught by the layer named here.
+"""The emulation of CUDA kernels: right kernels pass, and every planted fault is found by the layer named here.
 
-The kernels are in cuda_emulation/micro.cu. Layers: what the fast build reports; wrong values in the fast build; what
-the race build reports; bank conflicts counted; what AddressSanitizer and UndefinedBehaviorSanitizer say.
+A planted fault is a deliberate error in a kernel. The kernels are in tools/gpu_emulation/cuda/micro.cu. The layers are
+the reports of the fast build ("fast"), wrong values in the fast build ("values"), the reports of the race build
+("race"), the counter of bank conflicts ("conflicts"), and the findings of AddressSanitizer and
+UndefinedBehaviorSanitizer ("sanitized").
 """
 
 import ctypes
@@ -22,7 +24,7 @@ if build.unavailable_reason() is not None:
 
 SOURCES = (build.HERE / "micro.cu",)
 SEEDS, LANDINGS = (0, 1, 2, 7), (True, False)
-RAGGED = 50  # not a multiple of 32, nor of 4: at a round length the faults of tails are none
+RAGGED = 50  # no multiple of 32 or 4: with a round length, faults in the code for tails have no effect
 
 
 @functools.cache
@@ -34,7 +36,7 @@ def kernel(variant):
 
 
 def micro_input(name, n):
-    """As long as the kernel may read, and not an element more."""
+    """An input that is exactly as long as the kernel may read."""
     if name.startswith("multiply"):
         return randn(80, 64, seed=1, dtype=torch.bfloat16).view(torch.float32).flatten()
     if name.startswith("copy_ragged"):
@@ -70,10 +72,10 @@ def expected(name, source, n):
 
 
 def run(variant, name, *, n=RAGGED, seed=0, late_copies=True):
-    """The values and the counters; raises EmulationError for what was found."""
+    """The values and the counters of a run; raises EmulationError with its findings."""
     emulation, function = kernel(variant)
     source = micro_input(name, n)
-    # As large as the kernel may write; what it leaves alone stays 0.
+    # Exactly as large as the kernel may write. Elements that it does not write stay 0.
     out = torch.zeros(n if name.startswith("copy_ragged") else 1024)
     with emulation.run(seed=seed, late_copies=late_copies, source=source, out=out) as record:
         error = function(name.encode(), source.data_ptr(), out.data_ptr(), n)
@@ -103,14 +105,14 @@ def test_right_kernels_pass(variant, name):
                 assert counters["bank_conflicts"] == 0
 
 
-# (fault, layer, what it says). "values": wrong results, whatever the order of threads.
+# (fault, layer, what the layer reports). "values" means wrong results in every order of the threads.
 FOUND = [
     ("exchange_in_warp: no __syncwarp", "race", "undefined"),
     ("exchange_in_warp: no __syncwarp", "race", "race"),
     ("exchange_in_warp: no __syncwarp", "values", None),
     ("reverse_in_block: no barrier after the write", "race", "race"),
     ("reverse_in_block: no barrier after the write", "values", None),
-    # Most orders of threads happen to give right values here: only the race build always sees it.
+    # Here most orders of the threads give right values by chance, so that only the race build always finds the fault.
     ("reverse_in_block: no barrier before the next write", "race", "race"),
     ("accumulate: not atomic", "race", "cross_block_race"),
     ("overrun_shared", "race", "out_of_bounds"),
@@ -164,13 +166,13 @@ SANITIZED = [(name, said) for name, layer, said in FOUND if layer == "sanitized"
 
 @pytest.fixture(scope="module")
 def sanitized_answers():
-    """(exit status, what was printed) of each fault, and of right kernels, each in a fork of one sanitized process."""
+    """(exit status, printed text) of each fault and of each right kernel, all run in forks of one sanitized process."""
     load_time = build.build("sanitized", SOURCES)
     names = [name for name, _ in SANITIZED] + list(RIGHT)
     answer = run_sanitized(f"""
         import json, os, tempfile
         import torch
-        import test_cuda_emulation as tests
+        from tests.emulation import test_cuda_emulation as tests
         torch.set_num_threads(1)
         tests.kernel("sanitized")
         answers = {{}}
@@ -201,7 +203,7 @@ def test_sanitizers_pass_right_kernels(sanitized_answers):
         assert sanitized_answers[name][0] == 0, sanitized_answers[name]
 
 
-def test_seeds_are_different_orders():
+def test_each_seed_gives_another_order_and_repeats_it():
     name = "reverse_in_block: no barrier before the next write"
     outcomes = {run("fast", name, seed=seed)[0].numpy().tobytes() for seed in range(8)}
     assert len(outcomes) > 2
@@ -209,18 +211,19 @@ def test_seeds_are_different_orders():
 
 
 def test_late_copies_show_a_stage_overwritten_too_early():
-    # Landing at once hides it from the values: the race build does not depend on luck, see FOUND.
+    # A copy that lands at once leaves right values, so that only late copies show the fault in the fast build. The race
+    # build always reports it, see FOUND.
     name = "pipeline: no barrier before the next copy"
     assert not is_right(name, run("fast", name, seed=1, late_copies=True)[0], RAGGED)
 
 
 def test_a_tail_of_whole_warps_hides_its_fault():
-    # Why every test of a kernel includes lengths that are not multiples of 32.
+    # For this reason every test of a kernel includes lengths that are not multiples of 32.
     name = "shuffle_in_tail: inside the guard"
     assert is_right(name, run("race", name, n=32)[0], 32)
 
 
-def test_report_says_who_and_where():
+def test_the_report_of_a_race_names_both_threads_and_the_line():
     with pytest.raises(EmulationError) as caught:
         run("race", "reverse_in_block: no barrier before the next write", seed=0)
     report = next(report for report in caught.value.reports if report.kind == "race")
@@ -233,7 +236,7 @@ def test_report_says_who_and_where():
     assert report.where in str(caught.value)
 
 
-def test_bounds_name_the_buffer():
+def test_an_access_out_of_bounds_names_the_buffer():
     with pytest.raises(EmulationError, match=rf"read of 4 bytes at byte {4 * RAGGED} of source \({4 * RAGGED} bytes\)"):
         run("race", "copy_ragged: no guard")
 
@@ -276,7 +279,7 @@ def test_modules_with_the_same_operators_are_kept_apart():
 
 
 def test_what_files_share_is_compiled_once(monkeypatch):
-    """The runtime serves every module of a variant; a file serves every module that contains it, in any namespace."""
+    """All modules of a variant share the runtime, and all modules with a file share its object, in any namespace."""
     source = native_build.CSRC / "cuda" / "nearest_code.cu"
     load("fast", [source]), load("fast", SOURCES), load("race", SOURCES)
     made = []
@@ -289,4 +292,4 @@ def test_what_files_share_is_compiled_once(monkeypatch):
     monkeypatch.setattr(build, "_make", make)
     build.build("fast", [*SOURCES, source])
     build.build("race", [*SOURCES, source])
-    assert [name.partition("-")[0] for name in made if name.endswith(".o")] == ["nearest_code"]  # the second one's
+    assert [name.partition("-")[0] for name in made if name.endswith(".o")] == ["nearest_code"]  # in race

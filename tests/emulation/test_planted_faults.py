@@ -1,4 +1,7 @@
-"""The plan of planted faults itself: what stands in a file is what it says, and each kernel has a representative."""
+"""Planted faults: planting one replaces its text and restores it, and each kernel has a representative fault.
+
+A planted fault is a deliberate error in a kernel, which the tests of that kernel must find.
+"""
 
 import pytest
 
@@ -13,7 +16,7 @@ def test_a_fault_is_planted_and_taken_out_again(tmp_path):
     assert file.read_text() == "a b a"
 
 
-def test_a_fault_that_the_kernel_has_outgrown_is_an_error(tmp_path):
+def test_a_fault_whose_text_is_not_in_the_kernel_is_an_error(tmp_path):
     (tmp_path / "kernel").write_text("a b a")
     for old, times in (("a", 1), ("d", 1)):
         with pytest.raises(ValueError, match=f"kernel: expected 1 times '{old}', got "):

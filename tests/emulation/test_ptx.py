@@ -1,4 +1,4 @@
-"""The PTX interpreter, instruction by instruction, against Python's integers and rationals."""
+"""Each instruction of the PTX interpreter is compared with Python's integers and rationals."""
 
 import math
 from fractions import Fraction
@@ -127,7 +127,7 @@ def test_bit_field_extract(kind):
     (found,) = compute(f"bfe.{kind} %o0, %i0, %i1, %i2;", a, start, count, out=[dtype])
     expected = []
     for x, first, length in zip(a.tolist(), start.tolist(), count.tolist(), strict=True):
-        # As the instruction set defines it, bit by bit.
+        # The instruction set defines it bit by bit.
         signed = kind[0] == "s"
         sign = 0 if not signed or length == 0 else (x >> min(first + length - 1, bits - 1)) & 1
         value = 0
@@ -234,13 +234,13 @@ def test_float_arithmetic_rounds_once(kind, dtype):
     for found, operation, other in zip(results, operations, special, strict=True):
         for x, y, value, fallback in zip(a.tolist(), b.tolist(), found.tolist(), other.tolist(), strict=True):
             right = exact(operation, x, y)
-            # Where the result is zero, infinite or NaN by rule, IEEE hardware is the reference for its sign.
+            # Where a rule gives zero, infinity or NaN, IEEE hardware is the reference for the sign.
             expected = rounded(right, kind) if right else fallback
             assert same(value, expected) or (expected == 0 and value == 0), (x, y, value, expected)
 
 
 def fma_cases(dtype) -> list[np.ndarray]:
-    """Edges, random numbers, and sums that fall next to the middle between two f32 numbers."""
+    """Extreme values, random numbers, and sums next to the middle between two f32 numbers."""
     random = np.random.default_rng(0)
     a, b, c = (random.standard_normal(400).astype(dtype) for _ in range(3))
     one, tiny = dtype(1), dtype(2.0**-60)

@@ -11,8 +11,10 @@ POINTER = "ld.param.u64 %d0, [p]; mov.u32 %t0, %tid.x; mov.b32 %r9, buffer; mad.
 
 
 def fails(message: str, body: str, array=None, *, shared_bytes=4096, memory=None, **options) -> str:
-    """Runs `body` with the address of `array` in %d0, the thread in %t0, and its word of shared memory in %r0; asserts
-    that it fails with `message`, and returns all of the error's text."""
+    """Asserts that `body` fails with `message`, and returns the whole text of the error.
+
+    `body` runs with the address of `array` in %d0, the thread in %t0, and the thread's word of shared memory in %r0.
+    """
     array = np.zeros(256, np.uint32) if array is None else array
     if memory is None:
         memory = Memory()
@@ -69,7 +71,7 @@ def fails(message: str, body: str, array=None, *, shared_bytes=4096, memory=None
     ],
 )
 def test_unsupported_text(body):
-    """At parse time, with the text of the instruction in the message."""
+    """The error comes at parse time and shows the text of the instruction."""
     text = body.rstrip(";")
     with pytest.raises(PtxError) as caught:
         kernel(body + " ret;")
@@ -193,10 +195,10 @@ def test_copies_in_flight():
     fails("read of shared memory at 0 while a cp.async", COPY + "cp.async.commit_group; ld.shared.b32 %r1, [%r0];")
     fails("write to shared memory at 0 while a cp.async", COPY + "cp.async.commit_group; st.shared.b32 [%r0], 0;")
     fails("write to shared memory at 0 while a cp.async", COPY + COPY)
-    # Not committed: the wait does not concern it.
+    # The copy is not committed, so that the wait does not include it.
     fails("while a cp.async", COPY + "cp.async.wait_group 0; ld.shared.b32 %r1, [%r0];")
     fails("while a cp.async", COPY + "cp.async.commit_group; cp.async.wait_group 1; ld.shared.b32 %r1, [%r0];")
-    # The other warp waits for its own copies only.
+    # The other warp does not wait, and each warp waits only for its own copies.
     both = COPY + "setp.lt.u32 %p0, %t0, 32; @%p0 cp.async.wait_all; bar.sync 0; ld.shared.b32 %r1, [%r0];"
     assert "thread (32, 0, 0)" in fails("while a cp.async", both, threads=(64, 1, 1))
 
@@ -238,7 +240,7 @@ def test_races_without_a_barrier(access, body):
 
 
 def test_every_reader_counts_for_a_race():
-    """Warp 0 reads after warp 1 has; the later write by warp 0 itself still races with warp 1."""
+    """Warp 0 reads after warp 1. Then warp 0 writes, which still races with the read of warp 1."""
     body = """st.shared.b32 [%r0], %t0; bar.sync 0; setp.lt.u32 %p0, %t0, 32; @!%p0 ld.shared.b32 %r2, [buffer];
         @%p0 ld.shared.b32 %r2, [buffer]; setp.eq.u32 %p1, %t0, 0; @%p1 st.shared.b32 [buffer], 5;"""
     fails("write by warp 0, read by warp 1", body, threads=(64, 1, 1))
@@ -285,7 +287,7 @@ def test_shuffle_from_a_lane_that_takes_no_part():
     fails("shfl.sync reads lane 16", LOWER + "@%p0 shfl.sync.down.b32 %r1, %t0, 1, 31, 0xffff;")
 
 
-def test_barriers_that_nobody_else_reaches():
+def test_barriers_that_other_threads_do_not_reach():
     exit_first = "setp.ge.u32 %p0, %t0, 32; @%p0 exit; bar.sync 0;"
     fails(
         "barrier 0 waits for 64 threads for ever: 32 threads of the block have exited", exit_first, threads=(64, 1, 1)

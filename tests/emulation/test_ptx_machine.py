@@ -1,4 +1,4 @@
-"""The PTX interpreter: state spaces, asynchronous copies, warps, control flow, barriers, parsing."""
+"""The PTX interpreter: memory spaces, asynchronous copies, warps, control flow, barriers, parsing."""
 
 import struct
 
@@ -196,7 +196,7 @@ def test_copies_fill_with_zeros():
 
 
 def test_groups_belong_to_each_thread():
-    """Lanes that commit one group more retire another one with the same wait."""
+    """With the same wait, lanes that have committed one group more retire a later group."""
     a, b = np.arange(256, dtype=np.uint32), np.zeros(128, np.uint32)
     body = """cp.async.cg.shared.global [%r0], [%d2], 16; cp.async.commit_group; setp.lt.u32 %p0, %t0, 16;
         @%p0 bra later; cp.async.commit_group; cp.async.wait_group 1; bra read;
@@ -210,7 +210,7 @@ def test_groups_belong_to_each_thread():
 
 
 def expected_shuffle(mode: str, lane: int, amount: int, clamp: int) -> tuple[int, bool]:
-    """The pseudocode of the instruction set."""
+    """The source lane of a shuffle and whether it is valid, after the pseudocode of the instruction set."""
     segment, bound = clamp >> 8 & 31, clamp & 31
     amount &= 31
     highest, lowest = (lane & segment) | (bound & ~segment & 31), lane & segment
@@ -276,8 +276,10 @@ def test_ldmatrix():
 
 
 def fragments(kind: str, k: int):
-    """Where each lane's registers lie in A, B and C, from the tables of the instruction set: [(lane, register,
-    element, row, column)]."""
+    """The place of each lane's registers in A, B and C, from the tables of the instruction set.
+
+    The places of a matrix are a list of (lane, register, element, row, column).
+    """
     a, b, c = [], [], []
     for lane in range(32):
         group, thread = lane >> 2, lane & 3
@@ -336,7 +338,7 @@ def test_divergent_branches_and_loops():
 
 
 def test_lanes_meet_again_at_a_convergent_instruction():
-    """The block of some lanes lies behind the shuffle, from where they jump back to it."""
+    """Some lanes jump to a block behind the shuffle and from there back to the shuffle."""
     x = np.arange(32, dtype=np.int32)
     body = """setp.ge.s32 %p0, %i0, 16; mov.b32 %r0, %i0; @%p0 bra far;
         meet: shfl.sync.bfly.b32 %o0, %r0, 31, 31, -1; bra end;

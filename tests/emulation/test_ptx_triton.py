@@ -1,7 +1,7 @@
 """The PTX interpreter on code that Triton's compiler wrote for sm_80.
 
-Triton's own lowering is used on real GPUs, and its ldmatrix, mma and cp.async only give the right answer where the
-interpreter's layouts agree with the hardware's: this is the outside check of them.
+Real GPUs run what Triton compiles. Its ldmatrix, mma and cp.async give right results only if the interpreter's layouts
+agree with those of the hardware, so that these tests check the layouts against an independent source.
 """
 
 import functools
@@ -24,8 +24,11 @@ LOG2_E = 1.4426950408889634
 
 
 def execute(kernel, grid, arguments: dict, outputs: tuple[str, ...], updated=(), change=lambda text: text):
-    """Runs a kernel. All but `outputs`, which are undefined to begin with, and `updated`, which are not, is read-only;
-    `change` edits the PTX."""
+    """Runs a kernel, whose PTX `change` may edit, and returns what was executed.
+
+    It may write `outputs`, which begin undefined, and `updated`, which begin with values. All other tensors are
+    read-only.
+    """
     compiled = compile_for(Launch(kernel, grid, arguments, num_warps=4, num_stages=3), TARGETS["sm_80"])
     (decoded,) = parse(change(compiled.asm["ptx"])).kernels.values()
     memory, values = Memory(), []
@@ -43,7 +46,7 @@ def execute(kernel, grid, arguments: dict, outputs: tuple[str, ...], updated=(),
 
 
 def unaligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values, two elements behind an aligned address: 32-bit loads at most for 16-bit types, no cp.async."""
+    """The same values one element behind an aligned address: no vector load and no cp.async can read them."""
     return torch.cat([tensor.new_zeros(1), tensor.reshape(-1)])[1:].view(tensor.shape)
 
 
@@ -87,7 +90,7 @@ def test_many_blocks_of_attention():
     assert stats.instructions > 100_000
 
 
-# Each fault is planted in the text that Triton wrote.
+# Each fault is planted in the PTX that Triton writes: (pattern, replacement, message).
 FAULTS = {
     "wait for one group less": (r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 3;", "while a cp.async"),
     "no barrier after the wait": (r"(cp\.async\.wait_group\s+2;\s*)bar\.sync\s+0;", r"\1", "race in shared memory"),
@@ -131,7 +134,7 @@ def test_layer_norm(dtype):
 
 @pytest.mark.parametrize("dropped", [0, 1, 2, 3])
 def test_each_barrier_of_layer_norm_is_needed(dropped):
-    """Two reductions of two barriers each; one removed is a race, which lock-step execution alone would not show."""
+    """There are two reductions of two barriers each. Without one of them, only the check for races finds an error."""
 
     def change(text: str) -> str:
         barriers = list(re.finditer(r"bar\.sync\s+0;", text))

@@ -48,7 +48,7 @@ def test_loop_bound():
     loop = bounds.loop_bound("sm_80", counts, [("HMMA 16", 4096)] * 64)
     assert loop.cycles == {"issue": 449, "fp32": 134 * 2, "exp": 34 * 8, "tensor": 64 * 4096 / 512}
     assert (loop.limit, loop.tensor_ceiling) == ("tensor", 1.0)
-    # H100's published peak is that of HGMMA: what HMMA reaches there is not documented, so it is not costed.
+    # The published peak of H100 is that of HGMMA. The peak of HMMA there is not documented, so it gets no estimate.
     loop = bounds.loop_bound("sm_90", counts, [("HMMA 16", 4096)] * 64)
     assert (loop.limit, loop.tensor_ceiling) == ("not known", None)
     loop = bounds.loop_bound("sm_100", counts, [None] * 8)
@@ -61,7 +61,7 @@ def test_loop_bound():
 
 # ---- Budgets
 
-ALL = ("triton",)  # backends of which nothing is left out
+ALL = ("triton",)  # the backends whose kernels the report includes completely
 
 
 def _row(**changes):
@@ -119,7 +119,7 @@ def test_lost_tensor_cores():
         "matrices, got none",
         "op, d16, triton, stem.forward, sm_80: tensor cores: expected instructions HMMA, got none",
     ]
-    # The budget knows which kind, so that a fall from wgmma to mma is seen.
+    # The budget names the kind of instruction, so that a change from wgmma to mma is found.
     hopper = _row(target="sm_90", counts={**counts, "tensor HGMMA": 8})
     fallen = _row(target="sm_90", counts={**counts, "tensor HMMA": 64})
     assert budgets.check([fallen], budgets.update([hopper], {}, complete=ALL), complete=ALL) == [
@@ -195,6 +195,7 @@ def test_committed_budgets_cover_every_problem_and_target():
 
 
 # ---- Files and command
+# ---- Tables and command
 
 OPS = tuple(dict.fromkeys(problem.op for problem in PROBLEMS))
 
@@ -330,7 +331,7 @@ def test_a_gpu_runs_the_newest_code_of_its_generation():
     }  # fmt: skip
 
 
-@pytest.mark.evidence  # compiles a file that the tests of its op compile as well
+@pytest.mark.evidence  # it compiles a file that the tests of its op compile as well
 def test_a_real_cuda_kernel():
     pytest.importorskip("triton")
     if reason := cuda_source.unavailable_reason():
@@ -344,7 +345,7 @@ def test_a_real_cuda_kernel():
         assert row.occupancy.blocks >= 1 and row.programs >= 8 and row.config == "code for sm_80"
 
 
-def test_what_is_not_looked_at_is_said(monkeypatch, capsys, tmp_path):
+def test_a_backend_that_is_left_out_is_named_with_the_reason(monkeypatch, capsys, tmp_path):
     pytest.importorskip("triton")
     monkeypatch.setattr(cuda_source, "unavailable_reason", lambda: "nvcc is not installed")
     sentence = "the cuda kernels and their budgets were not looked at: nvcc is not installed"

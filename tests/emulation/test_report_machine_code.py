@@ -9,9 +9,9 @@ from tools.report import amdgcn, flow, occupancy, rows, sass
 
 # ---- NVIDIA machine code
 
-# A kernel with an outer and an inner loop. The way out of the inner one is a call that never returns, and the slow path
-# of a wait stands behind the end and branches back, both as ptxas writes them: the second must not be taken for a loop
-# over all that lies between.
+# A kernel with an outer and an inner loop, in the form that ptxas writes. The inner loop is left through a call that
+# never returns. The slow path of a wait stands behind the end of the code and branches back, which must not be taken
+# for a loop over all the code between.
 CODE = """
 	.target	sm_{arch}
 
@@ -74,7 +74,7 @@ def test_sass_resources_and_counts():
         "stores wide": 1, "async copies": 2, "async copies wide": 1, "bulk copies": 1, "atomics": 1,
     }  # fmt: skip
     assert {name: counts[name] for name in expected} == expected
-    assert counts["instructions"] == len(kernel.instructions) - 1  # not the NOP that pads it
+    assert counts["instructions"] == len(kernel.instructions) - 1  # the NOP that pads the code does not count
 
 
 def test_sass_of_newer_architectures_counts_the_reserved_kilobyte():
@@ -116,7 +116,7 @@ def test_products_in_tf32_are_seen():
     assert amdgcn.counts(["v_mfma_f32_16x16x8_xf32", "v_mfma_f32_32x32x2_f32"])["rounded fp32"] == 1
 
 
-def test_a_hint_is_not_a_width():
+def test_a_cache_hint_is_not_taken_for_the_width_of_an_access():
     wide = ("LDG.E.128", "LDGSTS.E.BYPASS.LTC128B.128", "LDG.E.ENL2.256", "STG.E.EF.128")
     narrow = ("LDGSTS.E.LTC128B", "LDG.E.LTC128B.64", "LDG.E", "STG.E.U16")
     assert all(map(sass.is_wide, wide)) and not any(map(sass.is_wide, narrow))
@@ -131,7 +131,7 @@ def test_code_behind_a_call_that_never_returns_is_reached():
 
 
 def _loop(parts: list, first: int) -> list[flow.Instruction]:
-    """A loop at position `first` of a kernel. Parts are opcodes, each with its number, and lists, the loops inside."""
+    """A loop at position `first` of a kernel. A part is (opcode, number), or a list, which is an inner loop."""
     code: list[flow.Instruction] = []
     for part in parts:
         code += _loop(part, first + len(code)) if isinstance(part, list) else [flow.Instruction(part[0])] * part[1]
@@ -139,7 +139,7 @@ def _loop(parts: list, first: int) -> list[flow.Instruction]:
 
 
 def _kernel(*loops: list) -> list[flow.Instruction]:
-    """One loop after another."""
+    """A kernel of these loops, one after another."""
     return [*_loop([*loops], 0)[:-1], flow.Instruction("EXIT", ())]
 
 
@@ -163,10 +163,10 @@ def test_a_heavy_inner_loop_comes_before_the_light_loop_around_it():
     heavy = [("HMMA", 16), ("FADD", 10)]
     loop = flow.main_loop(_kernel([("IADD3", 40), heavy, ("STG", 200)]), _products)
     assert Counter(loop) == {"HMMA": 16, "FADD": 10, "BRA": 1}
-    # The outer one may hold more instructions, since the inner one repeats its own.
+    # The outer one may have more instructions, since the inner one repeats its own.
     loop = flow.main_loop(_kernel([("IADD3", 100), [("FFMA", 80)]]), _products)
     assert Counter(loop) == {"FFMA": 80, "BRA": 1}
-    # Products in front of it do not change that.
+    # Products before the inner loop do not change that.
     loop = flow.main_loop(_kernel([("HMMA", 32), heavy]), _products)
     assert Counter(loop) == {"HMMA": 16, "FADD": 10, "BRA": 1}
 
@@ -189,7 +189,7 @@ def test_work_of_inner_loops_is_not_counted_as_that_of_the_loop_around_them():
 
 
 def test_products_of_unknown_size_weigh_more_than_none():
-    """UTCHMMA does not say its FLOP, so that a longer loop without products would be the main one on sm_100."""
+    """UTCHMMA does not state its FLOP. With none, a longer loop without products would be the main one on sm_100."""
     code = _kernel([("UTCHMMA", 2), ("IADD3", 20)], [("IADD3", 60)])
     function = sass.Function(registers=64, stack=0, shared_memory=0, instructions=tuple(code))
     assert rows.loop_of("sm_100", sass, function).counts["tensor UTCHMMA"] == 2

@@ -1,4 +1,4 @@
-"""The generation engine: what it computes against fp64 and the plain networks, its options, memory and reuse."""
+"""The generation engine: accuracy against fp64 and the plain networks, options, memory and reuse."""
 
 import copy
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import var
-from tests.helpers.models import tiny_var, tiny_vqvae
+from tests.helpers.models import stepwise_logits, tiny_var, tiny_vqvae
 from var import Generator, VARConfig, VQVAEConfig, generate
 from var.generation import memory
 from var.generation.decoder import InferenceDecoder, Spaces
@@ -25,7 +25,7 @@ OPTIONS = {"top_k": 9, "top_p": 0.9, "cfg": 2.0}
 
 
 def on_reference(model):
-    """A copy of a transformer whose ops are the specifications."""
+    """A copy of a transformer on the reference backend."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if hasattr(module, "backend"):
@@ -42,7 +42,7 @@ def rms(error):
 
 @pytest.fixture(scope="module")
 def embedded():
-    """The embedded model, tokens that it generated, and the logits of them in fp64."""
+    """The embedded model, labels, tokens that it generates for them, their input for training, and the fp64 logits."""
     pipeline, labels = var.load(), torch.arange(6)
     tokens = generate(pipeline.var, pipeline.vqvae, labels, seed=0, top_k=900, top_p=0.96).tokens
     inputs = pipeline.vqvae.teacher_forcing_input(tokens)
@@ -51,29 +51,19 @@ def embedded():
     return pipeline, labels, tokens, inputs, exact
 
 
-def stepwise(transformer, labels, inputs):
-    schedule, x, logits = transformer.config.schedule, transformer.begin(labels), []
-    first = schedule.lengths[0]
-    for k, (start, length) in enumerate(zip(schedule.starts, schedule.lengths, strict=True)):
-        if k:
-            x = transformer.embed(inputs[:, start - first : start - first + length], k, guided=False)
-        logits.append(transformer.step(x, k))
-    return torch.cat(logits, dim=1)
-
-
 @torch.inference_mode()
 def test_logits_against_float64(embedded):
-    """fp32 as near as the plain model's of two images; bf16 at most twice as far as autocast of that model."""
+    """Errors in fp32 (bf16) are at most twice those of the plain model in fp32 (bf16 autocast) on two images."""
     pipeline, labels, _, inputs, exact = embedded
     plain = on_reference(pipeline.var)
     with stated_order():
         fp32 = plain(labels[:2], inputs[:2])
         with torch.autocast("cpu", torch.bfloat16):
             autocast = plain(labels[:2], inputs[:2])
-    for dtype, yardstick in ((torch.float32, fp32), (torch.bfloat16, autocast)):
-        logits = stepwise(InferenceTransformer(pipeline.var, len(labels), dtype), labels, inputs)
+    for dtype, plain_result in ((torch.float32, fp32), (torch.bfloat16, autocast)):
+        logits = stepwise_logits(InferenceTransformer(pipeline.var, len(labels), dtype), labels, inputs)
         assert logits.dtype == torch.float32
-        error, limit = logits - exact, yardstick - exact[:2]
+        error, limit = logits - exact, plain_result - exact[:2]
         assert rms(error) <= 2 * rms(limit) and error.abs().max() <= 2 * limit.abs().max(), dtype
         assert rms(error) > 0
 
@@ -88,14 +78,14 @@ def test_decoder_against_float64(embedded):
         fp32 = vqvae.decode_features(f_hat[:2])
         with torch.autocast("cpu", torch.bfloat16):
             autocast = vqvae.decode_features(f_hat[:2]).float()
-    for dtype, yardstick in ((torch.float32, fp32), (torch.bfloat16, autocast)):
+    for dtype, plain_result in ((torch.float32, fp32), (torch.bfloat16, autocast)):
         images = InferenceDecoder(vqvae, dtype)(f_hat)
         assert images.dtype == torch.float32
-        assert rms(images - exact) <= 2 * rms(yardstick - exact[:2]), dtype
+        assert rms(images - exact) <= 2 * rms(plain_result - exact[:2]), dtype
 
 
 def test_decoding_in_several_threads(embedded):
-    """Partial images may be decoded beside the generation, and share the decoder's memory."""
+    """Partial images may be decoded in other threads, which share the decoder's memory."""
     pipeline, _, tokens, _, _ = embedded
     with torch.inference_mode():
         f_hat = list(pipeline.vqvae._scales(tokens))[-1][0]
@@ -114,7 +104,7 @@ def test_decoding_in_several_threads(embedded):
 
 @torch.inference_mode()
 def test_bf16_draws_images_of_the_same_classes(embedded):
-    """With the same seeds bf16 draws nearly the tokens of fp32, until the first that differs changes the rest."""
+    """With the same seeds, bf16 draws nearly the same first tokens as fp32. A token that differs changes later ones."""
     pipeline = embedded[0]
     labels = torch.arange(40) % 10
     fp32, bf16 = (
@@ -131,11 +121,11 @@ def test_cached_steps_equal_one_forward(fields):
     tokens = torch.randint(0, 24, (5, 14), generator=torch.Generator().manual_seed(0))
     inputs = vqvae.teacher_forcing_input(tokens)
     with torch.inference_mode():
-        logits = stepwise(InferenceTransformer(model, 7), LABELS, inputs)  # more rows than are used
+        logits = stepwise_logits(InferenceTransformer(model, 7), LABELS, inputs)  # it has room for more rows
         torch.testing.assert_close(logits, on_reference(model)(LABELS, inputs), rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_in_front_of_the_head_is_that_of_the_logits():
+def test_guidance_before_the_head_equals_guidance_of_the_logits():
     with torch.inference_mode():
         transformer = InferenceTransformer(tiny_var(), 4)
         x = transformer.begin(torch.tensor([0, 1, 5, 5]))
@@ -156,7 +146,7 @@ def test_reused_for_any_number_of_calls(precision, pack):
     model, vqvae = tiny_var(), tiny_vqvae()
     generator = Generator(model, vqvae, batch_size=5, precision=precision, pack=pack)
     first = generator(LABELS, seed=3, **OPTIONS)
-    generator(LABELS[:2], seed=4, cfg=0.0)  # fewer rows, other labels: nothing of it may stay
+    generator(LABELS[:2], seed=4, cfg=0.0)  # fewer rows and other labels, which must leave no trace
     again = generator(LABELS, seed=3, **OPTIONS)
     assert torch.equal(first.tokens, again.tokens) and torch.equal(first.images, again.images)
     whole = generate(model, vqvae, LABELS, seed=3, precision=precision, pack=pack, **OPTIONS)
@@ -185,7 +175,7 @@ def test_exponential_noise_is_torchs_own(count):
     assert torch.equal(generators[0].get_state(), generators[1].get_state())
 
 
-def test_stream_is_the_calls_one_after_another():
+def test_stream_equals_one_call_for_all_labels():
     generator = Generator(tiny_var(), tiny_vqvae(), batch_size=2)
     parts = list(generator.stream(LABELS, seeds=[1, 2, 3, 4, 5], **OPTIONS))
     assert [len(part.images) for part in parts] == [2, 2, 1]
@@ -196,7 +186,7 @@ def test_stream_is_the_calls_one_after_another():
         next(generator.stream(LABELS, seed=1))
 
 
-def test_weights_are_those_of_the_moment_and_the_model_stays_trainable():
+def test_a_generator_keeps_its_weights_and_the_model_stays_trainable():
     model, vqvae = tiny_var(), tiny_vqvae()
     generator = Generator(model, vqvae, batch_size=5)
     before = generator(LABELS, seed=0)
@@ -234,18 +224,18 @@ for _ in range(3):
     assert peak_growth(preparation, measured, mmap_threshold=64 << 10) < 1 << 20
 
 
-def test_spaces_of_no_elements_beside_an_empty_image():
-    """Both have the address 0: without the library an empty batch found no space."""
+def test_an_empty_batch_finds_an_empty_space():
+    """Empty spaces and empty images both have the address 0. Without the library, an empty batch found no space."""
     empty = torch.zeros(0, 8, 3, 3)
     assert Spaces(0, torch.float32).beside(empty.shape, empty) is None
     assert Spaces(8, torch.float32).beside(empty.shape, empty).shape == empty.shape
     assert Spaces(8, torch.float32).beside(torch.Size((1, 9, 1, 1)), empty) is None
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts Linux' page faults")
-@pytest.mark.skipif(not load.native_library().available, reason="without our kernels malloc serves")
-def test_activations_of_the_decoder_are_no_fresh_pages_after_the_first_call():
-    """In a process with malloc's own settings: those of 40 MiB and more were returned to the system after each use."""
+@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults as Linux does")
+@pytest.mark.skipif(not load.native_library().available, reason="without our kernels, malloc allocates the activations")
+def test_the_decoder_reuses_its_memory_after_the_first_call():
+    """With malloc's default settings, activations of 40 MiB and more were returned to the system after each use."""
     program = """
 import resource, torch, var
 from var.generation.decoder import InferenceDecoder
@@ -261,7 +251,7 @@ with torch.inference_mode():
     environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
     answer = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
-    assert int(answer.stdout) < 3 * 4000  # the images' own 5 MB, and what malloc does with small ones
+    assert int(answer.stdout) < 3 * 4000  # the 5 MB of the images, and small allocations
 
 
 def test_bytes_are_what_the_tensors_take():
@@ -314,7 +304,7 @@ def test_refuses_bad_calls(labels, options, match):
 
 
 def test_weights_that_are_not_packed_count_as_a_copy_in_another_dtype_only():
-    # On a GPU fp32 projections use the model's own weights; their bytes were counted as a second copy.
+    # On a GPU, fp32 projections use the model's own weights. Their bytes were counted as those of a second copy.
     vqvae, transformer = VQVAEConfig(), VARConfig(depth=16)
     fp32, bf16 = (memory.fixed_bytes(transformer, vqvae, itemsize, "cuda") for itemsize in (4, 2))
     assert fp32 == memory.fixed_bytes(VARConfig(depth=30), vqvae, 4, "cuda")  # the decoder alone
@@ -352,8 +342,8 @@ def test_available_memory_is_the_smaller_of_machine_and_container(monkeypatch, t
     assert memory.available_bytes() != 600000
 
 
-def test_kept_memory_is_not_fetched_page_by_page():
-    """Page faults of calls whose activations are larger than what malloc keeps by itself."""
+def test_keeping_freed_memory_avoids_page_faults():
+    """Counts the page faults of calls whose activations are larger than what malloc keeps by itself."""
     program = """
 import resource, sys, torch
 from var.generation.memory import keep_freed_memory

@@ -1,9 +1,10 @@
 """The capture of generations as CUDA graphs, with a recorder in place of a GPU.
 
-The recorder keeps every operator of a captured function with its arguments, and replays them: the same operators, on
-the same tensors, into the same memory, and nothing that Python decided is decided again. So a value that is read on the
-host, an input that is no tensor of the capture, or memory that the capture does not own shows as a wrong result. What a
-GPU may refuse to capture (a synchronisation, an allocation outside of the pool) does not.
+The recorder keeps every operator of a captured function with its arguments. A replay calls the same operators on the
+same tensors and writes to the same memory; it repeats no decision of Python code. Three kinds of faults therefore show
+as wrong results: a value that is read on the host, an input that is no tensor of the capture, and memory that the
+capture does not own. What a GPU may refuse to capture, a synchronisation or an allocation outside of the pool, does not
+show here.
 """
 
 import pytest
@@ -20,7 +21,7 @@ OPTIONS = {"top_k": 9, "top_p": 0.9, "cfg": 2.0}
 
 
 def storable(leaf):
-    """Whether it is a tensor with memory to look at: packed weights of oneDNN have none, and nothing writes to them."""
+    """Whether `leaf` is a tensor with a storage. Packed weights of oneDNN have none, and nothing writes to them."""
     return torch.is_tensor(leaf) and not leaf.is_mkldnn
 
 
@@ -39,12 +40,13 @@ class Recorder(TorchDispatchMode):
             given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves((args, kwargs)) if storable(leaf)}
             pairs = zip(tree_leaves(results), tree_leaves(function(*args, **kwargs)), strict=True)
             for old, new in pairs:
-                if storable(old) and old.untyped_storage().data_ptr() not in given:  # else a view, or in place
+                # Results in the memory of an argument are views of it, or it was changed in place.
+                if storable(old) and old.untyped_storage().data_ptr() not in given:
                     old.copy_(new)
 
 
 class Captures:
-    """`capture` for a Generator; counts what it has captured."""
+    """Takes the place of `_capture` of a Generator, and counts the captures."""
 
     def __init__(self):
         self.count = 0
@@ -61,7 +63,7 @@ class Captures:
 
 
 def generators(**options):
-    """The same generator twice, once with captures."""
+    """Two equal generators, of which the second one captures graphs, and its captures."""
     model, vqvae = tiny_var(), tiny_vqvae()
     eager, captured = (Generator(model, vqvae, batch_size=5, **options) for _ in range(2))
     captured._capture = captures = Captures()
@@ -79,7 +81,7 @@ def test_replays_generate_what_launches_do(precision):
         assert_same(captured(labels, seed=seed, **OPTIONS), eager(labels, seed=seed, **OPTIONS))
     for seeds in ([1, 2, 3, 4, 5], [9, 8, 7, 6, 5]):
         assert_same(captured(LABELS, seeds=seeds, **OPTIONS), eager(LABELS, seeds=seeds, **OPTIONS))
-    assert captures.count == 2 * (1 + 3 + 1)  # begin, three scales and the decoder, for noise and for seeds
+    assert captures.count == 2 * (1 + 3 + 1)  # begin, three scales and the decoder; with noise and with seeds
 
 
 def test_what_a_graph_cannot_vary_is_captured_again():
@@ -91,7 +93,7 @@ def test_what_a_graph_cannot_vary_is_captured_again():
     assert captures.count == 5 * 5
 
 
-def test_results_are_no_memory_of_the_graph():
+def test_the_next_replay_does_not_change_earlier_results():
     _, captured, _ = generators()
     first = captured(LABELS, seed=1, **OPTIONS)
     tokens, images = first.tokens.clone(), first.images.clone()
@@ -115,8 +117,8 @@ def test_editing_and_smooth_codes_are_not_captured():
     assert captures.count == 0
 
 
-def test_the_recorder_finds_what_a_graph_would_not_see():
-    """The control of these tests: a value read on the host is part of the recording, and stays."""
+def test_the_recorder_fixes_a_value_that_is_read_on_the_host():
+    """A check of the recorder itself: a value read on the host is fixed in the recording."""
     value, captures = torch.tensor([2.0]), Captures()
     outputs, replay = captures(lambda: (value * float(value), value * value))
     value.fill_(3.0)
@@ -124,7 +126,7 @@ def test_the_recorder_finds_what_a_graph_would_not_see():
     assert outputs[0].item() == 6.0 and outputs[1].item() == 9.0
 
 
-def test_a_failed_capture_is_said_once_and_launched_as_usual():
+def test_a_failed_capture_warns_once_and_runs_without_graphs():
     eager, captured, _ = generators()
 
     def refuse(function):

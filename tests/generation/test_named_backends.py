@@ -1,4 +1,4 @@
-"""A backend asked for by name serves everything that a model computes: the operators that are called are counted."""
+"""A backend that is asked for by name computes everything in a model. The tests record which operators are called."""
 
 import importlib
 import inspect
@@ -20,7 +20,7 @@ needs_library = pytest.mark.skipif(not load.native_library().available, reason="
 
 
 class Called(TorchDispatchMode):
-    """The names of our raw operators that were called, of either namespace."""
+    """Records the names of our raw operators that are called, of either namespace."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class Called(TorchDispatchMode):
 
 
 def models(backend):
-    """A transformer and a tokenizer of this backend."""
+    """A transformer and a tokenizer on this backend."""
     transformer, vqvae = tiny_var(), tiny_vqvae()
     for module in transformer.modules():
         if hasattr(module, "backend"):
@@ -52,7 +52,7 @@ def edited(transformer, vqvae, **options):
 
 
 def trained(transformer, vqvae):
-    """One step of either network."""
+    """One training step of each network."""
     output = vqvae(images(vqvae))
     (output.reconstruction.mean() + output.vq_loss).backward()
     transformer(LABELS, vqvae.teacher_forcing_input(output.tokens)).mean().backward()
@@ -64,7 +64,7 @@ _PACKED = {"_packed_linear", "_winograd_conv", "_group_norm_silu"}
 _TRAINING = {"_adaln_layer_norm", "_gated_residual_adaln", "_block_causal_attention", "_multi_scale_quantize",
              "_next_scale_input"}  # fmt: skip
 _TRAINING |= {f"{name}_backward" for name in _TRAINING - {"_next_scale_input"}}
-# What is done, and the raw operators that the backend `cpu` does it with.
+# Each task, and the raw operators that the backend "cpu" calls for it.
 WORK = {
     "generate": (lambda *pair: generate(*pair, LABELS, seed=1), _GENERATION | _PACKED),
     "generate, seeds": (lambda *pair: generate(*pair, LABELS, seeds=[1, 2, 3]), _GENERATION | _PACKED),
@@ -93,7 +93,7 @@ def forbid_the_reference(monkeypatch):
 
 @pytest.mark.parametrize("work", WORK)
 def test_the_reference_calls_no_kernel(work):
-    """Generation called packed_linear 152 times and the decoder's kernels 20 times each, on the backend "reference"."""
+    """On "reference", generation once called packed_linear 152 times and each of the decoder's kernels 20 times."""
     with Called() as called:
         WORK[work][0](*models("reference"))
     assert called.ours == set()
@@ -107,13 +107,13 @@ def test_cpu_never_enters_the_reference(work, monkeypatch):
     forbid_the_reference(monkeypatch)
     with Called() as called:
         function(*pair)
-    # Where oneDNN's packed products are the faster ones they are those of this backend.
+    # Where oneDNN's packed products are faster, this backend uses them.
     optional = {"_packed_linear"} if "bf16" in work or load.native_library().isa == "portable" else set()
     assert expected - optional <= called.ours <= expected
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_argument_comes_before_the_backend_of_the_model(precision):
+def test_the_backend_argument_overrides_that_of_the_model(precision):
     options = {"seed": 1, "precision": precision}
     with Called() as called:
         plain = generate(*models("auto"), LABELS, backend="reference", **options)
@@ -123,7 +123,7 @@ def test_the_argument_comes_before_the_backend_of_the_model(precision):
 
 
 @needs_library
-def test_the_argument_brings_the_kernels_to_a_model_of_the_reference(monkeypatch):
+def test_a_model_on_the_reference_generates_with_kernels_if_asked(monkeypatch):
     pair = models("reference")
     forbid_the_reference(monkeypatch)
     with Called() as called:
@@ -133,7 +133,7 @@ def test_the_argument_brings_the_kernels_to_a_model_of_the_reference(monkeypatch
 
 
 @needs_library
-def test_unpacked_weights_leave_the_other_ops_where_they_are():
+def test_without_packing_the_other_ops_keep_their_kernels():
     with Called() as called:
         generate(*models("cpu"), LABELS, seed=1, pack=False)
     assert called.ours == _GENERATION

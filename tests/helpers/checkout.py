@@ -1,4 +1,4 @@
-"""A copy of the package's build and loader with a ``csrc`` that compiles in a second, run in fresh processes."""
+"""A copy of the package's build and loader with a ``csrc`` that compiles in a second, for runs in fresh processes."""
 
 import json
 import os
@@ -37,7 +37,7 @@ TINY_ISA = """
 static_assert(!__FINITE_MATH_ONLY__, "NaN and infinity must behave");
 namespace var_kernels::VAR_ISA {
 int value() { return TINY_VALUE; }
-// Data, which every machine can read; code for another instruction set it may not run.
+// This is data, because every machine can read it, but not run code for another instruction set.
 extern const int macros[] = {__AVX2__, __FMA__, __F16C__, __AVX512DQ__, __AVX512BF16__, __AMX_BF16__};
 }
 """
@@ -105,7 +105,7 @@ class Checkout:
         )
 
     def load(self, **changes: str) -> dict:
-        """What ``load.native_library()`` answers in a fresh process; ``stderr`` added."""
+        """What ``load.native_library()`` returns in a fresh process, and the ``stderr`` of that process."""
         return self.answer(self.start("-c", LOAD, **changes))
 
     @staticmethod
@@ -121,7 +121,7 @@ class Checkout:
         return self.package / build.LIBRARY_NAME
 
     def edit(self, value: int) -> None:
-        """Changes the header that the vector code includes; its time stays in the past, as a restored file's does."""
+        """Changes the header that the vector code includes, and keeps its old time, as restoring a file does."""
         (self.csrc / "tiny.h").write_text(f"#define TINY_VALUE {value}\n")
         os.utime(self.csrc / "tiny.h", (1e9, 1e9))
 

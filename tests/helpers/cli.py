@@ -15,13 +15,13 @@ REFERENCE = ("--backend", "reference")
 
 
 def save_model(folder):
-    """Write an untrained model of ten classes, with its own sampling defaults; returns the folder."""
+    """Writes an untrained model of ten classes with sampling defaults of its own, and returns the folder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         vqvae = var.VQVAE(VQVAE_CONFIG)
         transformer = var.VAR(dataclasses.replace(VAR_CONFIG, class_names=FASHION_MNIST_CLASSES))
         transformer.init_weights()
-        torch.nn.init.normal_(transformer.head.weight)  # else all tokens are equally likely whatever the options
+        torch.nn.init.normal_(transformer.head.weight)  # else all tokens are equally likely with any options
     var.save(folder / "vqvae.safetensors", vqvae, {"data": "none"})
     sampling = {"sampling_cfg": "2.5", "sampling_top_k": "7", "sampling_top_p": "0.9"}
     var.save(folder / "var.safetensors", transformer, sampling)
@@ -31,7 +31,7 @@ def save_model(folder):
 def invoke(*arguments):
     """The result of a command: exit code, standard output and standard error."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # these models are too small to share, and on a busy machine sharing costs much
+    torch.set_num_threads(1)  # these models are too small for threads, which cost much on a busy machine
     try:
         return CliRunner().invoke(app, [str(argument) for argument in arguments])
     finally:
@@ -48,7 +48,7 @@ def run(*arguments, status=0):
 
 
 def refused(*arguments):
-    """The one line with which a command refuses."""
+    """The one line of the error with which a command refuses its arguments."""
     message = run(*arguments, status=2)
     assert message.startswith("error: ") and message.count("\n") == 1 and message.endswith("\n"), message
     return message

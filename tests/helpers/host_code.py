@@ -1,4 +1,4 @@
-"""C++ of `csrc` that needs neither torch nor a GPU, compiled and called from a test."""
+"""Compiles C++ of `csrc` that needs neither torch nor a GPU, so that a test can call it."""
 
 import ctypes
 import re
@@ -12,9 +12,9 @@ from var_kernels.native import build
 
 
 def library(source: str, folder: Path) -> ctypes.CDLL:
-    """`source`, C++ that includes files of `csrc` by their path in it, compiled in `folder`.
+    """Compiles `source` in `folder` and loads it. It is C++ that includes files of `csrc` by their path there.
 
-    Skips the test without a compiler.
+    Skips the test if there is no compiler.
     """
     try:
         compiler = build.find_compiler()
@@ -29,7 +29,7 @@ def library(source: str, folder: Path) -> ctypes.CDLL:
 
 
 def constant_statement(path: str, name: str) -> str:
-    """The one statement of `csrc/path` that defines the constant `name`: for files a host compiler does not take."""
+    """The statement of `csrc/path` that defines the constant `name`, for files that a host compiler cannot compile."""
     text = (build.CSRC / path).read_text(encoding="utf-8")
     found = re.findall(rf"constexpr [^;{{}}()]*\b{name}(?:\[\])? = [^;]*;", text)
     assert len(found) == 1, f"{path}: expected one statement that defines {name}, got {found}"

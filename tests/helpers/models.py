@@ -1,8 +1,9 @@
-"""Small networks with random weights."""
+"""Small networks with random weights, and the logits that the engine computes for given tokens."""
 
 import torch
 
 from var import VAR, VQVAE, VARConfig, VQVAEConfig
+from var.generation.transformer import InferenceTransformer
 
 PATCH_NUMS = (1, 2, 3)
 
@@ -18,3 +19,14 @@ def tiny_var(**overrides) -> VAR:
     model = VAR(VARConfig(**{**fields, **overrides})).eval()
     model.init_weights(torch.Generator().manual_seed(0), gamma=0.5, head=1.0)
     return model
+
+
+def stepwise_logits(transformer: InferenceTransformer, labels, inputs) -> torch.Tensor:
+    """The logits of one step for each scale with the KV cache, where `inputs` are those of training."""
+    schedule, x, logits = transformer.config.schedule, transformer.begin(labels), []
+    first = schedule.lengths[0]
+    for k, (start, length) in enumerate(zip(schedule.starts, schedule.lengths, strict=True)):
+        if k:
+            x = transformer.embed(inputs[:, start - first : start - first + length], k, guided=False)
+        logits.append(transformer.step(x, k))
+    return torch.cat(logits, dim=1)

@@ -1,12 +1,13 @@
-"""Processes that a test starts."""
+"""The environment of pytest processes that a test starts."""
 
 import os
 
 
 def child_environment(*without: str, **changes: str) -> dict[str, str]:
-    """This process's environment for another pytest: without the variables named, with the changes.
+    """This process's environment for another pytest, without the variables in `without` and with `changes`.
 
-    A worker of pytest-xdist says so in its environment, and pytest-benchmark measures nothing in a worker.
+    Variables that mark this process as a worker of pytest-xdist are left out, because the other one is no worker, and
+    pytest-benchmark measures nothing in a worker.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_") and name not in without}
     return kept | changes

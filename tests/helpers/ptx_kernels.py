@@ -1,4 +1,4 @@
-"""Triton kernels that exercise what Triton emits for sm_80: inputs for the tests of the PTX interpreter."""
+"""Triton kernels for the tests of the PTX interpreter, with many of the instructions that Triton emits for sm_80."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit
 def attention(q_ptr, k_ptr, v_ptr, o_ptr, scale, length, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr,
               PRECISION: tl.constexpr):  # fmt: skip
-    """Full attention of one head per second grid index: pipelined loads, two products, an online softmax."""
+    """Full attention; the second grid index is the head. It has pipelined loads, two products and an online softmax."""
     base = tl.program_id(1) * length * D
     rows, dims = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D)
     here = rows[:, None] * D + dims[None, :]
@@ -31,7 +31,7 @@ def attention(q_ptr, k_ptr, v_ptr, o_ptr, scale, length, BM: tl.constexpr, BN: t
 
 @triton.jit
 def layer_norm(x_ptr, y_ptr, rows, width, eps, BLOCK: tl.constexpr):
-    """Each program normalises every n-th row of n programs, in a while loop."""
+    """Each of n programs normalises every n-th row in a while loop."""
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     row = tl.program_id(0)
@@ -64,7 +64,7 @@ def nearest(z_ptr, codes_ptr, index_ptr, count, size, C: tl.constexpr, BM: tl.co
 
 @triton.jit
 def gather(x_ptr, index_ptr, y_ptr, sums_ptr, count, size, BLOCK: tl.constexpr):
-    """A gather by 64-bit indices, negative ones from the end; functions; integer division; atomics."""
+    """A gather by 64-bit indices (negative ones count from the end), functions, integer division and atomics."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     j = tl.load(index_ptr + i, mask=inside, other=0)

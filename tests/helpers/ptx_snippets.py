@@ -1,4 +1,4 @@
-"""Runs a few lines of PTX over arrays, and rounds rationals as IEEE 754 does: tools for the interpreter's own tests."""
+"""For the tests of the PTX interpreter: runs a few lines of PTX over arrays, and rounds rationals as IEEE 754 does."""
 
 from fractions import Fraction
 
@@ -17,7 +17,7 @@ _NAMES = {1: "h", 2: "h", 4: "r", 8: "d"}
 
 
 def kernel(body: str, parameters: str = "", declarations: str = "", hints: str = ""):
-    """The only kernel of a module whose body is `body`, with registers %p, %h, %r, %t, %d."""
+    """The kernel of a module that has only this one. Its body is `body`, with registers %p, %h, %r, %t and %d."""
     text = f"{HEADER}{declarations}\n.visible .entry k({parameters})\n{hints}\n{{{REGISTERS}{body}\n}}\n"
     return parse(text).kernels["k"]
 

@@ -1,4 +1,4 @@
-"""Small data sets and options that make a training of a second, for the tests of data and training."""
+"""Small data sets, and options with which a training takes a second, for the tests of data and training."""
 
 import gzip
 import struct
@@ -27,7 +27,7 @@ def idx_bytes(array: np.ndarray) -> bytes:
 
 
 def write_fashion_mnist(directory: Path, train: int = 40, test: int = 12, compressed: bool = True) -> None:
-    """IDX files in the layout of Fashion-MNIST: bars whose place follows the class, plus noise."""
+    """Writes IDX files in the layout of Fashion-MNIST. The images are bars, placed by class, with noise."""
     directory.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for prefix, count in (("train", train), ("t10k", test)):
@@ -42,7 +42,7 @@ def write_fashion_mnist(directory: Path, train: int = 40, test: int = 12, compre
 
 
 def write_image_folder(root: Path, classes: dict[str, int], size: tuple[int, int] = (20, 16)) -> None:
-    """root/<class>/<number>.png with random pixels; `size` is (width, height)."""
+    """Writes root/<class>/<number>.png with random pixels; `size` is (width, height)."""
     rng = np.random.default_rng(0)
     for name, count in classes.items():
         (root / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Which backend serves which op: the order of "auto", reasons, and the file of measured speeds, on stand-in GPUs."""
+"""Which backend serves which op: the order of "auto", reasons, and the file of measured speeds. GPUs are stand-ins."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ NAME = "Stand-in GPU 9000 (X)"
 
 
 class StandIn:
-    """A GPU that is not there, and the library for it."""
+    """Makes torch and the loader report a GPU, and a library for it, that do not exist."""
 
     def __init__(self, monkeypatch):
         self.capability, self.toolkit, self.driver, self.native_reason = (8, 0), "13.0", 13, None
@@ -65,8 +65,8 @@ def refusal(op: str, device: str = "cuda") -> str:
     return str(error.value)
 
 
-def test_the_table_of_ops_is_what_the_kernels_are():
-    """A backend serves the ops whose files it has, no more and no fewer."""
+def test_the_table_of_ops_agrees_with_the_files_of_kernels():
+    """The table lists for each backend exactly the ops of which it has files."""
     package = Path(backends.__file__).parent
     files = {"reference": (package / "reference", ".py"), "triton": (package / "triton", ".py"),
              "cpu": (build.CSRC / "cpu", ".cpp"), "cuda": (build.CSRC / "cuda", ".cu")}  # fmt: skip
@@ -134,12 +134,12 @@ def test_why_cuda_does_not_serve(gpu, changes, reason):
 def test_an_op_is_served_if_all_its_raw_ops_are_there(gpu):
     gpu.kernels = lambda op: op not in ("var_kernels::_next_scale_input", "var_kernels::_gated_residual_adaln_backward")
     assert "the native library has no CUDA kernel for _next_scale_input; " in refusal("multi_scale_quantize")
-    for op in ("adaln_layer_norm", "gated_residual_adaln"):  # one page
+    for op in ("adaln_layer_norm", "gated_residual_adaln"):  # both ops are in one module
         assert "has no CUDA kernel for _gated_residual_adaln_backward; " in refusal(op)
     assert auto("multi_scale_quantize") == "triton" and auto("nearest_code") == "cuda"
 
 
-def test_every_op_has_a_page_and_an_order():
+def test_every_op_has_a_module_and_an_order():
     pages = {backends.page_of(op) for op in backends.OPS}
     assert pages == set(library._names)
     assert [name for stem in library._names for name in library.names(stem)] == [
@@ -166,7 +166,7 @@ def test_without_a_gpu():
 
 def test_the_order_is_a_constant_of_compiled_code(monkeypatch):
     forget()
-    with monkeypatch.context() as patches:  # the compiler itself would use the GPU
+    with monkeypatch.context() as patches:  # outside of this block, because the compiler itself would use the GPU
         StandIn(patches)
         expected = [backends.resolve(op, "auto", "cuda", torch.float32) for op in backends.OPS]
     assert expected == ["cuda" if op in backends.GPU_OPS else "reference" for op in backends.OPS]
@@ -179,9 +179,9 @@ def test_the_order_is_a_constant_of_compiled_code(monkeypatch):
 
 
 def test_auto_runs_the_cuda_kernels(monkeypatch):
-    """On fake CUDA tensors, which have a device and no memory, the public functions call the library's operators."""
+    """With fake CUDA tensors, which have a device but no memory, the public functions call the library's operators."""
     forget()
-    with monkeypatch.context() as patches:  # fake tensors would ask the stand-in for more than it has
+    with monkeypatch.context() as patches:  # not for fake tensors, which ask a GPU for more than the stand-in has
         StandIn(patches)
         assert {backends.resolve(op, "auto", "cuda", torch.float32) for op in backends.GPU_OPS} == {"cuda"}
     called = []
@@ -212,7 +212,7 @@ def test_auto_runs_the_cuda_kernels(monkeypatch):
     assert {result.device.type for result in results} == {"cuda"}
     raw = {f"var_kernels::{name}" for op in backends.GPU_OPS for name in library.names(backends.page_of(op))}
     assert {name for name in called if name.startswith("var_kernels")} == {
-        name for name in raw if not name.endswith("_backward")  # autograd wants a real device
+        name for name in raw if not name.endswith("_backward")  # autograd needs a real device
     }
     forget()
 

@@ -1,7 +1,7 @@
-"""The CPU kernels on random problems against the float64 reference: shapes, schedules, layouts, dtypes, logits.
+"""The CPU kernels on random problems, which differ in shape, schedule, layout, dtype and logits, against float64.
 
-A few examples in every run; `pytest tests/kernels/test_cpu_differential.py --hypothesis-profile=long` goes on for about
-ten minutes, `--hypothesis-seed=N` repeats a run. Last long run: see the end of docs/numerics.md.
+Every run has a few examples. `pytest tests/kernels/test_cpu_differential.py --hypothesis-profile=long` takes about ten
+minutes, and `--hypothesis-seed=N` repeats a run. The end of docs/numerics.md describes the last long run.
 """
 
 from itertools import accumulate
@@ -25,7 +25,10 @@ pytestmark = pytest.mark.usefixtures("cpu")
 
 
 def random_test(**strategies):
-    """As many examples as the profile says; the fixture only skips, and some draws take a second."""
+    """Runs a test on random arguments, as many times as the profile says.
+
+    The health checks are off, because the fixture only skips tests and some draws take a second.
+    """
 
     def wrap(function):
         relaxed = settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
@@ -35,13 +38,12 @@ def random_test(**strategies):
 
 
 def attention_bounds(q, k, v, dout, lens, scale, dtype):
-    """Exact out, lse, dq, dk, dv in float64, and a bound of the error of each element.
+    """out, lse, dq, dk and dv in float64, and bounds of the errors of their elements.
 
     u is the unit roundoff of fp32, e that of `dtype`. A score sums D products: its error, and with it the relative
     error of P, is below (D + 12) u times the sum of the products' magnitudes, the exponential and lse among the 12. In
-    16 bits P, dS and every result are rounded once more. δ is made of the rounded out. All sums are bounded by those of
-    their magnitudes; lengths enter through (L + 8) u. A P or dS below the smallest normal number may
-    be 0.
+    16 bits P, dS and every result are rounded once more. δ is computed from the rounded out. The error of a sum is
+    bounded with the sum of the magnitudes, times (L + 8) u. A P or dS below the smallest normal number may be 0.
     """
     group = q.shape[1] // k.shape[1]
     q, k, v, dout = (x.double() for x in (q, k, v, dout))
@@ -76,7 +78,7 @@ def attention_bounds(q, k, v, dout, lens, scale, dtype):
         grouped(abs(scale) * (ds_error.mT @ q.abs() + sums * ds.abs().mT @ q.abs())),
         grouped(((2 * p_error + sums) * p + p_floor).mT @ dout.abs()),
     ]
-    tiny = torch.finfo(dtype).smallest_normal * (1 + abs(scale))  # a sum may be flushed, and is scaled after that
+    tiny = torch.finfo(dtype).smallest_normal * (1 + abs(scale))  # a sum may be flushed to 0 before it is scaled
     return exact, [error + narrow * value.abs() + tiny for error, value in zip(errors, exact, strict=True)]
 
 
@@ -124,7 +126,7 @@ def test_adaln(op, shape, forms, dtype, seed):
     actual, plain = (values_and_gradients(op, tensors, backend) for backend in ("cpu", "reference"))
     exact = values_and_gradients(op, [t.double() for t in tensors], "reference", upstream=dtype)
     for name, true in exact.items():
-        # Of a few elements plain PyTorch's error is a matter of luck: four times it, and four roundings.
+        # With few elements, plain PyTorch's error depends on chance: the limit is four times it plus four roundings.
         allowed = 4 * ((plain[name] - true).abs().max() + torch.finfo(dtype).eps * true.abs().max())
         assert (actual[name] - true).abs().max() <= allowed, name
 
@@ -156,7 +158,7 @@ def test_multi_scale_quantize(batch, channels, codes, convolutions, sizes, seed)
     tensors = leaves(inputs(shape, seed=seed))
     exact = leaves(tensors, torch.float64)
     tokens, f_hat, loss, gap = composition(*exact, sizes)
-    assume(gap > 1e-3)  # a near-tie may go either way in fp32, and what follows with it
+    assume(gap > 1e-3)  # fp32 may resolve a near-tie either way, which changes what follows
     found = multi_scale_quantize(*tensors, sizes, backend="cpu")
     assert torch.equal(found.tokens, tokens)
     torch.testing.assert_close(found.f_hat.double(), f_hat, rtol=1e-4, atol=1e-5)

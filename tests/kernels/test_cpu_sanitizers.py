@@ -1,9 +1,9 @@
 """The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, at every instruction set of this machine.
 
-Not seen by them: what the tile instructions of AMX read and write, which are assembler. ThreadSanitizer is left out: it
-does not know the barriers of torch's OpenMP runtime, which is not compiled with it, and reports every result that one
-thread wrote and another reads. What it would check is small: tasks share only an atomic counter each, and that results
-are bit-equal for every number of threads is tested for each op.
+They do not see what the tile instructions of AMX read and write, because these are assembler. ThreadSanitizer is not
+used: torch's OpenMP runtime is not compiled with it, so that it does not know the barriers and reports every result
+that one thread writes and another reads. It would have little to check: tasks share only an atomic counter, and the
+tests of each op compare the bits of results for several numbers of threads.
 """
 
 import platform
@@ -16,7 +16,7 @@ from var_kernels.testing import isa_levels
 
 FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
-# Lengths, channels and codes straddle vectors, tiles and blocks; views are strided; both directions.
+# Lengths, channels and codes straddle vectors, tiles and blocks. Views are strided. Forward and backward run.
 GRID = """
 from pathlib import Path
 import torch
@@ -83,9 +83,9 @@ print("silent")
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """The instrumented library. It cannot be loaded here, only where the sanitizers' runtimes are preloaded."""
+    """The instrumented library. Only processes that preload the runtimes of the sanitizers can load it."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
-        pytest.skip("the sanitizers' runtimes are preloaded as on Linux, x86-64")
+        pytest.skip("the runtimes of the sanitizers are preloaded in the way of Linux on x86-64")
     directory = tmp_path_factory.mktemp("sanitized")
     path = directory / build.LIBRARY_NAME
     by_calls = build.find_compiler().family == "g++"
@@ -97,7 +97,7 @@ def library(tmp_path_factory):
     return path
 
 
-@pytest.mark.evidence  # compiles every instruction set once more
+@pytest.mark.evidence  # it compiles every instruction set once more
 @pytest.mark.parametrize("level", isa_levels())
 def test_cpu_kernels_are_silent(library, monkeypatch, level):
     monkeypatch.setenv("VAR_KERNELS_ISA", level)

@@ -1,7 +1,7 @@
-"""Every op on a GPU, for the first one that this package meets: `pytest -m gpu`. Skipped where there is none.
+"""Every op on a GPU: `pytest -m gpu` runs these tests, which are skipped if there is no GPU.
 
-What `tests/test_triton_*.py` show without a GPU (arithmetic, masks, addresses) is repeated here at the sizes of the
-model family and on the real compiler's output; the rest only a GPU can show: streams, graphs, inductor, two devices.
+Arithmetic, masks and addresses, which tests/kernels/*/test_triton.py and test_cuda.py check without a GPU, are tested
+here again, at the sizes of the model family. Streams, graphs, inductor and a second device can only be tested on a GPU.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def gpu(request):
 
 
 def results(call, tensors, backend, dtype=None):
-    """Outputs and, under fixed cotangents, the gradient of every tensor, by number."""
+    """Outputs, and the gradient of every tensor for fixed gradients of the outputs, in a list."""
     leaves = [t.detach().to(DEVICE, dtype or t.dtype).requires_grad_() for t in tensors]
     outputs = [out for out in call(*leaves, backend=backend) if out.requires_grad]
     cotangents = [randn(out.numel(), seed=50 + i).to(tensors[0].dtype).to(out).view_as(out)
@@ -139,7 +139,7 @@ def test_adaln(gpu, gated, shape, dtype):
 @pytest.mark.parametrize(("rows", "codes", "channels"), [(5440, 4096, 32), (1, 4096, 32), (1000, 16384, 64)])
 def test_nearest_code(gpu, rows, codes, channels, metric):
     z, codebook = randn(rows, channels, seed=0).to(DEVICE), randn(codes, channels, seed=1).to(DEVICE)
-    codebook[codes // 2] = codebook[3]  # of equal codes the first
+    codebook[codes // 2] = codebook[3]  # the first of equal codes must be chosen
     found = nearest_code(z, codebook, metric=metric, backend=gpu)
     wide = z.double(), codebook.double()
     if metric == "cosine":
@@ -148,7 +148,7 @@ def test_nearest_code(gpu, rows, codes, channels, metric):
     else:
         scores = wide[0] @ wide[1].T - wide[1].square().sum(-1) / 2
     best = scores.max(-1).values
-    # fp32 scores: products of C terms, each sum rounded; a code is as near within that.
+    # Scores in fp32 are sums of C products, each rounded. The chosen code is the nearest one within that rounding.
     band = 4 * channels**0.5 * torch.finfo(torch.float32).eps * (z.norm(dim=-1) * codebook.norm(dim=-1).max()).double()
     assert (best - scores.gather(-1, found[:, None])[:, 0] <= band).all()
     assert not (found == codes // 2).any()
@@ -185,7 +185,7 @@ def gated_attention(q, k, v, x, gate, scale, shift, backend):
 
 
 def block(q, k, v, x, gate, scale, shift, backend):
-    """One of each op of a transformer block."""
+    """Each op of a transformer block, once."""
     residual, y = gated_attention(q, k, v, x, gate, scale, shift, backend)
     return residual, adaln_layer_norm(y, scale, shift, backend=backend)
 
@@ -211,7 +211,7 @@ def test_inductor(gpu, dtype):
 
 
 def test_cuda_graphs_of_inductor(gpu):
-    """Its graphs own the memory of what they warm up with: tables of schedules must not lie in it."""
+    """The graphs own the memory that is allocated in their warm-up. The tables of schedules must not be there."""
     torch._dynamo.reset()
     compiled = torch.compile(functools.partial(block, backend=gpu), fullgraph=True, mode="reduce-overhead")
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_cuda_graphs_of_inductor(gpu):
 
 
 def captured(step, inputs, fresh) -> tuple:
-    """The results of `step(*inputs)` as a graph, replayed after `fresh` was written into the inputs."""
+    """Captures `step(*inputs)` as a graph, writes `fresh` into the inputs, and returns the results of a replay."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -241,7 +241,7 @@ def captured(step, inputs, fresh) -> tuple:
 
 
 def with_gradients(call, cotangents):
-    """`call` and the gradients of its outputs under `cotangents`, in its arguments that require them."""
+    """A function that returns the outputs of `call`, and the gradients of its arguments for these `cotangents`."""
 
     def step(*tensors):
         outputs = call(*tensors)
@@ -298,7 +298,7 @@ def test_graph_capture_of_a_training_step_of_the_quantizer(gpu):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(gpu, dtype):
-    """Results and gradients are those of inputs cast by hand; gradients have the dtype of the leaves."""
+    """Results and gradients equal those of inputs that are cast by hand. Gradients have the dtypes of the inputs."""
     q, k, v, x, *modulations = leaves(t.to(DEVICE) for t in block_inputs(torch.float32))
     x = x.detach().to(dtype).requires_grad_()
     inputs = (q, k, v, x, *modulations)
@@ -327,7 +327,7 @@ def test_autocast_never_lowers_a_search(gpu):
 
 
 def test_side_stream(gpu):
-    """Kernels run on the current stream: behind a long wait on it, and not on the default one."""
+    """Kernels run on the current stream, here behind a long wait, and not on the default stream."""
     inputs = block_inputs()
     with torch.no_grad():
         expected = block(*inputs, backend=gpu)
@@ -375,7 +375,7 @@ def test_qk_norm_cache(gpu, head_dim, dtype):
 
 @pytest.mark.parametrize("vocab", [512, 4096, 16384])
 def test_sample_tokens(gpu, vocab):
-    """A draw between scores that are equal to rounding may go either way: at most one in a thousand here."""
+    """Draws may differ where scores are equal within rounding, which is at most one in a thousand here."""
     conditional, unconditional = (3 * randn(4, 256, vocab, seed=seed) for seed in (1, 2))
     options = {"guidance": 1.5, "top_k": 300, "top_p": 0.96, "offset": 424}
     seeds = torch.arange(4)
@@ -387,7 +387,7 @@ def test_sample_tokens(gpu, vocab):
 
 
 def test_captured_generation(gpu):
-    """Each scale as a CUDA graph: what the launches give, for other labels, seeds and options than at the capture."""
+    """With each scale as a CUDA graph, tokens equal those of launches, also for other labels, seeds and options."""
     pipeline = var.load(backend=gpu)
     vqvae, transformer = pipeline.vqvae.to(DEVICE), pipeline.var.to(DEVICE)
     captured, launched = (var.Generator(transformer, vqvae, batch_size=4, graphs=graphs) for graphs in (True, False))
@@ -395,11 +395,11 @@ def test_captured_generation(gpu):
         one, other = (generator(torch.tensor(labels), seeds=seeds, cfg=cfg, top_k=100, top_p=0.95)
                       for generator in (captured, launched))  # fmt: skip
         assert torch.equal(one.tokens, other.tokens)
-    assert captured._captured, "the capture must not have failed"
+    assert captured._captured, "the capture failed"
 
 
 def test_generation_with_the_embedded_model(gpu):
-    """The same pictures as plain PyTorch, with one and the same seed."""
+    """With the same seed, the pictures are those of plain PyTorch."""
     labels = torch.arange(10)
     images = []
     for backend in (gpu, "reference"):
@@ -407,4 +407,4 @@ def test_generation_with_the_embedded_model(gpu):
         vqvae, transformer = pipeline.vqvae.to(DEVICE), pipeline.var.to(DEVICE)
         images.append(transformer.generate(vqvae, labels, cfg=2.0, top_k=1, seed=0))
     same = (images[0].tokens == images[1].tokens).float().mean().item()
-    assert same > 0.99, f"{same:.1%} of the tokens agree"  # a near-tie may fall otherwise, and changes what follows it
+    assert same > 0.99, f"{same:.1%} of the tokens agree"  # a near-tie may differ, which changes what follows

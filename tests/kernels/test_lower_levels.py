@@ -1,6 +1,6 @@
-"""The CPU tests of all ops and models once more: at every lower instruction set, and without the native library.
+"""Runs the CPU tests of all ops and models again at every lower instruction set, and without the native library.
 
-Each in a process of its own, since the level of the kernels is fixed when the library is loaded.
+Each run has a process of its own, because the level of the kernels is fixed when the library is loaded.
 """
 
 import re
@@ -20,7 +20,7 @@ PLACES = [
 
 
 def outcome(**changes: str) -> dict[str, int]:
-    """How many tests passed, failed, were skipped in a process with these environment variables."""
+    """How many tests pass, and how many are skipped, in a process with these environment variables."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-m", f"not ({' or '.join(TIERS)})", *map(str, PLACES)]
     answer = subprocess.run(command, env=child_environment(**changes), cwd=ROOT, capture_output=True, text=True)
@@ -33,7 +33,8 @@ def test_ops_at_a_lower_instruction_set(level):
     if level not in isa_levels()[:-1]:
         pytest.skip(f"{level} is not below the level of this process")
     counts = outcome(VAR_KERNELS_ISA=level)
-    assert counts["passed"] > 20 * counts.get("skipped", 0)  # a level without kernels would be skipped nearly whole
+    # At a level without kernels, nearly all tests would be skipped.
+    assert counts["passed"] > 20 * counts.get("skipped", 0)
 
 
 def test_ops_without_the_native_library():

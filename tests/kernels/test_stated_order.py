@@ -1,4 +1,4 @@
-"""Plain PyTorch in a stated order: the order, the same bits wherever it runs, and what it still refuses as a judge."""
+"""`stated_order`: its order of sums, equal bits on every host, and which errors it finds as the reference result."""
 
 import functools
 
@@ -19,7 +19,7 @@ def in_order(function, *args):
 
 
 def with_gradients(function, *tensors):
-    """The result and, under fixed cotangents, the gradient of each tensor."""
+    """The result, and the gradient of each tensor for a fixed gradient of the result."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     y = function(*leaves)
     dy = randn(y.numel(), seed=90).to(y.dtype).view(y.shape)
@@ -34,7 +34,7 @@ def strided_conv(x, weight, bias):
     return F.conv2d(x, weight, bias, stride=2, padding=(1, 0), dilation=(1, 2))
 
 
-# What the references and the yardsticks of the tests are made of.
+# The operators of which the references and the plain results of the tests consist.
 CASES = {
     "linear": (F.linear, (2, 35, 300), (40, 300), (40,)),
     "product without bias": (F.linear, (35, 1100), (40, 1100)),
@@ -60,7 +60,7 @@ def case(request):
 
 
 def chains(a, b, length):
-    """Sums of products of two vectors in float32, written out."""
+    """The sum of products of two vectors in float32, in chains of `length` terms, as a loop."""
     totals = []
     for start in range(0, len(a), length):
         total = numpy.float32(0)
@@ -71,7 +71,7 @@ def chains(a, b, length):
 
 
 def sixteen(values):
-    """A sum in float32, 16 terms at a time, written out."""
+    """A sum in float32, of 16 terms at a time, as a loop."""
     while len(values) > 1:
         parts = [values[i : i + 16] for i in range(0, len(values), 16)]
         values = [functools.reduce(lambda x, y: numpy.float32(x + y), part) for part in parts]
@@ -83,7 +83,7 @@ def test_products_are_those_of_a_loop():
     expected = [[chains(row, column, 1024) + b for column, b in zip(weight.numpy(), bias.numpy(), strict=True)]
                 for row in x.numpy()]  # fmt: skip
     assert torch.equal(in_order(F.linear, x, weight, bias), torch.tensor(numpy.array(expected)))
-    # All terms of a convolution in one chain.
+    # A convolution sums all terms in one chain.
     x, weight = x.view(1, 2600, 1, 3), weight.view(5, 2600, 1, 1)
     expected = [[chains(x[0, :, 0, i].numpy(), row.flatten().numpy(), 2600) for i in range(3)] for row in weight]
     assert torch.equal(in_order(F.conv2d, x, weight)[0, :, 0], torch.tensor(numpy.array(expected)))
@@ -112,8 +112,8 @@ def test_the_same_bits_with_other_threads_and_libraries(case, restore_threads, m
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_the_same_bits_whatever_is_computed_at_a_time(case, monkeypatch):
-    """On a GPU more sums grow together than on a CPU."""
+def test_the_bits_do_not_depend_on_how_many_sums_run_at_once(case, monkeypatch):
+    """A GPU computes more sums at once than a CPU."""
     expected = in_order(with_gradients, case[0], *case[1])
     monkeypatch.setattr(_stated_order, "_AT_ONCE", 100)
     assert all(torch.equal(a, b) for a, b in zip(in_order(with_gradients, case[0], *case[1]), expected, strict=True))
@@ -125,7 +125,7 @@ def test_values_and_gradients_are_those_of_pytorch(case, dtype):
     same, exact = (in_order(with_gradients, function, *(x.to(to) for x in tensors)) for to in (dtype, torch.float64))
     for found, plain, wide in zip(with_gradients(function, *tensors), same, exact, strict=True):
         assert found.dtype == plain.dtype and found.shape == plain.shape and found.device == plain.device
-        # To a hundred roundings: PyTorch's own order is the host's choice, and in 16 bits its sums are rounded oftener.
+        # The limit is 100 roundings, because PyTorch's order depends on the host, and it rounds 16-bit sums oftener.
         band = 100 * torch.finfo(dtype).eps * wide.abs().max()
         assert (plain - wide).abs().max() <= band and (plain.double() - found).abs().max() <= band
 
@@ -171,7 +171,7 @@ def test_never_falls_back_to_the_order_of_the_host(product):
         in_order(product)
 
 
-# ---- as a judge ------------------------------------------------------------------------------------------------------
+# ---- as the reference result ----------------------------------------------------------------------------------------
 
 
 def problem(dtype, terms=2050):
@@ -182,7 +182,7 @@ def problem(dtype, terms=2050):
 @pytest.mark.parametrize("terms", [1, 17, 512, 1024, 2050])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_right_products_of_every_host_pass(dtype, terms):
-    """Chains as long as oneDNN's (1024) and kernels' (512, 240), sums by halves, and whatever this host does."""
+    """Chains are as long as in oneDNN (1024) and our kernels (512, 240); sums go by halves or in this host's order."""
     x, weight, same, exact = problem(dtype, terms)
     wide = x.float()[:, None] * weight.float()  # (M, N, K)
     for length in (1024, 512, 240, 1):
@@ -192,7 +192,7 @@ def test_right_products_of_every_host_pass(dtype, terms):
 
 
 def low_precision(x, weight, dtype, to):
-    """Sums of 16 products each, which a bad kernel keeps in `to`."""
+    """A bad kernel, which adds 16 products at a time and keeps the sum in the dtype `to`."""
     total = torch.zeros(9, 560, dtype=to)
     for k in range(0, x.shape[1], 16):
         total = (total.float() + x[:, k : k + 16].float() @ weight[:, k : k + 16].float().T).to(to)

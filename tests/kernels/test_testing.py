@@ -1,4 +1,4 @@
-"""The judge is judged: every way in which a kernel can be wrong must fail, and what is right must pass."""
+"""The comparison itself, `assert_accurate`: wrong results must fail, and right ones must pass."""
 
 import platform
 
@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _softmax_average(dtype):
-    """A causal average of L values, whose late rows are small: (plain result in dtype, exact)."""
+    """A causal average of values, whose late rows are small: (plain result in `dtype`, exact result)."""
     q, k, v = attention_inputs(1, 2, 200, 16, seed=0, dtype=dtype)
 
     def average(q, k, v):
@@ -57,7 +57,7 @@ def test_refuses_a_wrong_result(case, spoil):
 
 
 def test_zero_late_rows_fail_although_the_first_row_is_large():
-    # In bf16 the bound of the whole tensor is wider than the late rows are tall: only the row rule sees them.
+    # In bf16, the bound of the whole tensor is larger than the late rows, so that only the bound of a row finds them.
     plain, exact = _softmax_average(torch.bfloat16)
     plain[..., 0, :] *= 16
     exact[..., 0, :] *= 16
@@ -76,7 +76,7 @@ def test_the_message_names_the_worst_index():
         assert_accurate(spoilt, exact.float(), exact, name="y")
 
 
-def test_rows_of_zero_but_for_rounding_are_judged_by_the_tensor():
+def test_rows_that_are_zero_but_for_rounding_get_the_bound_of_the_tensor():
     exact = randn(8, 16, seed=2, dtype=torch.float64)
     exact[0] = 1e-19
     plain = exact.float()
@@ -116,7 +116,7 @@ def test_non_finite_values_match_in_place_and_kind(value):
         assert_accurate(spoilt, plain, exact)
 
 
-def test_overflow_of_the_dtype_is_expected_of_the_result():
+def test_a_result_must_overflow_where_the_dtype_does():
     exact = randn(2, 8, seed=5, dtype=torch.float64)
     exact[0, 0] = 1e6
     plain = exact.half()
@@ -126,7 +126,7 @@ def test_overflow_of_the_dtype_is_expected_of_the_result():
         assert_accurate(exact.half().clamp(max=65504), plain, exact)
 
 
-def test_a_useless_plain_result_is_refused_as_a_judge():
+def test_a_plain_result_with_which_zeros_would_pass_is_refused():
     exact = randn(4, 8, seed=6, dtype=torch.float64)
     with pytest.raises(AssertionError, match="zeros would pass"):
         assert_accurate(exact.float(), -exact.float(), exact)
@@ -144,7 +144,7 @@ def test_vanishing_and_empty_and_scalar_results():
     assert_accurate(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(1.0, dtype=torch.float64))
 
 
-def test_mistakes_of_the_test_are_not_failures_of_the_kernel():
+def test_wrong_arguments_of_the_comparison_are_no_assertion_errors():
     exact = randn(4, 8, seed=8, dtype=torch.float64)
     with pytest.raises(TypeError, match="exact: expected torch.float64"):
         assert_accurate(exact.float(), exact.float(), exact.float())
@@ -191,7 +191,7 @@ def test_modulation_is_a_view_that_cannot_be_ignored(length):
     assert gate.mean() < scale.mean() < shift.mean() and gate.abs().min() > 0
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere freed memory may come back as zeros")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators may return freed memory as zeros")
 @pytest.mark.parametrize("shape", [(20,), (3, 100), (1000, 1000), (4, 680, 1024)], ids=str)
 def test_poison_shows_an_unwritten_output(shape):
     like = torch.zeros(shape)
@@ -200,7 +200,7 @@ def test_poison_shows_an_unwritten_output(shape):
     assert torch.empty_like(like, dtype=torch.float16).isnan().all()
 
 
-def test_isa_levels_start_portable_and_end_in_use():
+def test_isa_levels_start_with_portable_and_end_with_the_one_in_use():
     from var_kernels.native import load
 
     levels = testing.isa_levels()

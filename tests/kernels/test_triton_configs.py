@@ -1,5 +1,7 @@
-"""The table of configurations, overrides, the file of measured ones and the search that writes it. No GPU is needed:
-what depends on one, running and timing a call, is given to the search as functions."""
+"""The table of configurations, overrides, the file of measured configurations, and the search that writes it.
+
+No GPU is needed, because the search takes functions that run and time a call.
+"""
 
 import json
 
@@ -33,7 +35,7 @@ def table(monkeypatch, tmp_path):
     configs.tuned_on.cache_clear()
 
 
-def test_the_first_row_that_serves_counts():
+def test_the_first_row_that_fits_is_chosen():
     def chosen(target, size, itemsize):
         return configs.choose(KERNEL, TARGETS[target], size, itemsize)
 
@@ -68,12 +70,12 @@ def test_measured_configurations_are_read_on_that_gpu_only(table):
     entry = {**values, "table": configs.fingerprint(KERNEL)}
     path = tuned_tiles.write(HERE.device, {Key(KERNEL, 64, 2): entry, Key("another.kernel", 64, 2): entry})
     assert path == table / "tuned-test-gpu-9000-x.json" and [p.name for p in table.iterdir()] == [path.name]
-    assert configs.choose(KERNEL, HERE, 50, 2) == Config(**values)  # of the row up to 64
+    assert configs.choose(KERNEL, HERE, 50, 2) == Config(**values)  # the entry is for sizes up to 64
     assert configs.choose(KERNEL, HERE, 50, 4) is ANY
     assert configs.choose(KERNEL, TARGETS["sm_90"], 64, 2) is LARGE
 
 
-def test_what_was_measured_against_another_table_does_not_count(table):
+def test_measurements_for_another_table_are_ignored(table):
     entry = {"tiles": {"TILE": 64}, "num_warps": 8, "num_stages": 3, "options": {}, "table": "of an older version"}
     tuned_tiles.write(HERE.device, {Key(KERNEL, 64, 2): entry})
     assert configs.choose(KERNEL, HERE, 50, 2) is LARGE
@@ -111,7 +113,7 @@ def test_an_interrupted_write_leaves_the_old_file(table, monkeypatch):
 
 
 class Fake:
-    """A problem whose time depends on the configuration in use, and which fails or is wrong with some of them."""
+    """A problem whose time depends on the configuration. With some configurations it fails, or its result is wrong."""
 
     def run(self):
         self.used = configs.choose(KERNEL, HERE, 64, 2)
@@ -124,7 +126,7 @@ class Fake:
         call()
         best = {"TILE": 256}
         if self.used.num_stages == 4:
-            return 1e-9  # fast and wrong
+            return 1e-9  # fast but wrong
         return 1e-3 * (1 + abs(self.used.num_warps - 8) + (self.used.tiles != best))
 
 

@@ -1,5 +1,6 @@
-"""A test of the tests: faults planted in the Triton kernels, one at a time, in a copy of the package. Each must fail
-the test that is named beside it; all of those pass without a fault.
+"""Tests the tests of the Triton kernels with planted faults, which are deliberate errors in a copy of the package.
+
+Each fault must make the test named beside it fail. Without a fault, all these tests pass.
 """
 
 import os
@@ -142,7 +143,7 @@ MUTANTS = {
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The package and its tests in another place, without the native library."""
+    """A copy of the package and its tests, without the native library."""
     root = tmp_path_factory.mktemp("mutants")
     ignored = shutil.ignore_patterns("__pycache__", "*.so")
     for part in ("var_kernels", "tools", "tests", "var", "csrc"):
@@ -152,7 +153,7 @@ def copy(tmp_path_factory):
 
 
 def run(root: Path, *tests: str) -> subprocess.CompletedProcess:
-    """The tests on the package in `root`, until the first failure."""
+    """Runs the tests on the package in `root` until the first failure."""
     environment = {**os.environ, "PYTHONPATH": str(root), "VAR_KERNELS_BUILD": "none", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     return subprocess.run(
@@ -166,7 +167,7 @@ def test_mutant_is_caught(copy, name):
     mutant = MUTANTS[name]
     with mutant.planted(copy / "var_kernels"):
         answer = run(copy, mutant.check)
-    # One failure, of this test and of what it asserts: not a fault that does not compile, nor one of the copy.
+    # There is one failure, in an assertion of this test, and not an error of compilation or of the copy.
     assert answer.returncode == 1, answer.stdout
     assert re.search(r"^1 failed", answer.stdout.splitlines()[-1]), answer.stdout
     assert re.search(r"^E +(AssertionError|assert |.*PtxError)", answer.stdout, re.M), answer.stdout

@@ -1,4 +1,4 @@
-"""The vectors recorded once from the official model's arithmetic in fp32 on a CPU (tests/data), and what they ask."""
+"""Reference vectors, recorded once from the official model in fp32 on a CPU (tests/data), and checks against them."""
 
 import json
 from pathlib import Path
@@ -13,14 +13,14 @@ from var import VAR, VQVAE, VARConfig, VQVAEConfig, generate
 
 DATA = Path(__file__).parents[1] / "data"
 IMAGE_ATOL = 2e-4  # images, logits and reconstructions: absolute, in fp32
-# more_smooth feeds every scale the softmax of (2 x guided logits + noise) / 0.0135: a logit that is off by 1e-5, its
-# rounding in fp32, moves the weights by 1.5e-3 of themselves. The recorded image, fp32 too, is 1.6e-4 away from the
-# same computation in fp64; another order of the same sums (AVX2) was 7e-4 away from it.
+# more_smooth feeds every scale the softmax of (2 x guided logits + noise) / 0.0135. An error of 1e-5 in a logit, which
+# is its rounding in fp32, changes the weights by 1.5e-3 of their size. The recorded image is in fp32 too and 1.6e-4
+# away from the same computation in fp64; another order of the same sums (AVX2) was 7e-4 away from it.
 SMOOTH_ATOL = IMAGE_ATOL + 2 / 0.0135 * 1e-5
 
 
 class Golden:
-    """One recorded configuration with its arrays and the two networks filled by the weights recipe."""
+    """One recorded configuration: its arrays, and the two networks with the weights of the recipe."""
 
     def __init__(self, name: str, backend: str) -> None:
         self.spec = json.loads((DATA / f"{name}.json").read_text())

@@ -1,4 +1,4 @@
-"""Loading and saving: the released format written in the test, our own files, and all that must be refused."""
+"""Loading and saving: the released format, which the tests write, our own files, and files that must be refused."""
 
 import os
 import pickle
@@ -93,7 +93,7 @@ def test_a_file_for_another_schedule_is_refused(tmp_path):
 
 
 class Payload:
-    """What a malicious checkpoint would contain: unpickling it would run os.mkdir."""
+    """An object as in a malicious checkpoint: unpickling it would run os.mkdir."""
 
     def __init__(self, path) -> None:
         self.path = path

@@ -1,5 +1,7 @@
-"""The model on the CUDA kernels, all of them executed on the CPU by the emulation, never on a GPU: the vectors recorded
-from the official model, and an image of the embedded model."""
+"""The model on the CUDA kernels, which the emulation executes on the CPU; nothing runs on a GPU.
+
+The tests compare it with the vectors recorded from the official model, and with an image of the embedded model.
+"""
 
 import contextlib
 
@@ -15,7 +17,7 @@ if build.unavailable_reason() is not None:
 
 
 def emulation():
-    """Inside, backend="cuda" is the emulation of every CUDA file; raises EmulationError for what was found."""
+    """A context in which backend="cuda" is the emulation of all CUDA files; raises EmulationError with its findings."""
     return serving(load("fast", kernel_sources()))
 
 
@@ -29,7 +31,7 @@ def test_reference_vectors(name):
             vectors.check_generate(golden, mode)
         if name == "tiny":
             vectors.check_tokenizer_training_forward(golden)
-    assert record.counters["launches"] > 150  # of all ops, the logits' backward among them
+    assert record.counters["launches"] > 150  # of all ops, forward and backward
 
 
 def test_an_image_of_the_embedded_model():

@@ -51,7 +51,7 @@ def test_config_survives_json(config):
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_state_dict_is_that_of_the_released_file(name):
-    """Every name, shape and dtype of the released d16 … d36 and their tokenizer, on the meta device."""
+    """Compares every name, shape and dtype of the released d16 … d36 and their tokenizer, on the meta device."""
     with torch.device("meta"):
         model = VQVAE(VQVAEConfig()) if name.startswith("vae") else VAR(PRESETS[name.removeprefix("var_")][1])
     ours = {key: [list(value.shape), str(value.dtype).removeprefix("torch.")]
@@ -154,7 +154,7 @@ def test_var_refuses_wrong_teacher_forcing_input():
 
 
 def test_edit_keeps_given_tokens():
-    """With everything kept the edit reproduces the reconstruction, whatever is sampled."""
+    """If all tokens are kept, the edit gives the reconstruction, whatever is sampled."""
     var, vqvae = tiny_var(), tiny_vqvae()
     images = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
     result = edit(var, vqvae, images, torch.ones(3, 3), seed=0)

@@ -1,10 +1,11 @@
-"""The model against vectors recorded once from the official model's arithmetic in fp32 on a CPU (tests/data)."""
+"""The model is compared with vectors recorded once from the official model in fp32 on a CPU (tests/data)."""
 
 import functools
 
 import pytest
 import torch
 
+from tests.helpers.models import stepwise_logits
 from tests.model.golden import (
     Golden,
     assert_near,
@@ -79,15 +80,7 @@ def test_edit(tiny, task):
 
 
 def test_cached_steps_equal_the_masked_forward(golden):
-    """KV-cached stepwise logits are those of one forward over all tokens with the block-causal mask."""
-    var, schedule = golden.var, golden.var.config.schedule
+    """The logits of steps with a KV cache equal those of one forward over all tokens with the block-causal mask."""
+    var, labels, inputs = golden.var, golden.labels, golden["teacher_forcing_input"]
     with torch.inference_mode():
-        inputs = golden["teacher_forcing_input"]
-        full = var(golden.labels, inputs)
-        steps = InferenceTransformer(var, len(golden.labels))
-        x = steps.begin(golden.labels)
-        first = schedule.lengths[0]
-        for k, (start, length) in enumerate(zip(schedule.starts, schedule.lengths, strict=True)):
-            if k:
-                x = steps.embed(inputs[:, start - first : start - first + length], k, guided=False)
-            assert_near(steps.step(x, k), full[:, start : start + length])
+        assert_near(stepwise_logits(InferenceTransformer(var, len(labels)), labels, inputs), var(labels, inputs))

@@ -1,5 +1,8 @@
-"""The library with CUDA kernels, built against the torch of the tests, be it a CPU build: what it asks of the loader,
-what it registers, and what it says without a GPU. `tools/check_cuda_torch.py` does the same beside a CUDA build."""
+"""The library with CUDA kernels, built against the torch of the tests, which may be a CPU build.
+
+The tests look at what it needs from the loader, what it registers, and its message without a GPU.
+`tools/check_cuda_torch.py` does the same next to a CUDA build of torch.
+"""
 
 import shutil
 import subprocess
@@ -28,7 +31,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess:
 @pytest.mark.skipif(build.find_nvcc() is None, reason="nvcc is not installed")
 def test_cuda_kernels_are_built_and_registered_without_a_gpu(tmp_path):
     library = tmp_path / build.LIBRARY_NAME
-    # One architecture, for speed.
+    # One architecture only, to save time.
     built = run("-m", "var_kernels.native.build", "--mode", "cuda", "--archs", "80", "--output", library)
     assert built.returncode == 0, built.stdout
     checked = run(ROOT / "tools/check_cuda_library.py", library)

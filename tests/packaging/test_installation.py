@@ -1,4 +1,4 @@
-"""pip on the whole project, with a tiny ``csrc``: editable installs and wheels, with and without torch or a compiler.
+"""pip installs the project with a tiny ``csrc``: editable and as a wheel, with and without torch or a compiler.
 
 Nothing needs the network: fresh environments see the packages of the one that runs the tests.
 """
@@ -45,7 +45,7 @@ class Environment:
         return answer.stdout
 
     def load(self, cache: Path, **changes: str) -> dict:
-        """What ``load.native_library()`` answers in this environment."""
+        """What ``load.native_library()`` returns in this environment."""
         process = subprocess.Popen(
             [str(self.python), "-c", LOAD], env=environment(VAR_KERNELS_CACHE=str(cache), **changes), cwd=self.root,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -57,15 +57,8 @@ PIP_FLAGS = ("--no-build-isolation", "--no-deps", "-v")
 
 
 @pytest.fixture
-def no_compiler(tmp_path):
-    """A PATH without any compiler."""
-    (tmp_path / "empty").mkdir()
-    return str(tmp_path / "empty")
-
-
-@pytest.fixture
 def project(tmp_path):
-    """The project as pip sees it, with the tiny ``csrc`` in place of the real one."""
+    """A copy of the project as pip needs it, with the tiny ``csrc`` instead of the real one."""
     target = tmp_path / "project"
     target.mkdir()
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE"):

@@ -1,4 +1,4 @@
-"""The layers of the tree: who imports whom. Every import counts, also within functions and for types only."""
+"""Which modules may import which. Imports within functions, and those for type annotations, count as well."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOPS = ("var", "var_kernels", "tools", "tests", "benchmarks")
-# What the modules of each folder of var/ may import of var/.
+# For each folder of var/, the folders of var/ from which its modules may import.
 LAYERS = {
     "model": {"model"},
     "data": {"data"},
@@ -55,7 +55,7 @@ def imports(name: str) -> Iterator[str]:
 
 
 def cycle_through(start: str, graph: dict[str, set[str]]) -> list[str] | None:
-    """A path of imports from a module back to it; None if there is none."""
+    """A path of imports from the module `start` back to it, or None if there is none."""
     paths, seen = [[start]], set()
     while paths:
         path = paths.pop(0)
@@ -71,7 +71,7 @@ def cycle_through(start: str, graph: dict[str, set[str]]) -> list[str] | None:
 GRAPH = {name: set(imports(name)) - {name} for name in MODULES}
 
 
-def test_every_import_that_is_there_is_seen():
+def test_every_kind_of_import_is_seen():
     assert "var.model.config" in GRAPH["var.model.transformer"]  # relative
     assert "var_kernels.triton.targets" in GRAPH["tools.report.bounds"]  # absolute
     assert "var.cli.demo" in GRAPH["var.cli.images"]  # within a function
@@ -112,7 +112,7 @@ def test_the_packages_import_nothing_of_the_tools_or_the_tests(top, allowed):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_backend_imports_no_other_and_no_kernel_its_reference(backend):
     others = tuple(f"var_kernels.{other}" for other in BACKENDS if other != backend)
-    # What defines the raw operators is shared, and the report of a build's sources is part of what was measured.
+    # All backends need the definitions of the raw operators, and measurements record the sources of the build.
     shared = {"var_kernels.native.library", "var_kernels.native.build"}
     for name in MODULES:
         if name.startswith(f"var_kernels.{backend}"):
@@ -137,7 +137,8 @@ def test_no_test_imports_a_test():
 def test_every_file_and_folder_says_what_it_is():
     silent = []
     for name, path in MODULES.items():
-        is_marker = path.name == "__init__.py" and name.split(".")[0] == "tests"  # of folders that mirror the package
+        # In tests/, an empty __init__.py only makes a package of a folder.
+        is_marker = path.name == "__init__.py" and name.split(".")[0] == "tests"
         if not is_marker and ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) is None:
             silent.append(name)
     assert not silent

@@ -1,6 +1,6 @@
-"""The build of the native library, its cache, and what happens where a piece is missing.
+"""The build of the native library, its cache, and what happens if a part is missing.
 
-Everything runs in fresh processes: loading a library cannot be undone in this one. Nothing needs the network.
+Everything runs in fresh processes, because this one cannot unload a library. Nothing needs the network.
 """
 
 import os
@@ -29,18 +29,11 @@ def tiny(tmp_path):
     return Checkout(tmp_path)
 
 
-@pytest.fixture
-def no_compiler(tmp_path):
-    """A PATH without any compiler."""
-    (tmp_path / "empty").mkdir()
-    return str(tmp_path / "empty")
-
-
 @pytest.mark.parametrize("module", ["var_kernels", "var"])
 def test_import_is_inert(module, tmp_path):
     code = f"""
         import os, sys
-        import torch  # not ours: what it does at import is not counted
+        import torch  # what torch does at import does not count
         loaded, threads, variables = set(torch.ops.loaded_libraries), torch.get_num_threads(), dict(os.environ)
         modules, events = set(sys.modules), []
         forbidden = ("subprocess.Popen", "os.system", "os.posix_spawn", "os.fork", "os.putenv", "ctypes.dlopen")
@@ -91,7 +84,7 @@ def test_many_processes_build_once(tiny, tmp_path):
     assert sorted(answer["origin"][:5] for answer in answers) == ["built", "cache", "cache", "cache"]
     compiled = [line for line in log.read_text().splitlines() if " -c " in line]
     levels = len(build.ISA_LEVELS) if build.find_compiler().x86_64 else 1
-    assert len(compiled) == 2 + levels  # the build info, the door, and the vector code per level
+    assert len(compiled) == 2 + levels  # the build info, dispatch.cpp, and the vector code for each level
 
 
 @needs_compiler
@@ -156,7 +149,7 @@ def test_a_compiler_that_does_not_work_is_named(tiny):
 
 
 @needs_compiler
-def test_a_compile_error_is_shown_and_later_mended(tiny):
+def test_a_compile_error_is_shown_and_its_correction_is_built(tiny):
     good = (tiny.csrc / "cpu/dispatch.cpp").read_text()
     (tiny.csrc / "cpu/dispatch.cpp").write_text(good + "\nnonsense;\n")
     answer = tiny.load()
@@ -179,7 +172,7 @@ def test_a_cache_that_is_a_file_is_one_warning(tiny, tmp_path):
     assert not answer["available"] and "VAR_KERNELS_CACHE" in answer["reason"] and len(answer["warnings"]) == 1
 
 
-def test_none_asks_for_no_library(tiny):
+def test_mode_none_loads_no_library(tiny):
     answer = tiny.load(VAR_KERNELS_BUILD="none")
     assert not answer["available"] and not answer["warnings"] and not answer["stderr"]
     assert answer["reason"] == "VAR_KERNELS_BUILD=none asks for no native library"
@@ -199,7 +192,7 @@ def test_an_invalid_mode_names_the_valid_ones(arguments):
 
 
 def test_the_reference_serves_without_a_compiler(tmp_path, no_compiler):
-    """The real package, its library out of reach: one warning in all, and the reference's results."""
+    """The real package, without its library, gives one warning in all and the results of the reference."""
     shutil.copytree(
         ROOT / "var_kernels", tmp_path / "real/var_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
     )
@@ -230,7 +223,7 @@ def test_the_reference_serves_without_a_compiler(tmp_path, no_compiler):
 
 
 def test_a_failed_check_is_an_exit_status_of_1(tmp_path):
-    """``python -m var_kernels`` with an op whose results are wrong in one row."""
+    """Runs ``python -m var_kernels`` with an op whose results are wrong in one row."""
     code = """
         import sys, types
         import torch, var_kernels
@@ -239,7 +232,7 @@ def test_a_failed_check_is_an_exit_status_of_1(tmp_path):
         right, calls = _self_check.adaln_layer_norm, []
         def wrong(x, scale, shift, backend):
             y = right(x, scale, shift, backend=backend)
-            calls.append(1)  # of three calls the first two are the judges
+            calls.append(1)  # of three calls, the first two give the reference results
             return torch.cat([y[:, :-1], y[:, -1:] * 1.1], 1) if len(calls) % 3 == 0 else y
         if sys.argv.pop() == "wrong":
             _self_check.adaln_layer_norm = wrong

@@ -1,4 +1,4 @@
-"""What the README says is true: its Python examples run, its files exist, its commands have the form that CI runs."""
+"""The documents agree with the code: Python examples run, linked files and names exist, commands have CI's form."""
 
 import importlib
 import importlib.util
@@ -33,13 +33,13 @@ def test_linked_files_exist(page):
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
 def test_names_of_the_packages_are_reachable(page):
-    """`var_kernels.multi_scale_quantize.phi_index` was documented, where that is a function and no module."""
+    """`var_kernels.multi_scale_quantize.phi_index` was documented, but `multi_scale_quantize` is a function there."""
     names = re.findall(r"`((?:var|var_kernels)(?:\.\w+)+)[`(]", (ROOT / page).read_text(encoding="utf-8"))
     assert not [name for name in dict.fromkeys(names) if not reachable(name)]
 
 
 def reachable(name):
-    """Whether each part is an attribute of what the parts before it name, or a submodule to import."""
+    """Whether each part of `name` is an attribute or a submodule of the object that the parts before it name."""
     root, *parts = name.split(".")
     found = importlib.import_module(root)
     for part in parts:

@@ -1,6 +1,6 @@
-"""Constants and rules that Python and C++ each write down: the C++ is compiled, and gives the same numbers.
+"""Constants and rules that Python and C++ both state: the tests compile the C++ and compare the numbers.
 
-The cuts of the attention's tiles, which exist in both as well, are compared in `test_tiles.py`.
+`tests/kernels/block_causal_attention/test_tiles.py` does the same for the tiles of the attention.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from var_kernels.inference import packed_linear, winograd_conv
 from var_kernels.native import build
 
 HEADERS = ("cpu/packed_linear.h", "cpu/winograd_conv.h")
-# Of files that only a CUDA compiler or one for a single instruction set takes.
+# Constants of files that only a CUDA compiler, or a compiler for a single instruction set, accepts.
 STATEMENTS = {
     "kNames": "cpu/dispatch.cpp",
     "a": "cpu/winograd_conv.isa.cpp",
@@ -34,7 +34,7 @@ NUMBERS = (
 
 @pytest.fixture(scope="module")
 def cpp(tmp_path_factory):
-    """A library with `strip`, `scheme` and `level`, and `number`, which gives the constants of C++ by name."""
+    """A library with `strip`, `scheme` and `level`, and with `number`, which returns a constant of C++ by its name."""
     includes = "".join(f'#include "{header}"\n' for header in HEADERS)
     statements = "".join(f"{host_code.constant_statement(path, name)}\n" for name, path in STATEMENTS.items())
     numbers = "".join(f'  if (!std::strcmp(name, "{name}")) return double({name});\n' for name in NUMBERS)
@@ -99,7 +99,7 @@ def test_winograd_conv(cpp):
 
 
 def test_widest_head_of_the_attention(cpu):
-    # As an attribute of the package, the name is the function.
+    # `var_kernels.block_causal_attention` is the function, not the module.
     widest = importlib.import_module("var_kernels.block_causal_attention").MAX_HEAD_DIM
     raw = torch.ops.var_kernels._block_causal_attention
     fits, wider = torch.zeros(1, 1, 1, widest), torch.zeros(1, 1, 1, widest + 1)

@@ -1,4 +1,4 @@
-"""Data sets: IDX files, image folders, deterministic batches; every malformed input is named."""
+"""Data sets: IDX files, image folders, deterministic batches; an error names every malformed input."""
 
 import gzip
 import struct
@@ -31,7 +31,7 @@ from var.data.datasets import (
 def test_idx_round_trip(tmp_path, compressed):
     array = np.random.default_rng(0).integers(0, 256, (3, 4, 5), dtype=np.uint8)
     data = idx_bytes(array)
-    path = tmp_path / "a-ubyte"  # recognised by content: the name says nothing of gzip
+    path = tmp_path / "a-ubyte"  # recognised by its content, since the name does not tell that it is gzip
     path.write_bytes(gzip.compress(data) if compressed else data)
     np.testing.assert_array_equal(read_idx(path), array)
 
@@ -59,7 +59,8 @@ GOOD = idx_bytes(np.zeros((2, 3), np.uint8))
         (gzip.compress(GOOD)[:-9], "truncated or corrupt gzip"),
         (b"\x1f\x8b" + bytes(30), "truncated or corrupt gzip"),
     ],
-    ids=lambda value: value if isinstance(value, str) else f"{len(value)} bytes",  # a gzip header holds the time
+    # The content is no name for a test, because a gzip header contains the time.
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)} bytes",
 )
 def test_malformed_idx_is_named(tmp_path, content, message):
     path = tmp_path / "bad-idx"
@@ -184,7 +185,7 @@ def test_folder_flip_mirrors_whole_images(tmp_path):
 
 def test_folder_converts_transparency_and_16_bit_grey(tmp_path):
     (tmp_path / "a").mkdir()
-    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a" / "1.png")  # fully transparent: white shows
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a" / "1.png")  # transparent: it becomes white
     Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(tmp_path / "a" / "2.png")
     images, _ = ImageFolder(tmp_path, 8).batch(torch.arange(2))
     assert (images[0] == 1).all()

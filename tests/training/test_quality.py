@@ -1,4 +1,4 @@
-"""Quality measures against values known in closed form."""
+"""Quality measures are compared with values known in closed form."""
 
 import math
 
@@ -92,7 +92,7 @@ def test_classifier_learns_and_is_reproducible(tmp_path):
     train, test = FashionMNIST(tmp_path), FashionMNIST(tmp_path, "test")
     state = torch.get_rng_state()
     models = [train_classifier(train, torch.arange(60), epochs=8, batch_size=15) for _ in range(2)]
-    assert torch.equal(torch.get_rng_state(), state)  # the caller's random state is left alone
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random state does not change
     images, labels = test.batch(torch.arange(30))
     (classes, features), (again, _) = (classify(model, images) for model in models)
     assert torch.equal(classes, again)
@@ -115,7 +115,7 @@ def test_report(tmp_path):
     assert 0 < report.codes_used <= 1 and 1 <= report.code_perplexity <= VQVAE_CONFIG.vocab_size
     assert len(report.class_agreement_by_class) == 10
     expected = (4 / np.array(report.mse)).item()
-    assert abs(report.psnr - 10 * math.log10(expected)) < 1  # mean of logarithms against logarithm of the mean
+    assert abs(report.psnr - 10 * math.log10(expected)) < 1  # two different orders of mean and logarithm
     assert report.frechet_generated > report.frechet_floor >= 0
     real = test.batch(torch.arange(20))[0]
     held = train.batch(split_indices(40, 15)[1])[0]
@@ -128,8 +128,8 @@ def test_report_scores_a_perfect_generator_perfectly(tmp_path):
     train, test = FashionMNIST(tmp_path), FashionMNIST(tmp_path, "test")
     classifier = Classifier(10).eval()
     real, _ = test.batch(torch.arange(20))
-    # Labels cycle through the classes as the test images of this file do, so handing back the test images is perfect
-    # wherever the classifier is right.
+    # Labels cycle through the classes as the test images of this file do. A generator that returns the test images is
+    # therefore right wherever the classifier is right.
     vqvae = VQVAE(VQVAE_CONFIG, "reference").eval()
     options = {"classifier": classifier, "num_generated": 20, "held_out": 10, "batch_size": 20}
     report = evaluate(vqvae, lambda labels, seed: real[: len(labels)], train, test, **options)

@@ -1,4 +1,4 @@
-"""Training loops: schedule, groups, resuming to equal losses, interruption, failures that leave checkpoints intact."""
+"""Training loops: learning rate, parameter groups, resuming with equal losses, interruption, failures."""
 
 import math
 import os
@@ -41,7 +41,7 @@ from var.training.transformer import load_tokenizer, train_transformer, weights_
 
 
 def losses(output):
-    """Log records without what depends on the clock."""
+    """The records of the log without the fields that depend on the clock."""
     clock = ("images/s", "tokens/s", "seconds")
     return [{k: v for k, v in record.items() if k not in clock} for record in read_log(output / "log.jsonl")]
 
@@ -127,14 +127,14 @@ def test_bad_options_are_named(tmp_path, changes, message):
     ("precision", "step", "backend"), [("fp32", 3, "reference"), ("bf16", 4, "reference"), ("fp32", 5, "auto")]
 )
 def test_resumed_tokenizer_repeats_the_uninterrupted_losses(tmp_path, data, monkeypatch, precision, step, backend):
-    # Revivals of codes happen at steps 2 and 4, validations at 4 and 8: before, at and after the interruption.
+    # Dead codes are replaced at steps 2 and 4, and validation runs at 4 and 8: before, at and after the interruption.
     options = {"precision": precision, "backend": backend, "log_every": 2}
     train_tokenizer(tokenizer_options(tmp_path / "whole", data, **options))
     with monkeypatch.context() as patch:
         stop_after(patch, step)
         first = train_tokenizer(tokenizer_options(tmp_path / "halves", data, **options))
     assert (first.reason, first.step) == ("interrupted", step)
-    torch.rand(7)  # the state of the process between the runs must not matter
+    torch.rand(7)  # the random state of the process between the runs must not matter
     second = train_tokenizer(tokenizer_options(tmp_path / "halves", data, resume=True, **options))
     assert (second.reason, second.step) == ("finished", 8)
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
@@ -152,7 +152,7 @@ def test_resumed_transformer_repeats_the_uninterrupted_losses(tmp_path, data, to
     result = train_transformer(transformer_options(tmp_path / "halves", data, tokenizer, resume=True, **options))
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
     assert set(result.validation) == {"val_loss", "val_last_scale_accuracy"}
-    # Both halves of the model lie in the run directory.
+    # Both networks of the model lie in the run directory.
     pipeline = var.load(path=tmp_path / "halves", backend="reference")
     assert pipeline.class_names[0] == "T-shirt/top"
     assert pipeline.var.generate(pipeline.vqvae, torch.tensor([0, 9]), seed=0).images.shape == (2, 3, 32, 32)
@@ -274,7 +274,7 @@ def test_full_disk_leaves_the_previous_checkpoint_intact(tmp_path, data, monkeyp
         train_tokenizer(tokenizer_options(tmp_path, data))
     before = (tmp_path / "checkpoint.pt").read_bytes()
     options = tokenizer_options(tmp_path, data, resume=True, val_every=0)
-    # A file size limit is the full disk that a test can make: writes fail half-way with an OSError of the kernel.
+    # A limit of the file size stands for a full disk: writes fail half-way with an OSError of the system.
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
@@ -345,7 +345,7 @@ def test_signal_during_the_last_step_does_not_undo_the_end(tmp_path, data, monke
 
 
 class Scalar(nn.Module):
-    """One parameter, for exact statements about the loop."""
+    """A model of one parameter, with which the result of the loop is known exactly."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is particular to each training: the care of the codebook, cached tokens, label dropout, the losses."""
+"""What only one of the two trainings does: care of the codebook, cached tokens, label dropout, the losses."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_queries_are_what_the_quantizer_looks_up(tmp_path):
     queries, tokens = care._queries(images)
     assert queries.shape == (3 * 69, 8)
     nearest = torch.cdist(queries, care.codebook.detach()).argmin(1)
-    # Rounding of the residual may flip a tie between two nearly equidistant codes, nothing else.
+    # Only ties between two nearly equidistant codes may differ, by rounding of the residual.
     assert (nearest == tokens).float().mean() > 0.98
     assert torch.equal(tokens.view(3, 69), care.vqvae.encode(images))
 
@@ -110,7 +110,7 @@ def test_tokens_are_computed_once_and_belong_to_their_tokenizer(tmp_path, data, 
     assert (torch.from_numpy(tokens[0].astype(np.int64)) == expected).float().mean() > 0.99
     (path,) = tmp_path.glob("tokens-*.npy")
     with monkeypatch.context() as patch:
-        patch.setattr(VQVAE, "encode", lambda *args: pytest.fail("tokenized again"))
+        patch.setattr(VQVAE, "encode", lambda *args: pytest.fail("the images were tokenized again"))
         assert np.array_equal(cached_tokens(vqvae, images, options), tokens)
     path.write_bytes(path.read_bytes()[:200])  # a broken cache is computed again
     assert np.array_equal(cached_tokens(vqvae, images, options), tokens)

@@ -1,7 +1,6 @@
-"""adaln_layer_norm and gated_residual_adaln: accuracy of values and gradients, the contract, torch's tools."""
+"""adaln_layer_norm and gated_residual_adaln on the CPU: accuracy, layouts, arguments, torch's transformations."""
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,9 @@ from tests.kernels.adaln_layer_norm.contract import (
     FORMS,
     OPS,
     assert_accurate_results,
+    assert_compiles,
+    assert_gradients_of_empty_inputs,
+    assert_raw_op_checks,
     inputs,
     outputs,
     rotated_forms,
@@ -18,8 +20,6 @@ from tests.kernels.adaln_layer_norm.contract import (
 )
 from var_kernels import adaln_layer_norm, gated_residual_adaln
 from var_kernels.testing import assert_accurate, modulation, poison, randn, stated_order
-
-_ROOT = Path(__file__).resolve().parents[3]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,8 +56,8 @@ def test_accurate_over_shapes(cpu, op, dtype):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_accurate_in_brief(cpu, op):
-    # What the forced ISA levels run below: a tail, whole vectors, and both, in every dtype.
+def test_accurate_in_a_few_shapes(cpu, op):
+    # A tail, whole vectors, and both, in every dtype.
     for index, dtype in enumerate(DTYPES):
         for channels in (13, 64, 83):
             forms = rotated_forms(index)
@@ -68,7 +68,7 @@ def test_accurate_in_brief(cpu, op):
 def test_accurate_over_modulation_forms(cpu, op):
     for forms in itertools.product(FORMS, repeat=3):
         if op == "adaln" and forms[0] != FORMS[0]:
-            continue  # there is no gate
+            continue  # adaln_layer_norm has no gate
         assert_op_accurate(op, inputs(op, (2, 50, 24), seed=7, forms=forms))
 
 
@@ -84,7 +84,7 @@ def test_one_channel(cpu, op):
 
 @pytest.mark.parametrize("use", [(True, False), (False, True)], ids=["y only", "residual only"])
 def test_accurate_with_one_output_used(cpu, use):
-    # The last block of a network uses only one of the two outputs: the other gradient is absent.
+    # The last block of a network uses only one of the two outputs, so that the other one has no gradient.
     assert_op_accurate("gated", inputs("gated", (2, 50, 24), seed=3), use=use)
 
 
@@ -108,7 +108,7 @@ def test_gated_is_the_composition(cpu, dtype):
 
 
 def test_is_layer_norm_with_modulation():
-    # The reference itself, against torch's LayerNorm.
+    # This compares the reference itself with torch's LayerNorm.
     x, scale, shift = inputs("adaln", (2, 5, 48), seed=2, dtype=torch.float64)
     expected = torch.nn.functional.layer_norm(x, (48,), eps=1e-6) * (1 + scale) + shift
     torch.testing.assert_close(adaln_layer_norm(x, scale, shift), expected)
@@ -166,7 +166,7 @@ def test_expanded_modulation(cpu):
 
 
 def test_expanded_gradient(cpu):
-    # sum().backward() hands over a gradient whose strides are all 0.
+    # sum().backward() passes a gradient whose strides are all 0.
     x, scale, shift = (tensor.requires_grad_() for tensor in inputs("adaln", (2, 6, 40), seed=13))
     wide = [tensor.detach().double().requires_grad_() for tensor in (x, scale, shift)]
     exact = torch.autograd.grad(adaln_layer_norm(*wide).sum(), wide)
@@ -192,13 +192,7 @@ def test_empty(op, shape):
 
 @EMPTY
 def test_empty_raw_ops(cpu, shape):
-    ops = torch.ops.var_kernels
-    x, branch, gate, scale, shift = inputs("gated", shape, seed=1, forms=("(1,1,C)", "(B,1,C)", "(B,L,C)"))
-    residual, y, mean, rstd = ops._gated_residual_adaln(x, branch, gate, scale, shift, 1e-6)
-    poison()
-    gradients = ops._gated_residual_adaln_backward(y, None, residual, branch, gate, scale, mean, rstd, False, False)
-    assert [tuple(g.shape) for g in gradients] == [shape, shape, (1, 1, shape[2]), scale.shape, (1, 1, shape[2])]
-    assert not any(gradient.any() for gradient in gradients)
+    assert_gradients_of_empty_inputs(torch.ops.var_kernels, shape)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -216,8 +210,8 @@ def test_nan_and_inf_stay_in_their_row(cpu, op, bad):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("op", OPS)
 def test_large_outputs_equal_small_ones(cpu, op, dtype, channels):
-    # Tensors of more than 24 MiB in all are stored past the caches, if their rows are whole cache lines; a slice of the
-    # tokens is not. Rows are independent of each other, so the values must be the same.
+    # Tensors of more than 24 MiB in all are stored past the caches if their rows are whole cache lines; a slice of the
+    # tokens is too small for that. Rows do not depend on each other, so that the values must be the same.
     length = 24 * 2**20 // (2 * channels * dtype.itemsize) + 1
     tensors = inputs(op, (1, length, channels), seed=17, dtype=dtype)
     large = values_and_gradients(op, tensors, "cpu")
@@ -240,7 +234,7 @@ def test_writes_every_element(cpu, op, dtype):
 
 @pytest.mark.parametrize("op", OPS)
 def test_bit_equal_for_any_number_of_threads(cpu, op, restore_threads):
-    tensors = inputs(op, (2, 130, 260), seed=16)  # large enough to be shared out: twice the serial limit
+    tensors = inputs(op, (2, 130, 260), seed=16)  # twice as large as the limit up to which one thread does all
     results = []
     for count in (1, 2, 3, 4, 1):
         torch.set_num_threads(count)
@@ -248,7 +242,7 @@ def test_bit_equal_for_any_number_of_threads(cpu, op, restore_threads):
         assert all(torch.equal(value, results[0][name]) for name, value in results[-1].items()), count
 
 
-# ---- the call ------------------------------------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------------------------
 
 X = (2, 3, 6)
 WRONG = [
@@ -258,7 +252,7 @@ WRONG = [
     ("scale", lambda t: torch.zeros(6), ValueError, r"scale: expected shape \(2, 6\)"),
     ("scale", lambda t: torch.zeros(3, 6), ValueError, r"scale: expected shape .* got \(3, 6\)"),
     ("shift", lambda t: torch.zeros(1, 3, 6), ValueError, r"shift: expected shape .* got \(1, 3, 6\)"),
-    # As many elements as (2, 1, 6), and as (2, 3, 6): modulation is never matched by element count.
+    # These shapes have as many elements as (2, 1, 6) and (2, 3, 6): the number of elements must not decide.
     ("scale", lambda t: torch.zeros(1, 2, 6), ValueError, r"scale: expected shape .* got \(1, 2, 6\)"),
     ("shift", lambda t: torch.zeros(3, 2, 6), ValueError, r"shift: expected shape .* got \(3, 2, 6\)"),
     ("scale", lambda t: t["scale"].bfloat16(), TypeError, "scale: expected torch.float32 like x, got torch.bfloat16"),
@@ -294,14 +288,7 @@ def test_cpu_backend_refuses_float64(cpu):
 
 
 def test_raw_op_checks_its_arguments(cpu):
-    op = torch.ops.var_kernels._adaln_layer_norm
-    x, scale, shift = inputs("adaln", X, seed=1)
-    with pytest.raises(RuntimeError, match="scale: expected Float, got Half"):
-        op(x, scale.half(), shift, 1e-6)
-    with pytest.raises(RuntimeError, match=r"shift: expected shape \(B, 1, C\)"):
-        op(x, scale, torch.zeros(1, 3, 6), 1e-6)
-    with pytest.raises(RuntimeError, match="x: expected float32, bfloat16 or float16"):
-        op(x.double(), scale.double(), shift.double(), 1e-6)
+    assert_raw_op_checks(torch.ops.var_kernels._adaln_layer_norm)
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -336,13 +323,7 @@ def test_opcheck(cpu, forms):
 
 @pytest.mark.parametrize("op", OPS)
 def test_compile(cpu, op):
-    compiled = torch.compile(lambda *tensors: outputs(op, tensors, "auto"), fullgraph=True, backend="aot_eager")
-    for length in (5, 9, 6):  # the second call makes the length symbolic
-        tensors = [tensor.requires_grad_() for tensor in inputs(op, (2, length, 20), seed=1)]
-        expected, actual = outputs(op, tensors, "auto"), compiled(*tensors)
-        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-        gradients = [torch.autograd.grad([out.square().sum() for out in o], tensors) for o in (actual, expected)]
-        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert_compiles(op, "auto")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -363,7 +344,7 @@ def test_vmap(cpu):
     x, scale, shift = randn(3, 2, 5, 20, seed=1), randn(3, 2, 20, seed=2), randn(1, 1, 20, seed=3)
     expected = torch.stack([adaln_layer_norm(x[i], scale[i], shift, backend="cpu") for i in range(3)])
     assert torch.equal(torch.vmap(adaln_layer_norm, (0, 0, None))(x, scale, shift), expected)
-    # The mapped dimension innermost: no row is dense.
+    # The mapped dimension is the innermost one, so that no row is dense.
     assert torch.equal(torch.vmap(adaln_layer_norm, (3, 0, None))(x.movedim(0, -1), scale, shift), expected)
 
 
@@ -384,7 +365,7 @@ def test_func_grad(cpu, op):
     assert all(torch.equal(a[0], b) for a, b in zip(batched, expected, strict=True))
 
 
-def test_what_is_not_differentiable_says_so(cpu):
+def test_second_derivatives_and_forward_mode_are_refused(cpu):
     x, scale, shift = inputs("adaln", X, seed=1)
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(adaln_layer_norm(leaf, scale, shift).square().sum(), leaf, create_graph=True)

@@ -1,6 +1,4 @@
-"""gated_residual_adaln with a branch of 16 bits beside an fp32 stream: the same values, y rounded to that dtype."""
-
-from pathlib import Path
+"""gated_residual_adaln with an fp32 x and a 16-bit branch: the values are those in fp32, y rounded to 16 bits."""
 
 import pytest
 import torch
@@ -9,14 +7,13 @@ from tests.kernels.adaln_layer_norm.contract import mixed_inputs, rotated_forms
 from var_kernels import gated_residual_adaln
 from var_kernels.testing import poison
 
-_ROOT = Path(__file__).resolve().parents[3]
 DTYPES = (torch.bfloat16, torch.float16)
-# Rows of whole vectors, with tails, and of whole cache lines in both dtypes.
+# Rows of whole vectors, rows with tails, and rows of whole cache lines in both dtypes.
 SHAPES = [(2, 5, 3), (1, 7, 31), (2, 49, 64), (2, 49, 83), (3, 50, 2304)]
 
 
 def assert_same_values(tensors, backend: str) -> None:
-    """fp32 with the branch widened first, its y rounded once: the mixed form has the same bits."""
+    """The result has the bits of an fp32 call with the branch widened, whose y is rounded once."""
     x, branch, *rest = tensors
     expected, wide = gated_residual_adaln(x, branch.float(), *rest, backend=backend)
     poison()
@@ -26,7 +23,7 @@ def assert_same_values(tensors, backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_values_in_brief(cpu, dtype):
+def test_same_values(cpu, dtype):
     for index, shape in enumerate(SHAPES):
         assert_same_values(mixed_inputs(shape, dtype, seed=index, forms=rotated_forms(index)), "cpu")
 

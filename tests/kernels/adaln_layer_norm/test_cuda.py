@@ -1,5 +1,8 @@
-"""The CUDA kernels of adaln_layer_norm and gated_residual_adaln: executed on the CPU by the emulation and from the PTX
-that nvcc writes, never on a GPU; what nvcc makes of them; and that planted faults are found."""
+"""The CUDA kernels of adaln_layer_norm and gated_residual_adaln: emulated, compiled, and with planted faults.
+
+Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
+Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
+"""
 
 import functools
 import itertools
@@ -7,10 +10,13 @@ import itertools
 import pytest
 import torch
 
+from tests.helpers.sanitizers import assert_sanitizers_find_nothing
 from tests.kernels.adaln_layer_norm.contract import (
     FORMS,
     assert_accurate_mixed,
     assert_accurate_results,
+    assert_gradients_of_empty_inputs,
+    assert_raw_op_checks,
     inputs,
     mixed_inputs,
     outputs,
@@ -19,7 +25,6 @@ from tests.kernels.adaln_layer_norm.contract import (
 )
 from tools.gpu_emulation.cuda import as_backend, build, load
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
-from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from tools.report import machine_code
 from var_kernels import gated_residual_adaln
 from var_kernels.native import build as native_build
@@ -32,9 +37,9 @@ SOURCE = native_build.CSRC / "cuda" / "adaln_layer_norm.cu"
 OPS = ("adaln", "gated")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# A pack is 4 channels in fp32 and 8 in the others; one warp holds 256 channels in packs of 8, or 512 in twice as many.
+# A pack is 4 channels in fp32 and 8 in 16 bits. A warp holds 256 channels in packs of 8, or 512 with twice the packs.
 VECTOR_SHAPES = [(2, 5, 8), (3, 2, 248), (1, 9, 256), (2, 3, 264), (1, 3, 520), (1, 2, 1032), (2, 17, 40), (5, 1, 24)]
-# Rows that are not aligned, and short or long for the plain kernels, which give a row one warp up to 256 channels.
+# Rows that are not aligned. Some are longer than the 256 channels up to which the plain kernels use one warp for a row.
 PLAIN_SHAPES = [(2, 5, 3), (1, 3, 31), (1, 6, 33), (2, 2, 257), (1, 1, 1), (4, 1, 9)]
 LONG_SHAPE = (1, 2, 4104)  # too many channels for the registers of backward
 
@@ -45,7 +50,7 @@ def emulated(variant):
 
 
 def run(variant, op, tensors, *, seed=0, executor=None, **options):
-    """Values and gradients by the emulated kernels; raises EmulationError for what was found."""
+    """Values and gradients of the emulated kernels; raises EmulationError with their findings."""
     emulation = emulated(variant) if isinstance(variant, str) else variant
     with as_backend(emulation), emulation.run(seed=seed, executor=executor):
         return values_and_gradients(op, tensors, "cuda", **options)
@@ -72,7 +77,7 @@ def test_accurate_over_shapes(op, dtype, variant):
 def test_accurate_over_modulation_forms(op):
     for index, forms in enumerate(itertools.product(FORMS, repeat=3)):
         if op == "adaln" and forms[0] != FORMS[0]:
-            continue  # there is no gate
+            continue  # adaln_layer_norm has no gate
         channels = 24 if index % 3 else 23
         assert_op_accurate("race" if index % 4 == 0 else "fast", op, inputs(op, (2, 9, channels), seed=7, forms=forms))
 
@@ -94,7 +99,7 @@ def test_branch_of_another_dtype(dtype, variant):
 
 @pytest.mark.parametrize("op", OPS)
 def test_many_tokens_for_each_worker(op):
-    # More rows than warps in flight: modulation stays in registers from token to token, sums run over many.
+    # There are more rows than warps: modulation stays in registers from token to token, and sums are over many tokens.
     assert_op_accurate("fast", op, inputs(op, (3, 1500, 16), seed=1, dtype=torch.bfloat16), seed=3)
     assert_op_accurate("race", op, inputs(op, (1, 40, 520), seed=1, dtype=torch.bfloat16), seed=3)
 
@@ -123,20 +128,15 @@ def test_mean_far_from_zero(dtype):
     assert_op_accurate("fast", "adaln", [tensor.to(dtype) for tensor in (x + 200, scale, shift)])
 
 
-def test_sanitizers_are_silent():
-    build.build("sanitized", [SOURCE])
-    answer = run_sanitized("""
-        import torch
+def test_sanitizers_find_nothing():
+    assert_sanitizers_find_nothing([SOURCE], """
         from tests.kernels.adaln_layer_norm import test_cuda as tests
-        torch.set_num_threads(1)
         for index, shape in enumerate([(2, 5, 8), (1, 3, 264), (2, 5, 3), (1, 2, 33), (1, 9, 520)]):
             for op, dtype in (("adaln", torch.bfloat16), ("gated", torch.float16), ("gated", torch.float32)):
                 tensors = tests.inputs(op, shape, seed=index, dtype=dtype, forms=tests.rotated_forms(index))
                 tests.assert_op_accurate("sanitized", op, tensors, seed=index)
             tests.assert_mixed_accurate("sanitized", tests.mixed_inputs(shape, torch.bfloat16), seed=index)
-        print("fine")
     """)
-    assert (answer.returncode, answer.stdout) == (0, "fine\n"), answer.stderr[-4000:]
 
 
 # ---- layouts, emptiness, determinism -------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_strided_inputs(op):
     check("outer stride", lambda t: torch.cat([t, t + 1], dim=-1)[..., : t.shape[-1]], True)
     check("transposed tokens", lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), True)
     check("inner stride", lambda t: torch.stack([t, t + 1], dim=-1)[..., 0], True)
-    # Not 16-byte aligned: the plain kernel, which sums in another order.
+    # These are not aligned to 16 bytes, which selects the plain kernel, whose sums have another order.
     check("offset", lambda t: torch.cat([t[..., :1], t], dim=-1)[..., 1:], False)
 
 
@@ -173,14 +173,8 @@ def test_chunk_views():
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
 def test_empty_raw_ops(shape):
     emulation = emulated("race")
-    x, branch, gate, scale, shift = inputs("gated", shape, seed=1, forms=("(1,1,C)", "(B,1,C)", "(B,L,C)"))
     with emulation.run():
-        residual, y, mean, rstd = emulation.ops._gated_residual_adaln(x, branch, gate, scale, shift, 1e-6)
-        gradients = emulation.ops._gated_residual_adaln_backward(
-            y, None, residual, branch, gate, scale, mean, rstd, False, False
-        )
-    assert [tuple(g.shape) for g in gradients] == [shape, shape, (1, 1, shape[2]), scale.shape, (1, 1, shape[2])]
-    assert not any(gradient.any() for gradient in gradients)
+        assert_gradients_of_empty_inputs(emulation.ops, shape)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -204,14 +198,7 @@ def test_nan_and_inf_stay_in_their_row(bad):
 
 
 def test_raw_op_checks_its_arguments():
-    op = emulated("fast").ops._adaln_layer_norm
-    x, scale, shift = inputs("adaln", (2, 3, 6), seed=1)
-    with pytest.raises(RuntimeError, match="scale: expected Float, got Half"):
-        op(x, scale.half(), shift, 1e-6)
-    with pytest.raises(RuntimeError, match=r"shift: expected shape \(B, 1, C\)"):
-        op(x, scale, torch.zeros(1, 3, 6), 1e-6)
-    with pytest.raises(RuntimeError, match="x: expected float32, bfloat16 or float16"):
-        op(x.double(), scale.double(), shift.double(), 1e-6)
+    assert_raw_op_checks(emulated("fast").ops._adaln_layer_norm)
 
 
 def test_opcheck():
@@ -231,7 +218,7 @@ def test_outputs_without_gradients():
     assert record.counters["launches"] == 1 and residual.shape == y.shape == (2, 5, 20)
 
 
-# ---- what nvcc makes of them --------------------------------------------------------------------------------------
+# ---- the code that nvcc compiles ----------------------------------------------------------------------------------
 
 needs_nvcc = pytest.mark.skipif(native_build.find_nvcc() is None, reason="nvcc is not installed")
 
@@ -240,7 +227,7 @@ needs_nvcc = pytest.mark.skipif(native_build.find_nvcc() is None, reason="nvcc i
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS)
 def test_ptx_is_accurate(op, dtype):
-    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same door."""
+    """Executes the code that nvcc compiles for sm_80 in the PTX interpreter, called from the same entry function."""
     from tools.gpu_emulation.cuda.ptx import execute_ptx_of
 
     executor = execute_ptx_of(SOURCE)
@@ -259,7 +246,7 @@ def test_ptx_is_accurate_with_a_branch_of_another_dtype(dtype):
         assert_mixed_accurate("fast", mixed_inputs(shape, dtype, seed=index), executor=executor)
 
 
-# Registers that leave room for what the partition of the work assumes, per kernel and element type.
+# The registers with which as many blocks fit on a multiprocessor as the partition of the work assumes, by kernel.
 REGISTERS = {
     "forward_kernel<bf16, false, 2, bf16>": 88,
     "forward_kernel<bf16, true, 2, bf16>": 112,
@@ -280,7 +267,7 @@ def test_machine_code(arch, selected):
             narrow_loads = 2 if kernel.name.startswith("backward") else 0  # mean and rstd
             narrow_stores = 2 - narrow_loads
             if kernel.name.startswith("forward_kernel<float, true") and not kernel.name.endswith("float>"):
-                # Branch and y of half the bytes: 8 for each 16 of x, none narrower.
+                # Branch and y have half the bytes: accesses of 8 for each 16 bytes of x, none narrower.
                 halves = int(kernel.name.split(",")[2])
                 assert sum(".64" in line for line in kernel.narrow("LDG")) == halves, kernel.having("LDG")
                 narrow_loads, narrow_stores = halves, narrow_stores + halves
@@ -320,13 +307,13 @@ MUTANTS = {
 
 
 def steps(emulation, looked_for):
-    # In the last one, more tokens than warps in flight, workers of forward have several tokens each.
+    # The last shape has more tokens than there are warps, so that each worker of forward gets several.
     for index, shape in enumerate([(1, 9, 264), (1, 9, 1032), (3, 5, 40)] + [(3, 1500, 16)] * (looked_for == "values")):
         tensors = inputs("adaln", shape, seed=index, dtype=torch.bfloat16, forms=("(B,C)", "(B,L,C)", "(B,1,C)"))
         if looked_for == "misaligned":
             tensors[0] = torch.nn.functional.pad(tensors[0], (1, 7))[..., 1:-7]
         elif looked_for != "values":
-            tensors[1] = tensors[1][:, :1]  # so that dscale is summed as well
+            tensors[1] = tensors[1][:, :1]  # so that dscale is a sum as well
         yield functools.partial(assert_op_accurate, emulation, "adaln", tensors, seed=index)
     yield lambda: assert_mixed_accurate(emulation, mixed_inputs((1, 9, 264), torch.bfloat16))
 

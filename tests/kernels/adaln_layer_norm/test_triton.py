@@ -1,6 +1,6 @@
-"""adaln_layer_norm and gated_residual_adaln by Triton: what the kernels compute, executed on a CPU in two ways.
+"""The Triton kernels of adaln_layer_norm and gated_residual_adaln, executed on a CPU in two ways.
 
-Triton's interpreter runs the source (fp32, fp16); the PTX interpreter what the compiler wrote for sm_80 (bf16 as well).
+Triton's interpreter runs the source (fp32, fp16). The PTX interpreter runs the code compiled for sm_80 (bf16 as well).
 """
 
 import contextlib
@@ -17,6 +17,8 @@ from tests.kernels.adaln_layer_norm.contract import (  # noqa: E402  # noqa: E40
     OPS,
     assert_accurate_mixed,
     assert_accurate_results,
+    assert_compiles,
+    assert_gradients_of_empty_inputs,
     inputs,
     mixed_inputs,
     outputs,
@@ -33,7 +35,7 @@ from var_kernels.triton.launch import executor  # noqa: E402
 from var_kernels.triton.offline import compilations, compile_for  # noqa: E402
 from var_kernels.triton.targets import TARGETS, assume  # noqa: E402
 
-# One multiprocessor: a program gets several tiles of rows, and its last tile may be partly empty.
+# With one multiprocessor, a program gets several tiles of rows, and its last tile may be partly empty.
 SMALL_GPU = dataclasses.replace(TARGETS["sm_80"], name="small", multiprocessors=1)
 SMALL_TILES = {
     "adaln_layer_norm.adaln_forward": Config({"ROWS": 2, "CHUNK": 16}, num_warps=4),
@@ -41,8 +43,8 @@ SMALL_TILES = {
     "adaln_layer_norm.sum_partials": Config({"ROWS": 4, "CHUNK": 16}, num_warps=4),
 }
 
-# Channels straddle CHUNK, and tails that are whole, padded and of full width; the last shapes are the tokens of a
-# program, of a tile, and single tokens, of which a program takes several samples.
+# Channels straddle CHUNK, with tails that are whole, padded and of full width. The last shapes straddle the tokens of a
+# program and of a tile; the very last one has single tokens, of which a program takes several samples.
 SHAPES = [
     *((2, 5, channels) for channels in (1, 7, 15, 16, 17, 24, 27, 32, 36)),
     *((2, length, 20) for length in (1, 2, 3, 25)),
@@ -53,7 +55,7 @@ SHAPES = [
 
 @contextlib.contextmanager
 def small(execute=interpret):
-    """Small tiles on a small GPU."""
+    """A context with small tiles on a small GPU."""
     with executing(execute), assume(SMALL_GPU), configs.override(SMALL_TILES):
         yield
 
@@ -61,7 +63,7 @@ def small(execute=interpret):
 def assert_triton_accurate(op: str, tensors, context, **options) -> None:
     with context:
         actual = values_and_gradients(op, tensors, "triton", **options)
-    # The norm of one channel is 0 but for rounding.
+    # The norm of a single channel is 0, or a rounding error.
     assert_accurate_results(actual, op, tensors, may_vanish=tensors[0].shape[-1] == 1, **options)
 
 
@@ -119,8 +121,9 @@ def test_branch_of_another_dtype(dtype, execute):
 
 
 def test_lanes_agree_on_sums_of_products():
-    # A tail with one element for each thread: the product was contracted with the first addition between lanes, whose
-    # sums then differed, and which of them a warp handed on was undefined. The PTX interpreter reports that.
+    # In a tail with one element for each thread, the compiler fused the product with the first addition between lanes.
+    # The sums of the lanes then differed, and it was undefined which of them a warp passed on. The PTX interpreter
+    # reports that.
     tensors = inputs("gated", (1, 2, 1152), seed=3, dtype=torch.bfloat16)
     with executing(run_ptx):
         values_and_gradients("gated", tensors, "triton")
@@ -132,7 +135,7 @@ def test_accurate_with_one_output_used(use):
 
 
 def test_mean_far_from_zero():
-    # A variance computed as E[x²] - E[x]² would lose every digit here; so would x·rstd - mean·rstd.
+    # A variance computed as E[x²] - E[x]² would lose every digit here, and so would x·rstd - mean·rstd.
     tensors = inputs("adaln", (2, 4, 300), seed=5)
     tensors[0] += 200
     assert_triton_accurate("adaln", tensors, executing(interpret))
@@ -193,7 +196,7 @@ def test_chunk_views(length):
 
 
 def test_expanded_gradient():
-    # sum().backward() hands over a gradient whose strides are all 0.
+    # sum().backward() passes a gradient whose strides are all 0.
     tensors = [tensor.requires_grad_() for tensor in inputs("adaln", (2, 6, 40), seed=13)]
     wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
     exact = torch.autograd.grad(adaln_layer_norm(*wide).sum(), wide)
@@ -207,14 +210,8 @@ def test_expanded_gradient():
 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
 def test_empty_raw_ops(shape):
-    ops = torch.ops.var_kernels_triton
-    x, branch, gate, scale, shift = inputs("gated", shape, seed=1, forms=("(1,1,C)", "(B,1,C)", "(B,L,C)"))
     with executing(interpret):
-        residual, y, mean, rstd = ops._gated_residual_adaln(x, branch, gate, scale, shift, 1e-6)
-        poison()
-        gradients = ops._gated_residual_adaln_backward(y, None, residual, branch, gate, scale, mean, rstd, False, False)
-    assert [tuple(g.shape) for g in gradients] == [shape, shape, (1, 1, shape[2]), scale.shape, (1, 1, shape[2])]
-    assert not any(gradient.any() for gradient in gradients)
+        assert_gradients_of_empty_inputs(torch.ops.var_kernels_triton, shape)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -251,7 +248,7 @@ def test_programs_cover_every_row_once(shape, by_sample):
     assert groups * parts["rows"] == shape[0] * shape[1]
     assert (parts["programs"] - 1) * parts["rows_per_program"] < parts["rows"]
     assert parts["programs"] * parts["rows_per_program"] >= parts["rows"]
-    # No wave of programs is nearly empty: at most a quarter of the GPU's time is lost.
+    # No wave of programs is nearly empty, so that at most a quarter of the GPU's time is lost.
     resident = target.multiprocessors * 4
     waves = -(-groups * parts["programs"] // resident)
     rows = groups * (parts["rows"] + parts["rows"] % 2)
@@ -299,14 +296,8 @@ def test_opcheck(forms):
 
 @pytest.mark.parametrize("op", OPS)
 def test_compile(op):
-    compiled = torch.compile(lambda *tensors: outputs(op, tensors, "triton"), fullgraph=True, backend="aot_eager")
     with small():
-        for length in (5, 9, 6):  # the second call makes the length symbolic
-            tensors = [tensor.requires_grad_() for tensor in inputs(op, (2, length, 20), seed=1)]
-            expected, actual = outputs(op, tensors, "triton"), compiled(*tensors)
-            assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-            gradients = [torch.autograd.grad([out.square().sum() for out in o], tensors) for o in (actual, expected)]
-            assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        assert_compiles(op, "triton")
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

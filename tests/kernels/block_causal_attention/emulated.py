@@ -1,4 +1,4 @@
-"""Attention in the emulation of CUDA: schedules, calls, and the results that they are held to."""
+"""The CUDA kernels of attention in the emulation, and the schedules and head dimensions of their tests."""
 
 import functools
 
@@ -6,15 +6,13 @@ import pytest
 import torch
 
 from tools.gpu_emulation.cuda import load, serving
-from var_kernels import block_causal_attention
 from var_kernels.native import build as native_build
-from var_kernels.testing import stated_order
 
 SOURCE = native_build.CSRC / "cuda" / "block_causal_attention.cu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HALVES = DTYPES[1:]
 SHORT = (1, 4, 9, 16, 25, 36)  # 91 tokens
-# Compiled for 64, 96 and 128 columns: full ones and padded ones.
+# Kernels are compiled for 64, 96 and 128 columns. Some of these dimensions fill the columns, others are padded.
 TENSOR_CORE_DIMS = (8, 40, 64, 72, 96, 104, 128)
 
 
@@ -24,20 +22,8 @@ def emulated(variant):
 
 
 def emulation(variant="fast", **options):
-    """Inside, backend="cuda" is the emulation; raises EmulationError for what was found."""
+    """A context in which backend="cuda" is the emulation; raises EmulationError with its findings."""
     return serving(emulated(variant) if isinstance(variant, str) else variant, **options)
-
-
-def references(inputs, lens, **options):
-    """(out, lse) of the reference in the inputs' dtype and in float64."""
-    with stated_order():
-        same, exact = (
-            block_causal_attention(
-                *(x.to(dtype) for x in inputs), lens, backend="reference", return_lse=True, **options
-            )
-            for dtype in (inputs[0].dtype, torch.float64)
-        )
-    return same, exact
 
 
 needs_nvcc = pytest.mark.skipif(native_build.find_nvcc() is None, reason="nvcc is not installed")

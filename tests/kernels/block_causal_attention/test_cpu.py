@@ -1,4 +1,4 @@
-"""block_causal_attention: accuracy against the float64 reference, the contract of the call, every instruction set."""
+"""block_causal_attention on the CPU: accuracy against the float64 reference, special values, layouts, arguments."""
 
 
 import pytest
@@ -10,10 +10,10 @@ from var_kernels import block_causal_attention
 from var_kernels.testing import assert_accurate, attention_inputs, poison, randn, scale_lens, stated_order
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Every head dimension in use; 1, 126 and 200 are no whole vectors at any ISA level, 256 is the limit.
+# Every head dimension in use. 1, 126 and 200 are no whole vectors at any ISA level; 256 is the limit.
 HEAD_DIMS = (1, 8, 16, 40, 64, 72, 96, 104, 120, 126, 128, 200, 256)
-# Tokens per scale. The kernels work in tiles of up to 48 query rows (32 with AMX, 96 in the backward of bf16; small
-# scales share one), in units of 16, and in steps of 64 keys: the schedules straddle each of these.
+# Tokens per scale. The kernels work in tiles of up to 48 query rows (32 with AMX, 96 in the backward of bf16), which
+# small scales share, in units of 16 rows, and in steps of 64 keys. The schedules straddle each of these numbers.
 SCHEDULES = {
     "one token": (1,),
     "shorter than a vector": (1, 4, 9),
@@ -52,8 +52,8 @@ def test_schedules(cpu, schedule, dtype):
     check(attention_inputs(2, 1, sum(lens), 64, seed=1, dtype=dtype), lens)
 
 
-# Query ranges at the end (a step against a cache), in the middle and at the start; 1, 4 and 5 rows straddle the path
-# that does not pack K, 48 and 49 the single tile; 7 and 90 start and end inside a scale.
+# Query ranges at the end (a step against a cache), in the middle and at the start. 1, 4 and 5 rows straddle the limit
+# of the path that does not pack K, 48 and 49 that of a single tile. Those at 7 and 90 begin and end inside a scale.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("queries", "q_offset"),
@@ -73,7 +73,7 @@ def test_grouped_heads(cpu, heads, kv_heads, queries, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits(cpu, dtype):
-    """Logits of standard deviation 30, up to about 120: each row is nearly one-hot, so that most gradients cancel."""
+    """With logits of standard deviation 30, up to about 120, rows are nearly one-hot, and most gradients cancel."""
     inputs = attention_inputs(1, 2, sum(SHORT), 64, seed=4, dtype=dtype, logit_std=30.0)
     check(inputs, SHORT, rows_cancel=True)
 
@@ -112,12 +112,12 @@ def test_log_sum_exp_and_its_gradient(cpu, queries):
         loss = (lse * dlse.to(dtype)).sum() + ((out * dout.to(dtype)).sum() if use_out else 0)
         return [lse.detach(), *torch.autograd.grad(loss, leaves, materialize_grads=True, allow_unused=True)]
 
-    for use_out in (True, False):  # without out its gradient reaches the backward as None
+    for use_out in (True, False):  # if out is not used, backward gets None for its gradient
         results = [run("cpu", torch.float32, use_out)]
         with stated_order():
             results += [run("reference", dtype, use_out) for dtype in (torch.float32, torch.float64)]
         for name, a, s, e in zip(("lse", "dq", "dk", "dv"), *results, strict=True):
-            # Row 0 sees one key: its gradient through out cancels, that through lse is left with the rounding.
+            # Row 0 sees one key, so that its gradient through out is 0. Its gradient through lse is a rounding error.
             assert_accurate(a.flatten(), s.flatten(), e.flatten(), name=name)
 
 
@@ -147,7 +147,7 @@ def test_reference_gradients():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_non_finite_values_propagate(cpu, where, value, queries):
-    """As in PyTorch, but only along visible pairs: a bad key does not reach the rows that do not see it."""
+    """They propagate as in PyTorch, but a bad key does not reach the rows that do not see it."""
     q, k, v = attention_inputs(1, 2, 155, 24, seed=11, query_length=queries)
     {"q": q, "k": k, "v": v}[where][0, 0, -30 if where != "q" else -2] = value
     results = [block_causal_attention(q, k, v, SHORT, backend="cpu")]
@@ -162,7 +162,7 @@ def test_non_finite_values_propagate(cpu, where, value, queries):
 
 @pytest.mark.parametrize("bad_keys", [5, 155])
 def test_rows_that_see_only_minus_infinity(cpu, bad_keys):
-    """Their output is NaN as in PyTorch; later rows, which also see finite scores, are not touched."""
+    """Their output is NaN as in PyTorch. Later rows, which also see finite scores, stay finite."""
     q, k, v = attention_inputs(1, 1, 155, 16, seed=12)
     q[..., 0] = q[..., 0].abs() + 0.1
     k[:, :, :bad_keys, 0] = -float("inf")
@@ -205,7 +205,7 @@ def test_bit_equal_across_runs_and_thread_counts(cpu, restore_threads, shape):
 
 @pytest.mark.parametrize("queries", [1, 4, 5, 8, 9])
 def test_few_query_rows_do_not_depend_on_the_number_of_threads(cpu, restore_threads, queries):
-    """The path that reads K in place was taken by how tiles were split into tasks, hence by the number of threads."""
+    """Whether K was read in place once depended on the split of tiles into tasks, hence on the number of threads."""
     inputs = attention_inputs(2, 4, 155, 24, seed=3, kv_heads=2, query_length=queries)
     results = []
     for threads in (1, 2, 4):
@@ -216,7 +216,7 @@ def test_few_query_rows_do_not_depend_on_the_number_of_threads(cpu, restore_thre
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_views_of_packed_qkv(cpu, dtype):
-    """The layout of a fused qkv Linear: no copy is needed, and out is laid out for the projection that follows."""
+    """Views of a fused qkv Linear need no copy, and out has the layout that the following projection needs."""
     packed = randn(2, 155, 3, 4, 40, seed=16, dtype=dtype).requires_grad_()
     dout = randn(2, 4, 155, 40, seed=17, dtype=dtype)
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind()

@@ -1,4 +1,4 @@
-"""block_causal_attention under PyTorch's transformations: opcheck, compile, export, vmap, functional gradients."""
+"""block_causal_attention on the CPU under opcheck, torch.compile, export, vmap and functional gradients."""
 
 import pytest
 import torch

@@ -1,13 +1,17 @@
-"""The CUDA kernels of block_causal_attention: executed on the CPU by the emulation and from the PTX that nvcc writes,
-never on a GPU; what nvcc makes of them; and that planted faults are found."""
+"""The CUDA kernels of block_causal_attention: emulated, compiled, and with planted faults.
+
+Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
+Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
+"""
 
 import functools
 
 import pytest
 import torch
 
+from tests.helpers.sanitizers import assert_sanitizers_find_nothing
 from tests.kernels.block_causal_attention.contract import check as check_values_and_gradients
-from tests.kernels.block_causal_attention.contract import with_grads
+from tests.kernels.block_causal_attention.contract import references, with_grads
 from tests.kernels.block_causal_attention.emulated import (
     DTYPES,
     HALVES,
@@ -17,11 +21,9 @@ from tests.kernels.block_causal_attention.emulated import (
     emulated,
     emulation,
     needs_nvcc,
-    references,
 )
 from tools.gpu_emulation.cuda import build
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
-from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from tools.report import machine_code
 from var_kernels import block_causal_attention
 from var_kernels.testing import assert_accurate, attention_inputs, randn, scale_lens, stated_order
@@ -30,8 +32,8 @@ if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
 
-# Tensor cores take 64 rows by 64 keys, the plain kernel 32 by 32: lengths on both sides of these, none a multiple of 8
-# at the end of a row of tiles; tiles of one scale, of several, and of parts of two.
+# The kernels with tensor cores take 64 rows by 64 keys, the plain kernel 32 by 32. The lengths are on both sides of
+# these; at the end of a row of tiles none is a multiple of 8. Tiles contain one scale, several, or parts of two.
 SCHEDULES = {
     "one token": (1,),
     "shorter than a tile": (1, 4, 9, 16),
@@ -45,7 +47,7 @@ PLAIN_DIMS = (1, 20, 126, 200, 256)
 
 
 def check(inputs, lens, variant="fast", *, seed=0, late_copies=True, executor=None, rows_cancel=False, **options):
-    """out, lse and gradients are as accurate as plain PyTorch in the same dtype; ldmatrix meets no bank conflict."""
+    """out, lse and gradients are as accurate as plain PyTorch in the same dtype, and ldmatrix has no bank conflicts."""
     with emulation(variant, seed=seed, late_copies=late_copies, executor=executor) as record:
         check_values_and_gradients(inputs, lens, backend="cuda", rows_cancel=rows_cancel, **options)
         lse = block_causal_attention(*inputs, lens, backend="cuda", return_lse=True, **options)[1]
@@ -97,7 +99,7 @@ def test_every_order_gives_the_same_bits(late_copies):
     assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(result, results[0], strict=True))
 
 
-# Ranges at the end (a step against a cache), in the middle, at the start; some begin or end inside a scale.
+# Ranges at the end (a step against a cache), in the middle and at the start. Some begin or end inside a scale.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("queries", "q_offset"), [(1, None), (36, None), (65, None), (1, 0), (30, 7), (3, 29)])
 def test_query_ranges(queries, q_offset, dtype):
@@ -111,14 +113,14 @@ def test_softmax_scales_and_large_logits(dtype):
     for softmax_scale in (1.0, -0.05):
         check(inputs, SHORT[:5], softmax_scale=softmax_scale)
     check(attention_inputs(1, 2, 55, 32, seed=6, dtype=dtype, logit_std=30.0), SHORT[:5], rows_cancel=True)
-    with emulation():  # nothing but the number of keys counts
+    with emulation():  # the result depends on the number of keys only
         zero = block_causal_attention(*inputs, SHORT[:5], softmax_scale=0.0, backend="cuda")
     exact = block_causal_attention(*inputs, SHORT[:5], softmax_scale=0.0, backend="reference")
     torch.testing.assert_close(zero, exact)
 
 
 def test_many_heads_in_sections():
-    # 16 MB of keys and values are one section: here 13 of the 14 heads, in tiles of several rounds.
+    # A section is 16 MB of keys and values, which are 13 of the 14 heads here. A tile goes over many blocks of keys.
     inputs = attention_inputs(1, 14, 5000, 64, seed=7, dtype=torch.bfloat16, query_length=3)
     check(inputs, (2500, 2497, 3), rows_cancel=True)
 
@@ -131,16 +133,11 @@ def test_schedules_too_long_for_arguments():
 
 
 def test_sanitizers_find_nothing():
-    build.build("sanitized", [SOURCE])
-    answer = run_sanitized("""
-        import torch
+    assert_sanitizers_find_nothing([SOURCE], """
         from tests.kernels.block_causal_attention import test_cuda as tests
-        torch.set_num_threads(1)
         for dim, dtype in ((64, torch.bfloat16), (72, torch.float16), (126, torch.bfloat16), (40, torch.float32)):
             tests.check(tests.attention_inputs(1, 2, 91, dim, seed=1, dtype=dtype), tests.SHORT, "sanitized")
-        print("clean")
     """)
-    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -202,7 +199,7 @@ def test_empty(batch, queries):
 @pytest.mark.parametrize("dim", [24, 25])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_nan_and_inf_reach_the_rows_that_see_them(bad, dim):
-    # Scales of whole tiles: a scale that shares a tile with a later one would see 0 * NaN.
+    # Scales are whole tiles here, because a scale that shares a tile with a later one gets 0 * NaN.
     lens = (64, 64, 10)
     q, k, v = attention_inputs(1, 1, 138, dim, seed=23, dtype=torch.float16)
     with emulation():
@@ -242,7 +239,7 @@ def test_opcheck():
         torch.library.opcheck(ops._block_causal_attention_backward.default, arguments)
 
 
-# ---- what nvcc writes ----------------------------------------------------------------------------------------------
+# ---- the code that nvcc compiles -----------------------------------------------------------------------------------
 
 
 @needs_nvcc
@@ -258,7 +255,7 @@ def test_opcheck():
     ],
 )
 def test_ptx_is_accurate(dim, dtype, lens, heads, queries):
-    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same door."""
+    """Executes the code that nvcc compiles for sm_80 in the PTX interpreter, called from the same entry function."""
     from tools.gpu_emulation.cuda.ptx import execute_ptx_of
 
     packed = randn(1, sum(lens), heads + 2, dim, seed=15, dtype=dtype).transpose(1, 2)
@@ -266,7 +263,7 @@ def test_ptx_is_accurate(dim, dtype, lens, heads, queries):
     check(inputs, lens, executor=execute_ptx_of(SOURCE))
 
 
-# Registers of a thread: of 64 columns three blocks of 128 threads fit on a multiprocessor, else two.
+# Registers of a thread: three blocks of 128 threads fit on a multiprocessor with 64 columns, two with more.
 REGISTERS = {
     "attention_forward_kernel<bf16, 64>": 168,
     "attention_forward_kernel<fp16, 64>": 168,
@@ -279,7 +276,7 @@ REGISTERS = {
     "plain_attention_": 255,
     "write_schedule_kernel": 40,
 }
-# Up to 4 registers, for compute capability 8.x: 64 KB of fp32 sums in 128 threads leave no more.
+# For compute capability 8.x, up to 4 registers are spilled: 64 KB of fp32 sums in 128 threads leave too few.
 STACK = {"plain_attention_backward_keys_kernel<float, 256>": 16}
 
 
@@ -291,7 +288,7 @@ def test_machine_code(arch, selected):
     for kernel in kernels:
         machine_code.assert_resources(kernel, REGISTERS, STACK.get(kernel.name, 0))
         if kernel.name.startswith("attention_combine"):
-            # Loaded in other widths are the numbers of a schedule, and m and l of the parts.
+            # Only the numbers of a schedule, and m and l of the parts, are loaded in other widths.
             assert len(kernel.having("LDG")) > len(kernel.narrow("LDG")), kernel.name
             assert len(kernel.narrow("STG")) <= 1, f"{kernel.name}: {kernel.having('STG')}"
         elif kernel.name.startswith(("attention_", "tf32_")):

@@ -1,29 +1,30 @@
-"""Attention of few queries by CUDA kernels, the keys of a tile divided into parts: as test_cuda_block_causal_attention,
-whose emulated GPU has 6 multiprocessors."""
+"""The CUDA kernels of attention for few queries, which divide the keys of a tile into parts.
+
+The kinds of tests are those of test_cuda.py. The emulated GPU has 6 multiprocessors.
+"""
 
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.kernels.block_causal_attention.contract import references
 from tests.kernels.block_causal_attention.emulated import (
     HALVES,
     SOURCE,
     TENSOR_CORE_DIMS,
     emulation,
     needs_nvcc,
-    references,
 )
-from tools.gpu_emulation.cuda import build
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
-from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from var_kernels import block_causal_attention
 from var_kernels.testing import assert_accurate, attention_inputs, randn
 
 
 @dataclass(frozen=True)
 class Case:
-    """`tiles` of the queries in one head, and how many `parts` the one that sees most keys falls into."""
+    """A problem. A head has `tiles` tiles of queries, and the keys of the one that sees most are in `parts` parts."""
 
     lens: tuple[int, ...]
     queries: int
@@ -38,8 +39,8 @@ class Case:
                                 query_length=self.queries)  # fmt: skip
 
 
-# Less than 6 blocks of queries are split, into parts of at least 256 keys, such that there are at most 18 blocks of 64
-# columns, or 12 of more.
+# If there are fewer than 6 blocks of queries, keys are divided into parts of at least 256, such that there are at most
+# 18 blocks with 64 columns, or 12 with more.
 CASES = {
     "one token": Case((200, 1000, 70), 1, 1, 4),
     "parts of one block less and more": Case((575, 1), 1, 1, 2, heads=2),
@@ -110,23 +111,18 @@ def test_every_order_gives_the_same_bits():
 
 
 def test_sanitizers_find_nothing():
-    build.build("sanitized", [SOURCE])
-    answer = run_sanitized("""
-        import torch
+    assert_sanitizers_find_nothing([SOURCE], """
         from tests.kernels.block_causal_attention import test_cuda_parts as tests
-        torch.set_num_threads(1)
         for name, dim in (("tiles of one part and of three", 64), ("one token", 72)):
             case = tests.CASES[name]
             tests.check(case, case.inputs(torch.bfloat16, dim=dim), "sanitized")
-        print("clean")
     """)
-    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("keys", [slice(700, 701), slice(0, 256), slice(None)], ids=["one", "a part", "all"])
 def test_nan_and_inf_as_in_plain_pytorch(keys, bad):
-    """In keys, of which -inf makes invisible ones, and in values."""
+    """The values are in keys, where -inf hides a key, or in values."""
     case = CASES["one token"]
     q, k, v = case.inputs(torch.float16)
     for tensor in (k, v):

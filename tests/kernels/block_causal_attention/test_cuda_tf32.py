@@ -1,19 +1,18 @@
-"""Attention of float32 by tensor cores where TF32 is allowed: as test_cuda_block_causal_attention."""
+"""The CUDA kernels of float32 attention on tensor cores, where TF32 is allowed. The tests are as in test_cuda.py."""
 
 import functools
 
 import pytest
 import torch
 
-from tests.kernels.block_causal_attention.contract import with_grads
-from tests.kernels.block_causal_attention.emulated import SHORT, SOURCE, emulated, emulation, needs_nvcc, references
-from tools.gpu_emulation.cuda import build
+from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.kernels.block_causal_attention.contract import references, with_grads
+from tests.kernels.block_causal_attention.emulated import SHORT, SOURCE, emulated, emulation, needs_nvcc
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
-from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from var_kernels import block_causal_attention
 from var_kernels.testing import assert_accurate, attention_inputs, max_error, randn
 
-# 64 rows by 32 keys: one tile, several, tiles with rows of several scales, masked ones.
+# A tile is 64 rows by 32 keys. There are one or several tiles, some with rows of several scales, some with masks.
 SCHEDULES = {
     "one token": (1,),
     "shorter than a tile": (1, 4, 9, 16),
@@ -21,13 +20,13 @@ SCHEDULES = {
     "a tile and one row": (64, 65),
     "plain causal": (1,) * 67,
 }
-DIMS = (4, 12, 64, 68, 100, 128)  # compiled for 64 and 128 columns: full ones and padded ones
-NARROW = 0xFFFFE000 - (1 << 32)  # the bits of a float32 that TF32 has
+DIMS = (4, 12, 64, 68, 100, 128)  # kernels have 64 or 128 columns, full or padded
+NARROW = 0xFFFFE000 - (1 << 32)  # the bits of a float32 that TF32 keeps
 
 
 @pytest.fixture(autouse=True)
 def setting():
-    """PyTorch's, which allows TF32, put back as it was."""
+    """PyTorch's setting, which allows TF32 in the test and is restored after it."""
     matmul = torch.backends.cuda.matmul
     previous = matmul.fp32_precision
     matmul.fp32_precision = "tf32"
@@ -36,7 +35,7 @@ def setting():
 
 
 def forward(inputs, lens, variant="fast", **options):
-    """(out, lse), as accurate as plain PyTorch in float32, from tensor cores."""
+    """(out, lse) of tensor cores, which are as accurate as plain PyTorch in float32."""
     with emulation(variant, **options) as record:
         results = block_causal_attention(*inputs, lens, backend="cuda", return_lse=True)
     assert record.counters["mma"] > 0 or "executor" in options
@@ -54,7 +53,7 @@ def test_schedules(variant):
 
 
 def test_gradients(setting):
-    """The backward, without tensor cores, takes lse from another rounding of its scores: at most twice the error."""
+    """Backward has no tensor cores. It gets an lse of scores that were rounded otherwise: at most twice the error."""
     for index, lens in enumerate(SCHEDULES.values()):
         inputs = attention_inputs(1, 2, sum(lens), 64, seed=index, kv_heads=1 + index % 2)
         dout, results = randn(*inputs[0].shape, seed=99), {}
@@ -145,7 +144,7 @@ def test_every_order_gives_the_same_bits():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 def test_nan_and_inf_as_in_plain_pytorch(bad):
-    """In keys, of which -inf makes invisible ones, and in values: small parts of infinite numbers are NaN."""
+    """The values are in keys, where -inf hides a key, or in values. The small part of an infinite number is NaN."""
     q, k, v = attention_inputs(1, 1, 70, 24, seed=23)
     for tensor in (k, v):
         for keys in (slice(40, 41), slice(None)):
@@ -155,17 +154,12 @@ def test_nan_and_inf_as_in_plain_pytorch(bad):
 
 
 def test_sanitizers_find_nothing():
-    build.build("sanitized", [SOURCE])
-    answer = run_sanitized("""
-        import torch
+    assert_sanitizers_find_nothing([SOURCE], """
         from tests.kernels.block_causal_attention import test_cuda_tf32 as tests
-        torch.set_num_threads(1)
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         for dim in (64, 100):
             tests.forward(tests.attention_inputs(1, 2, 91, dim, seed=1), tests.SHORT, "sanitized")
-        print("clean")
     """)
-    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
 
 
 @needs_nvcc

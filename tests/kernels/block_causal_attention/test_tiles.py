@@ -1,4 +1,4 @@
-"""The tile tables of block-causal attention as pure functions: every visible element once, no cheaper cuts."""
+"""The tile tables of block-causal attention: they cover every visible element once, at the least cost."""
 
 import ctypes
 from functools import cache
@@ -33,7 +33,7 @@ def assert_partition(tiles, length: int, size: int) -> None:
 
 
 def cheapest(length: int, size: int, cost) -> int:
-    """The least sum over all ways to cut range(length), each piece costing `cost(its first, its end)`."""
+    """The least cost of all ways to cut range(length) into pieces of at most `size`, each of `cost(first, end)`."""
 
     @cache
     def best(end):
@@ -126,7 +126,7 @@ def test_tiles_of_cuda_are_those_of_triton_for_named_schedules(cuda_tiles, name)
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_no_more_blocks_than_without_alignment(name):
-    """At 256px the visible elements would fill 69.9 blocks of 64x64."""
+    """At 256px the visible elements are as many as in 69.9 blocks of 64x64."""
     lens = scale_lens(name)
     length = sum(lens)
     visited = sum(blocks(tile.limit, 64) for tile in query_tiles(lens, 0, length, 64, 64))

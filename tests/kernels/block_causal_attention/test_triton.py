@@ -1,6 +1,6 @@
-"""block_causal_attention by Triton: what the kernels compute, executed on a CPU in two ways.
+"""The Triton kernels of block_causal_attention, executed on a CPU in two ways.
 
-Triton's interpreter runs the source (fp32, fp16); the PTX interpreter runs what the compiler wrote for sm_80, bf16 too.
+Triton's interpreter runs the source (fp32, fp16). The PTX interpreter runs the code compiled for sm_80 (bf16 as well).
 """
 
 import contextlib
@@ -11,16 +11,16 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.kernels.block_causal_attention.contract import check, with_grads  # noqa: E402
+from tests.helpers.triton_launches import recorded  # noqa: E402
+from tests.kernels.block_causal_attention.contract import check, references, with_grads  # noqa: E402
 from tools.gpu_emulation.triton import executing, interpret, run_ptx  # noqa: E402
 from var_kernels import block_causal_attention  # noqa: E402
 from var_kernels.testing import assert_accurate, attention_inputs, poison, randn, stated_order  # noqa: E402
 from var_kernels.triton import block_causal_attention as kernels  # noqa: E402
 from var_kernels.triton import configs  # noqa: E402
 from var_kernels.triton.configs import Config  # noqa: E402
-from var_kernels.triton.launch import executor  # noqa: E402
 from var_kernels.triton.offline import compilations, compile_for  # noqa: E402
-from var_kernels.triton.targets import TARGETS, assume  # noqa: E402
+from var_kernels.triton.targets import TARGETS  # noqa: E402
 
 RAW = torch.ops.var_kernels_triton
 KERNELS = (kernels.forward, kernels.backward_queries, kernels.backward_keys)
@@ -30,7 +30,7 @@ SMALL_TILES = {
     "block_causal_attention.backward_keys": Config({"BLOCK_M": 16, "BLOCK_N": 32}),
 }
 SHORT = (1, 4, 9, 16, 25)  # 55 tokens
-# In small tiles: tiles of several scales, of one, of parts of two; blocks that end with a tile and blocks that do not.
+# With small tiles, a tile has several scales, one, or parts of two. Some blocks of keys end with a tile, others do not.
 SCHEDULES = {
     "one token": (1,),
     "shorter than a tile": (1, 4, 9),
@@ -44,7 +44,7 @@ SCHEDULES = {
 
 @pytest.fixture
 def matmul():
-    """torch.backends.cuda.matmul, put back as it was."""
+    """torch.backends.cuda.matmul, whose setting is restored after the test."""
     settings = torch.backends.cuda.matmul
     previous = settings.fp32_precision
     yield settings
@@ -58,17 +58,10 @@ def small(execute=interpret):
 
 
 def three_ways(inputs, lens, **options):
-    """(out, lse) of the kernels, and of the reference in float32 and in float64."""
+    """For out and lse: the result of the kernels, of the reference in the dtype of the inputs, and in float64."""
     with small():
         ours = block_causal_attention(*inputs, lens, backend="triton", return_lse=True, **options)
-    with stated_order():
-        references = [
-            block_causal_attention(
-                *(x.to(dtype) for x in inputs), lens, backend="reference", return_lse=True, **options
-            )
-            for dtype in (torch.float32, torch.float64)
-        ]
-    return list(zip(ours, *references, strict=True))
+    return list(zip(ours, *references(inputs, lens, **options), strict=True))
 
 
 # ---- accuracy ------------------------------------------------------------------------------------------------------
@@ -81,7 +74,7 @@ def test_schedules(schedule):
         check(attention_inputs(1, 2, sum(lens), 16, seed=1), lens, backend="triton")
 
 
-# 16 is the least block; 24 and 72 are no powers of two, 126 no multiple of 4: other widths of access.
+# 16 is the smallest block. 24 and 72 are no powers of two, and 126 is no multiple of 4, which narrows the accesses.
 @pytest.mark.parametrize("head_dim", [1, 24, 72, 126])
 def test_head_dims(head_dim):
     dtype = torch.float16 if head_dim % 8 == 0 else torch.float32
@@ -120,7 +113,7 @@ def test_grouped_heads(heads, kv_heads, queries):
 
 
 def test_sections_of_heads(monkeypatch):
-    """More heads than share the L2 cache: the last section is not full."""
+    """There are more heads than fit in the L2 cache together, and the last section is not full."""
     monkeypatch.setattr(kernels, "_SECTION_BYTES", 2 * 2 * 30 * 16 * 4)
     with small():
         check(attention_inputs(1, 5, 30, 16, seed=5), SHORT[:4], backend="triton")
@@ -128,9 +121,9 @@ def test_sections_of_heads(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "execute"), [(torch.float16, interpret), (torch.float32, run_ptx)])
 def test_large_logits(dtype, execute):
-    """Logits of standard deviation 30, up to about 120: each row is nearly one-hot, so that most gradients cancel.
+    """With logits of standard deviation 30, up to about 120, rows are nearly one-hot, and most gradients cancel.
 
-    In fp32 what an fma does not round counts, which Triton's interpreter rounds.
+    fp32 needs that an fma rounds once. Triton's interpreter rounds twice, so that the compiled code runs in fp32.
     """
     inputs = attention_inputs(1, 1, 39, 32, seed=6, dtype=dtype, logit_std=30.0)  # two blocks of keys
     with small(execute):
@@ -171,7 +164,7 @@ def test_log_sum_exp_and_its_gradient():
         with stated_order():
             references = [run("reference", dtype, use_out) for dtype in (torch.float32, torch.float64)]
         for name, *results in zip(("lse", "dq", "dk", "dv"), ours, *references, strict=True):
-            # Row 0 sees one key: its gradient through out cancels, that through lse is left with the rounding.
+            # Row 0 sees one key, so that its gradient through out is 0. Its gradient through lse is a rounding error.
             assert_accurate(*(x.flatten() for x in results), name=name)
 
 
@@ -181,7 +174,7 @@ def test_log_sum_exp_and_its_gradient():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_non_finite_values_propagate(where, value):
-    """As in PyTorch, but only along visible pairs; the bad token is of the last scale, which has tiles of its own."""
+    """They propagate as in PyTorch to rows that see them. The last scale has the bad token, and tiles of its own."""
     q, k, v = attention_inputs(1, 1, 62, 16, seed=12)
     {"q": q, "k": k, "v": v}[where][0, 0, -5] = value
     for part in three_ways((q, k, v), (1, 4, 9, 16, 32)):
@@ -211,8 +204,8 @@ def test_keys_that_no_query_sees_have_zero_gradients():
 # ---- the compiled code ---------------------------------------------------------------------------------------------
 
 
-# bf16 only here: the interpreter of Triton cannot. Shipped tiles; tokens that fill no block; masked columns; grouped
-# heads against a cache; views of one packed tensor.
+# bf16 runs only here, because Triton's interpreter does not have it. The cases have the shipped tiles, tokens that fill
+# no block, masked columns, grouped heads against a cache, and views of one packed tensor.
 @pytest.mark.parametrize(
     ("head_dim", "dtype", "lens", "heads", "queries"),
     [
@@ -230,18 +223,20 @@ def test_compiled_code(head_dim, dtype, lens, heads, queries):
 
 
 def test_no_compilation_for_another_schedule_batch_or_offset():
-    """Sizes of 1, multiples of 16 and others, scales and positions: one compilation of each kernel serves them all."""
+    """Each kernel is compiled once for all sizes, which are 1, multiples of 16 and others, scales and positions."""
     problems = [
         ((1, 4, 9), 14, 1, 1, 1.0), ((16, 16), 32, 2, 4, 0.25), ((1,) * 7, 7, 1, 3, 1.0), ((5, 11, 21), 16, 3, 2, 0.5),
         ((1, 1), 1, 1, 16, -1.0), ((100, 156), 129, 16, 1, 2.0),
     ]  # fmt: skip
-    launches = []
-    with assume(TARGETS["sm_80"]), executor(launches.append):
+
+    def train():
         for lens, queries, batch, heads, softmax_scale in problems:
             inputs = attention_inputs(batch, heads, sum(lens), 24, seed=16, query_length=queries, dtype=torch.float16)
             leaves = [x.requires_grad_() for x in inputs]
             out = block_causal_attention(*leaves, lens, softmax_scale=softmax_scale, backend="triton")
             out.sum().backward()
+
+    launches = recorded(train)
     before = [compilations(kernel, TARGETS["sm_80"]) for kernel in KERNELS]
     for launch in launches:
         compile_for(launch, TARGETS["sm_80"])
@@ -260,10 +255,10 @@ def test_no_compilation_for_another_schedule_batch_or_offset():
 )
 def test_tf32_only_where_torch_allows_it(matmul, allowed, target, dtype, precision):
     matmul.fp32_precision = allowed
-    launches = []
-    with assume(TARGETS[target]), executor(launches.append):
-        q, k, v = (x.requires_grad_() for x in attention_inputs(1, 1, 14, 16, seed=26, dtype=dtype))
-        block_causal_attention(q, k, v, SHORT[:3], backend="triton").sum().backward()
+    q, k, v = (x.requires_grad_() for x in attention_inputs(1, 1, 14, 16, seed=26, dtype=dtype))
+    launches = recorded(
+        lambda: block_causal_attention(q, k, v, SHORT[:3], backend="triton").sum().backward(), target
+    )
     assert [launch.arguments["PRECISION"] for launch in launches] == [precision] * 3
 
 
@@ -282,7 +277,7 @@ def test_bit_equal_across_runs():
 
 
 def test_views_of_packed_qkv():
-    """The layout of a fused qkv Linear: no copy is needed, and out is laid out for the projection that follows."""
+    """Views of a fused qkv Linear need no copy, and out has the layout that the following projection needs."""
     packed = randn(2, 30, 3, 2, 24, seed=18).requires_grad_()
     dout = randn(2, 2, 30, 24, seed=19)
     q, k, v = packed.permute(2, 0, 3, 1, 4).unbind()
@@ -307,7 +302,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_strided_inputs(view):
-    """Each tensor with strides of its own, dout as well; dq, dk and dv have the layouts of q, k and v."""
+    """Each tensor, dout included, has other strides. dq, dk and dv get the layouts of q, k and v."""
     layouts = [*VIEWS.values()]
     inputs = [*attention_inputs(2, 2, 14, 24, seed=20), randn(2, 2, 14, 24, seed=21)]
     first = [*VIEWS].index(view)
@@ -321,7 +316,7 @@ def test_strided_inputs(view):
 
 
 def test_rows_far_apart(monkeypatch):
-    """Offsets inside a tile are 32-bit numbers: from some distance of the rows on they would overflow."""
+    """Offsets inside a tile are 32-bit numbers, which overflow if rows are too far apart."""
     monkeypatch.setattr(kernels, "_FAR", 50)
     inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in attention_inputs(1, 4, 14, 16, seed=21)]
     assert inputs[0].stride(2) == 64
@@ -383,7 +378,7 @@ def test_compile():
 
 
 def test_inputs_that_overlap_themselves():
-    """torch.empty_like lays out the result of such a q with its last dimension apart."""
+    """For such a q, torch.empty_like gives a tensor whose last dimension is not dense."""
     lens = (1, 4, 7)
     memory = randn(80, seed=7)
     q = memory.as_strided((1, 1, 12, 16), (1, 1, 1, 1))

@@ -1,4 +1,4 @@
-"""group_norm_silu against fp64: values, statistics, layouts, `out`; and the contract of the call."""
+"""group_norm_silu: accuracy against fp64, statistics, layouts, `out`, arguments."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from var_kernels import group_norm_silu
 from var_kernels.testing import assert_accurate, randn, stated_order
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Batch, channels, groups, height, width: pixels on both sides of a chunk of 64, channels of every vector's tail.
+# Batch, channels, groups, height, width. Pixels are on both sides of a chunk of 64; channels leave every vector's tail.
 SHAPES = [(1, 2, 2, 1, 2), (2, 6, 3, 1, 7), (1, 32, 32, 7, 9), (2, 40, 4, 8, 8), (1, 96, 32, 5, 13), (3, 33, 3, 11, 12),
           (2, 160, 32, 16, 16)]  # fmt: skip
 
@@ -42,16 +42,16 @@ def test_against_float64(shape, dtype, silu):
 
 
 def test_a_mean_far_from_zero_costs_no_digits():
-    """E[x²] − E[x]² in fp32, as in PyTorch's kernel of channels-last images, would be off by a tenth here."""
+    """E[x²] − E[x]² in fp32, as PyTorch computes it for channels-last images, has an error of a tenth here."""
     x, weight, bias = problem(1, 64, 24, 24)
     x += 1000
     y = group_norm_silu(x, weight, bias, 32, silu=False)
     exact = plain(x.double(), weight, bias, 32, False)
-    # Rounding x itself to fp32 happened before; what is left is the rounding of x·factor + addend, sizes 1000 apart.
+    # x is rounded to fp32 before. What is left is the rounding of x·factor + addend, two terms of about 1000.
     assert (y - exact).abs().max() < 1000 * 2.0**-22 * exact.abs().max()
 
 
-def test_large_outputs_are_stored_past_the_caches_the_same():
+def test_large_outputs_stored_past_the_caches_are_the_same():
     x, weight, bias = problem(1, 32, 500, 500)  # 32 MB
     y = group_norm_silu(x, weight, bias, 32)
     with stated_order():

@@ -1,4 +1,4 @@
-"""Memory in huge pages: contents, lifetime, and that the system was asked for what is filled only."""
+"""Memory in huge pages: its contents, its lifetime, and for which part the system is asked for huge pages."""
 
 import errno
 import gc
@@ -21,7 +21,7 @@ def test_zeros(elements):
     assert huge_pages.zeros(2, 3, dtype=torch.float32, device="meta").device.type == "meta"
 
 
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages on request")
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="programs cannot ask this system for huge pages")
 def test_whole_huge_pages_are_asked_for(monkeypatch):
     asked = []
 

@@ -1,4 +1,4 @@
-"""PackedLinear against fp64 and F.linear: our kernel, oneDNN's and unpacked; and the contract of the call."""
+"""PackedLinear, packed for our kernel, packed for oneDNN, and not packed: accuracy against fp64, layouts, arguments."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from var_kernels.native import load
 from var_kernels.testing import assert_accurate, randn, stated_order
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Rows, inputs, outputs: tiles of 8, 4, 2 and 1 rows and blocks of 240; products of 512 fp32 or 1024 bf16 inputs; strips
-# of 48, 32 and 16 outputs, groups of 512.
+# Rows, inputs, outputs. Rows straddle tiles of 8, 4, 2 and 1 and blocks of 240; inputs straddle products of 512 in fp32
+# and 1024 in bf16; outputs straddle strips of 48, 32 and 16 and groups of 512.
 SHAPES = [(1, 1, 1), (2, 64, 192), (7, 34, 65), (130, 96, 40), (15, 33, 48), (8, 512, 64), (3, 513, 16), (9, 1024, 560),
           (5, 2050, 33), (241, 130, 100), (490, 40, 528)]  # fmt: skip
 
@@ -37,7 +37,7 @@ def make(request, monkeypatch):
 
 
 def ours(dtype, *tensors, **options):
-    """A layer that our kernel serves; skips where there is none."""
+    """A layer that our kernel serves; skips the test if this machine has no kernel."""
     if (reason := kernel_unavailable_reason(dtype)) is not None:
         pytest.skip(reason)
     layer = PackedLinear(*tensors, **options)
@@ -105,7 +105,7 @@ def test_layouts():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_says_what_it_holds(dtype):
+def test_backend_and_bytes_of_a_layer(dtype):
     for shape in ((20, 10), (1024, 64)):
         weight = torch.zeros(shape, dtype=dtype)
         layer = PackedLinear(weight)
@@ -135,7 +135,7 @@ PackedLinear(weights[0][:16], dtype={dtype})"""
 
 @pytest.mark.skipif(not load.native_library().available, reason="no native library")
 def test_an_odd_number_of_bf16_inputs_is_padded(monkeypatch):
-    """Our kernel reads pairs; where there is no oneDNN it had nothing to fall back on."""
+    """Our kernel reads inputs in pairs. An odd number once failed where oneDNN, which served it, is missing."""
     monkeypatch.setattr(packing, "kernel_unavailable_reason", lambda dtype: None)
     if load.native_library().isa not in ("avx512_bf16", "amx"):
         pytest.skip("this instruction set has no product of bfloat16")
@@ -199,7 +199,7 @@ def test_opcheck(dtype):
         ({3: 33}, "packed: expected"),
     ],
 )  # fmt: skip
-def test_the_raw_op_guards_itself(change, match):
+def test_the_raw_op_checks_its_arguments(change, match):
     if (reason := kernel_unavailable_reason(torch.float32)) is not None:
         pytest.skip(reason)
     arguments = [torch.zeros(4, 8), torch.zeros(256), torch.zeros(32), 20, False]

@@ -1,4 +1,4 @@
-"""PackedConv3x3 against fp64: values, borders, layouts, the residual; and the contract of the call."""
+"""PackedConv3x3: accuracy against fp64, borders, layouts, the residual, arguments."""
 
 import functools
 
@@ -13,11 +13,13 @@ from var_kernels.native import load
 from var_kernels.testing import randn, stated_order
 
 DTYPES = (torch.float32, torch.bfloat16)
-# B, C_in, C_out, H, W: sides on both sides of a tile, one block and several, channels of every tail, strips of 80.
+# B, C_in, C_out, H, W. Heights and widths are on both sides of a tile; there are one or several blocks, channels with
+# every tail, and strips of 80.
 SHAPES = [(1, 1, 16, 1, 1), (1, 8, 3, 10, 9), (2, 5, 17, 2, 3), (1, 32, 96, 7, 9), (2, 33, 40, 13, 5),
           (3, 16, 80, 24, 18), (1, 160, 176, 16, 12), (1, 64, 64, 50, 47)]  # fmt: skip
-# Of a direct convolution, at most. F(4×4) has larger constants, F(2×2) in bf16 rounds what it multiplies once more; and
-# over few channels a direct convolution rounds so little that one unit more is three times as much.
+# The error is at most this many times that of a direct convolution. F(4×4) has larger constants, and F(2×2) in bf16
+# rounds its factors once more. Over few channels, a direct convolution rounds so little that one more unit of rounding
+# is three times as much.
 SLACK = {torch.float32: 6.0, torch.bfloat16: 1.6}
 needs_kernel = pytest.mark.skipif(not load.native_library().available, reason="no native library")
 
@@ -40,7 +42,7 @@ def rms(x):
 
 @pytest.fixture(params=[scheme.name for scheme in SCHEMES])
 def scheme(request, monkeypatch):
-    """Each scheme in turn, where the instruction set leaves the choice."""
+    """Runs the test with each scheme, if the instruction set leaves the choice."""
     monkeypatch.setattr(winograd_conv, "_CACHED_BYTES", {"two": 0, "four": 1 << 40, "doubling": 0}[request.param])
     return request.param
 
@@ -103,7 +105,7 @@ def test_layouts_threads_and_runs_agree(scheme, restore_threads):
     want = conv(x, residual)
     wide = torch.full((2, 41, 12, 25), torch.nan)
     wide[:, :40, :, :20] = x
-    # PyTorch's own kernels are chosen by the layout.
+    # PyTorch chooses its kernels by the layout, so that its results may differ.
     agree = torch.equal if conv.backend == "cpu" else functools.partial(torch.allclose, atol=1e-5)
     for same in (x.contiguous(memory_format=torch.channels_last), wide[:, :40, :, :20]):
         assert agree(conv(same, residual), want)
@@ -128,7 +130,7 @@ def test_out_may_be_the_residual(scheme):
 
 
 @needs_kernel
-def test_large_outputs_are_stored_past_the_caches_the_same():
+def test_large_outputs_stored_past_the_caches_are_the_same():
     x, weight, bias, residual = problem(1, 16, 64, 330, 330)  # 28 MB of outputs
     conv = PackedConv3x3(weight, bias)
     part = conv(x[..., :40, :], residual[..., :40, :])  # 3 MB
@@ -146,7 +148,7 @@ def test_nan_stays_near_its_pixel_and_in_its_image(scheme):
     scale = 2 if doubling else 1
     assert not y[0].isnan().any()
     assert y[1, :, 9 * scale + scale - 1 : 11 * scale + 1, 9 * scale + scale - 1 : 11 * scale + 1].isnan().all()
-    # A tile that reads the pixel is lost whole: no more than 5 rows and columns away.
+    # All of a tile that reads the pixel is NaN, which is at most 5 rows and columns away.
     near = slice(scale * 5, scale * 16)
     y[1, :, near, near] = 0
     assert not y.isnan().any()
@@ -233,7 +235,7 @@ def test_bad_input(change, error, match):
         ({5: torch.zeros(1, 4, 16, 4).transpose(2, 3)}, "y: expected"),
     ],
 )  # fmt: skip
-def test_the_raw_op_guards_itself(change, match):
+def test_the_raw_op_checks_its_arguments(change, match):
     arguments = [torch.zeros(1, 4, 4, 8), torch.zeros(36 * 32 * 16), torch.zeros(16), None, 1, torch.zeros(1, 4, 4, 16)]
     for i, argument in change.items():
         arguments[i] = argument

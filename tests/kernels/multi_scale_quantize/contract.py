@@ -1,19 +1,20 @@
-"""What every backend of the quantizer is held to: shapes, inputs, gradients, and Algorithm 1 written out once more."""
+"""What the tests of every backend of the quantizer share: shapes, inputs, comparisons, a second Algorithm 1."""
 
 import numpy
 import torch
 import torch.nn.functional as F
 
-from var_kernels.testing import randn
+from var_kernels import multi_scale_quantize, next_scale_input
+from var_kernels.testing import assert_accurate, randn, stated_order
 
 NAMES = ("f", "codebook", "phi_weight", "phi_bias")
 
 # (batch, channels, codes, convolutions, maps). Channels straddle the vectors of every ISA level (4, 8, 16) and the
-# column strips of the matrix product (16, 32, 64); heights straddle the bands of four rows, widths the register tile of
-# six pixels; batches straddle the slots of eight images of the backward; maps are square and not, taller than wide,
-# as large as the full map in the middle of the schedule, larger than it along one axis, and a single one. Several
-# images where maps are small: the codes of scale 0 are constant over an image, and so is their rounding error, which
-# makes the sums over the pixels of few images a matter of luck.
+# column strips of the matrix product (16, 32, 64). Heights straddle the bands of four rows, widths the register tile of
+# six pixels, and batches the slots of eight images of the backward. Maps are square or not, some taller than wide, some
+# as large as the full map in the middle of the schedule, some larger than it along one axis; one schedule has a single
+# map. Where maps are small, there are several images: the codes of scale 0 are constant over an image, and so is their
+# rounding error, so that with few images the error of a sum over pixels would depend on chance.
 SHAPES = {
     "VAR": (2, 32, 120, 4, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)),
     "narrow": (3, 3, 17, 1, (1, 2, 4)),
@@ -40,7 +41,7 @@ def pairs(patch_nums) -> list[tuple[int, int]]:
 
 
 def inputs(shape, *, seed: int = 1, dtype=torch.float32) -> list[torch.Tensor]:
-    """f, codebook, phi_weight, phi_bias; a weak mean in each, so that no part can be ignored."""
+    """f, codebook, phi_weight and phi_bias. Codes and biases have a small mean, so that no part can be ignored."""
     batch, channels, codes, convolutions, patch_nums = shape
     height, width = pairs(patch_nums)[-1]
     return [
@@ -52,7 +53,7 @@ def inputs(shape, *, seed: int = 1, dtype=torch.float32) -> list[torch.Tensor]:
 
 
 def gradients(result, tensors, seed=9) -> list[torch.Tensor]:
-    """Of a weighted sum of f_hat and the loss: both parts matter in the gradient of f."""
+    """Gradients of a weighted sum of f_hat and the loss, in which both parts contribute to the gradient of f."""
     weights = randn(*result.f_hat.shape, seed=seed, dtype=torch.float64, std=1e-3).to(result.f_hat.dtype)
     return torch.autograd.grad((result.f_hat * weights).sum().to(result.vq_loss.dtype) + 3 * result.vq_loss, tensors)
 
@@ -61,8 +62,39 @@ def leaves(tensors, dtype=None) -> list[torch.Tensor]:
     return [tensor.detach().to(dtype or tensor.dtype).requires_grad_() for tensor in tensors]
 
 
+def assert_right(result, derivatives, tensors, maps, **options):
+    """Tokens are those of float64, the rest is as accurate as plain PyTorch. Returns the tokens of plain PyTorch."""
+
+    def reference(dtype=None):
+        arguments = leaves(tensors, dtype)
+        outcome = multi_scale_quantize(*arguments, maps, **options, backend="reference")
+        return outcome, gradients(outcome, arguments)
+
+    with stated_order():
+        plain, plain_gradients = reference()
+    exact, exact_gradients = reference(torch.float64)
+    assert torch.equal(result.tokens, exact.tokens)
+    assert_accurate(result.f_hat, plain.f_hat, exact.f_hat, name="f_hat")
+    assert_accurate(result.vq_loss, plain.vq_loss, exact.vq_loss, name="vq_loss")
+    for name, *parts in zip(NAMES, derivatives, plain_gradients, exact_gradients, strict=True):
+        assert_accurate(*parts, name=f"gradient of {name}")
+    return plain.tokens
+
+
+def assert_right_step(found, tensors, maps, k, **options):
+    """`found`, the next_scale_input of `tensors` after scale k, is as accurate as plain PyTorch."""
+    with stated_order():
+        plain = next_scale_input(*tensors, maps, k, **options, backend="reference")
+    exact = next_scale_input(*(tensor.double() for tensor in tensors), maps, k, **options, backend="reference")
+    for part, *values in zip(("f_hat", "next map"), found, plain, exact, strict=True):
+        if values[1] is None:
+            assert values[0] is None and values[2] is None
+        else:
+            assert_accurate(*values, name=f"{part} after scale {k}")
+
+
 def composition(f, codebook, weight, bias, patch_nums, *, ratio=0.5, metric="l2", beta=0.25):
-    """Algorithm 1 written out once more: tokens, f_hat, loss, and the smallest relative gap of the best two codes."""
+    """Algorithm 1, written a second time: tokens, f_hat, loss, and the smallest relative gap of the best two codes."""
     sizes = pairs(patch_nums)
     full, n = sizes[-1], weight.shape[0]
     ticks = numpy.linspace(1 / 3 / n, 1 - 1 / 3 / n, n) if n == 4 else numpy.linspace(1 / 2 / n, 1 - 1 / 2 / n, n)

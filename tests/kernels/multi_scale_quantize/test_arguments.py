@@ -1,4 +1,4 @@
-"""multi_scale_quantize and next_scale_input: bad input, torch's tools, every ISA level."""
+"""multi_scale_quantize and next_scale_input: bad input and torch's transformations."""
 
 
 import pytest
@@ -56,7 +56,7 @@ BAD = [
 @pytest.mark.parametrize("function, change, error, message", BAD)
 def test_bad_input(function, change, error, message):
     arguments = QUANTIZE if function is multi_scale_quantize else STEP
-    function(**arguments)  # also fills the cache of schedules, which must not let 2.0 pass for 2
+    function(**arguments)  # this also fills the cache of schedules, which must not take 2.0 for 2
     with pytest.raises(error, match=message):
         function(**arguments | change)
 

@@ -1,15 +1,26 @@
-"""The CUDA kernels of multi_scale_quantize and next_scale_input: executed on the CPU by the emulation and from the PTX
-that nvcc writes, never on a GPU; what nvcc makes of them; and that planted faults are found."""
+"""The CUDA kernels of multi_scale_quantize and next_scale_input: emulated, compiled, and with planted faults.
+
+Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
+Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
+"""
 
 import functools
 
 import pytest
 import torch
 
-from tests.kernels.multi_scale_quantize.contract import NAMES, SHAPES, gradients, inputs, leaves, pairs
+from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.kernels.multi_scale_quantize.contract import (
+    SHAPES,
+    assert_right,
+    assert_right_step,
+    gradients,
+    inputs,
+    leaves,
+    pairs,
+)
 from tools.gpu_emulation.cuda import build, load, nvcc, serving
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
-from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from tools.report import machine_code
 from var_kernels import multi_scale_quantize, next_scale_input
 from var_kernels.native import build as native_build
@@ -20,10 +31,10 @@ if build.unavailable_reason() is not None:
 
 FORWARD = native_build.CSRC / "cuda" / "multi_scale_quantize.cu"
 BACKWARD = native_build.CSRC / "cuda" / "multi_scale_quantize_backward.cu"
-# Beside the shapes of all backends: several tiles of 16×16 pixels, and of 32 channels; as (batch, channels, codes,
-# convolutions, maps).
+# (batch, channels, codes, convolutions, maps), in addition to the shapes of all backends: several tiles of 16×16 pixels
+# and of 32 channels.
 TILED = (2, 33, 30, 2, ((1, 1), (3, 5), (17, 19)))
-LARGE = (6, 3, 9, 1, ((1, 1), (100, 70)))  # a residual map that no block can hold
+LARGE = (6, 3, 9, 1, ((1, 1), (100, 70)))  # a residual map that is too large for a block
 
 
 @functools.cache
@@ -32,29 +43,22 @@ def emulated(variant):
 
 
 def emulation(variant="fast", **options):
-    """Inside, backend="cuda" is the emulation; raises EmulationError for what was found."""
+    """A context in which backend="cuda" is the emulation; raises EmulationError with its findings."""
     return serving(emulated(variant) if isinstance(variant, str) else variant, **options)
 
 
-def forward_and_backward(tensors, maps, backend, dtype=None, **options):
-    arguments = leaves(tensors, dtype)
-    result = multi_scale_quantize(*arguments, maps, **options, backend=backend)
+def forward_and_backward(tensors, maps, **options):
+    arguments = leaves(tensors)
+    result = multi_scale_quantize(*arguments, maps, **options, backend="cuda")
     return result, gradients(result, arguments)
 
 
 def check(shape, variant="fast", *, seed=0, executor=None, metric="l2"):
-    """Tokens are those of float64, the rest is as accurate as plain PyTorch."""
+    """Compares forward and backward of `shape` with the reference; returns the counters of the emulation."""
     tensors, maps = inputs(shape), shape[-1]
     with emulation(variant, seed=seed, late_copies=seed % 2 == 0, executor=executor) as record:
-        found, found_gradients = forward_and_backward(tensors, maps, "cuda", metric=metric)
-    with stated_order():
-        plain, plain_gradients = forward_and_backward(tensors, maps, "reference", metric=metric)
-    exact, exact_gradients = forward_and_backward(tensors, maps, "reference", torch.float64, metric=metric)
-    assert torch.equal(found.tokens, exact.tokens)
-    assert_accurate(found.f_hat, plain.f_hat, exact.f_hat, name="f_hat")
-    assert_accurate(found.vq_loss, plain.vq_loss, exact.vq_loss, name="vq_loss")
-    for name, *parts in zip(NAMES, found_gradients, plain_gradients, exact_gradients, strict=True):
-        assert_accurate(*parts, name=f"gradient of {name}")
+        found, derivatives = forward_and_backward(tensors, maps, metric=metric)
+    assert_right(found, derivatives, tensors, maps, metric=metric)
     return record.counters
 
 
@@ -77,7 +81,8 @@ def test_several_tiles():
     check(TILED, "race", seed=1, metric="cosine")
 
 
-# Backward takes 7 launches, forward one or, for each scale, a pool, a search with its candidates, and an update.
+# If the residual fits a block, forward is one launch. Otherwise each scale takes several: a pool, a search with its
+# candidates, and an update. Backward takes 7 launches.
 @pytest.mark.parametrize(("shape", "launches"), [(SHAPES["nine images"], 1), (LARGE, 1 + 3 * 2 + 1)])
 def test_one_launch_if_the_residual_fits_a_block(shape, launches):
     tensors = inputs(shape)
@@ -91,8 +96,9 @@ def test_one_launch_if_the_residual_fits_a_block(shape, launches):
     assert_accurate(found.f_hat, plain.f_hat, exact.f_hat, name="f_hat")
 
 
-def test_both_ways_give_the_same_bits():
-    # One image is too much for a block while the rest of the emulated GPU waits, six are not.
+def test_stepwise_and_resident_kernels_give_the_same_bits():
+    # For one image, the kernels of single steps serve, because one block would leave the rest of the emulated GPU idle.
+    # For six images, the resident kernel serves.
     shape = (1, 32, 1500, 2, (1, 4, 8))
     tensors = inputs(shape)
     with emulation() as record:
@@ -112,37 +118,25 @@ def test_next_scale_input(variant):
             codes = randn(shape[0], height * width, 2 * shape[1], seed=20 + k)[..., : shape[1]]
             with emulation(variant, seed=k):
                 found = next_scale_input(f_hat, codes, *phi, shape[-1], k, phi_ratio=0.4, backend="cuda")
-            with stated_order():
-                plain, exact = (
-                    next_scale_input(*(x.to(dtype) for x in (f_hat, codes, *phi)), shape[-1], k, phi_ratio=0.4,
-                                     backend="reference") for dtype in (torch.float32, torch.float64)
-                )  # fmt: skip
-            for part, *values in zip(("f_hat", "next map"), found, plain, exact, strict=True):
-                if values[0] is not None:
-                    assert_accurate(*values, name=f"{part} after scale {k}")
+            assert_right_step(found, (f_hat, codes, *phi), shape[-1], k, phi_ratio=0.4)
 
 
 def test_every_order_gives_the_same_bits():
-    shape = (17, 8, 40, 2, (1, 3, 5))  # slices of two images, the last of one
+    shape = (17, 8, 40, 2, (1, 3, 5))  # slices of two images; the last slice has one
     results = []
     for seed in (0, 1, 2, 9):
         with emulation(seed=seed):
-            result, derivatives = forward_and_backward(inputs(shape), shape[-1], "cuda")
+            result, derivatives = forward_and_backward(inputs(shape), shape[-1])
         results.append([*result, *derivatives])
     assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(result, results[0], strict=True))
 
 
 def test_sanitizers_find_nothing():
-    build.build("sanitized", [FORWARD, BACKWARD])
-    answer = run_sanitized("""
-        import torch
+    assert_sanitizers_find_nothing([FORWARD, BACKWARD], """
         from tests.kernels.multi_scale_quantize import test_cuda as tests
-        torch.set_num_threads(1)
         for name in ("narrow", "one scale", "larger on the way", "wide"):
             tests.check(tests.SHAPES[name], "sanitized", seed=1)
-        print("clean")
     """)
-    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
 
 
 # ---- layouts, non-finite values, the call --------------------------------------------------------------------------
@@ -215,7 +209,7 @@ def test_opcheck():
         torch.library.opcheck(ops._next_scale_input.default, (f, randn(2, 1, 4, seed=1), *phi, 0, 1, 1, 3, 3, 0.5))
 
 
-# ---- what nvcc writes ----------------------------------------------------------------------------------------------
+# ---- the code that nvcc compiles -----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(nvcc.unavailable_reason() is not None, reason=str(nvcc.unavailable_reason()))
@@ -223,13 +217,13 @@ def test_opcheck():
                          ids=str)  # fmt: skip
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_ptx_is_accurate(shape, metric):
-    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same doors."""
+    """Executes the code that nvcc compiles for sm_80 in the PTX interpreter, called from the same entry functions."""
     from tools.gpu_emulation.cuda.ptx import execute_ptx_of
 
     check(shape, metric=metric, executor=execute_ptx_of(FORWARD, BACKWARD))
 
 
-# Two blocks of 256 threads on a multiprocessor; of the resident kernel one.
+# Two blocks of 256 threads fit on a multiprocessor, and one block of the resident kernel.
 REGISTERS = {
     "quantize_resident_kernel": 255, "nearest_code_kernel": 168, "quantize_update_kernel": 128, "add_scale_kernel": 128,
     "scale_maps_kernel": 128, "code_maps_kernel": 128, "phi_gradients_kernel": 128, "": 64,
@@ -291,7 +285,7 @@ SMALL = (2, 12, 40, 2, (1, 4, (9, 10)))  # two strips; windows that overlap
 
 
 def outcome(emulated_kernels, source):
-    """What the kernels of a source make of SMALL, as a list of tensors."""
+    """The results of the kernels in `source` for SMALL, as a list of tensors."""
     tensors, maps = inputs(SMALL), [[side[i] for side in pairs(SMALL[-1])] for i in range(2)] + [[0, 1, 1]]
     with emulation(emulated_kernels, seed=1):
         if source == FORWARD:

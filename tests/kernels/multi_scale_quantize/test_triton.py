@@ -1,52 +1,46 @@
-"""The Triton kernels of multi_scale_quantize and next_scale_input: interpreted, and as compiled for capability 8.0."""
+"""The Triton kernels of multi_scale_quantize and next_scale_input, interpreted and as compiled for sm_80."""
 
-import json
-from pathlib import Path
-
-import numpy
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from tests.helpers.weights_recipe import fill
-from tests.kernels.multi_scale_quantize.contract import NAMES, SHAPES, gradients, inputs, leaves, pairs
+from tests.helpers.triton_launches import recorded
+from tests.kernels.multi_scale_quantize.contract import (
+    SHAPES,
+    assert_right,
+    assert_right_step,
+    gradients,
+    inputs,
+    leaves,
+    pairs,
+)
+from tests.model.golden import Golden
 from tools.gpu_emulation.triton import executing, interpret, run_ptx
-from var import VQVAE, VQVAEConfig
 from var_kernels import multi_scale_quantize, next_scale_input
-from var_kernels.testing import assert_accurate, poison, randn, stated_order
+from var_kernels.testing import poison, randn
 from var_kernels.triton import multi_scale_quantize as forward_kernels
 from var_kernels.triton import multi_scale_quantize_backward as backward_kernels
 from var_kernels.triton import nearest_code as search_kernels
 from var_kernels.triton.configs import TABLE, Config, override
-from var_kernels.triton.launch import executor
 from var_kernels.triton.offline import compilations, compile_for
-from var_kernels.triton.targets import TARGETS, assume
+from var_kernels.triton.targets import TARGETS
 
-DATA = Path(__file__).parents[2] / "data"
 STEMS = ("nearest_code.", "multi_scale_quantize.", "multi_scale_quantize_backward.")
 
 
 def tiles(**sizes: int) -> dict[str, Config]:
-    """Of all kernels of the quantizer, with these sizes where a kernel has them."""
+    """Configurations of all kernels of the quantizer, with those of `sizes` that a kernel has."""
     kernels = [name for name in TABLE if name.startswith(STEMS)]
     return {name: Config({tile: sizes.get(tile, size) for tile, size in TABLE[name][-1].config.tiles.items()})
             for name in kernels}  # fmt: skip
 
 
-# The interpreter takes its time per program and operation, whatever the size of a tile. SMALL tiles are straddled by
-# pixels, tokens, codes, windows of pooling and channels; ROOMY ones leave one or two programs per map.
+# The interpreter's time depends on the number of programs and operations, not on the size of a tile. Pixels, tokens,
+# codes, pooling windows and channels straddle SMALL tiles. With ROOMY ones there are one or two programs per map.
 SMALL = tiles(BLOCK_N=16, BLOCK_V=16, BLOCK_C=16, BLOCK_Q=2, BLOCK_S=4, BLOCK_P=16, BLOCK_I=16, BLOCK_O=16, BLOCK_T=16)
 ROOMY = tiles(BLOCK_N=64, BLOCK_V=32, BLOCK_C=32, BLOCK_Q=8, BLOCK_S=4, BLOCK_P=64, BLOCK_I=32, BLOCK_O=32, BLOCK_T=64)
 TINY = (2, 5, 12, 2, ((1, 1), (2, 3), (5, 4)))  # batch, channels, codes, convolutions, maps
-
-
-def recorded(function) -> list:
-    """The launches of a call, which are not executed."""
-    launches = []
-    with assume(TARGETS["sm_80"]), executor(launches.append):
-        function()
-    return launches
 
 
 def triton(tensors, shape, **options):
@@ -60,28 +54,12 @@ def forward_and_backward(function, tensors, shape, **options):
         return result, gradients(result, arguments)
 
 
-def assert_right(result, derivatives, tensors, shape, **options):
-    """The tokens are those of the reference; the rest is as accurate as plain PyTorch."""
-    expected = []
-    for dtype in (None, torch.float64):
-        arguments = leaves(tensors, dtype)
-        with stated_order():
-            reference = multi_scale_quantize(*arguments, shape[-1], **options, backend="reference")
-            expected.append((reference, gradients(reference, arguments)))
-    (plain, plain_gradients), (exact, exact_gradients) = expected
-    assert torch.equal(result.tokens, exact.tokens)
-    assert_accurate(result.f_hat, plain.f_hat, exact.f_hat, name="f_hat")
-    assert_accurate(result.vq_loss, plain.vq_loss, exact.vq_loss, name="vq_loss")
-    for name, *parts in zip(NAMES, derivatives, plain_gradients, exact_gradients, strict=True):
-        assert_accurate(*parts, name=f"gradient of {name}")
-
-
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-# Interpreted with roomy tiles, or compiled with the shipped ones: several images and scales, several convolutions and
-# one; maps that are not square, at full size or beyond it on the way; a single scale, pixel, channel; more channels
-# than a tile has.
+# These are interpreted with roomy tiles, or compiled with the shipped ones. There are several images and scales, one or
+# several convolutions, maps that are not square, maps of the full size or larger before the last one, a single scale,
+# pixel or channel, and more channels than a tile has.
 CASES = [
     ("narrow", "l2", interpret, ROOMY),
     ("one channel", "cosine", interpret, ROOMY),
@@ -100,31 +78,24 @@ def test_forward_and_backward(name, metric, function, configs):
     tensors = inputs(shape)
     with override(configs):
         outcome = forward_and_backward(function, tensors, shape, metric=metric)
-    assert_right(*outcome, tensors, shape, metric=metric)
+    assert_right(*outcome, tensors, shape[-1], metric=metric)
 
 
 def test_small_tiles_and_uneven_slices(monkeypatch):
-    # 3 images in slices of 2, 20 pixels in tiles of 16, 18 channels in two tiles (and pooled before the search).
+    # 3 images are in slices of 2, 20 pixels in tiles of 16, and 18 channels in two tiles, and pooled before the search.
     monkeypatch.setattr(backward_kernels, "_SLICES", 2)
     shape = (3, 18, 33, 2, ((1, 2), (5, 4)))
     tensors = inputs(shape)
     with override(SMALL):
         outcome = forward_and_backward(run_ptx, tensors, shape)
-    assert_right(*outcome, tensors, shape)
+    assert_right(*outcome, tensors, shape[-1])
 
 
 def test_tokens_of_the_official_model():
-    spec, arrays = json.loads((DATA / "tiny.json").read_text()), numpy.load(DATA / "tiny.npz")
-    config = VQVAEConfig(ch=spec["ch"], patch_nums=tuple(spec["patch_nums"]), vocab_size=spec["vocab_size"],
-                         z_channels=spec["z_channels"])  # fmt: skip
-    vqvae = VQVAE(config, "triton")
-    vqvae.load_state_dict({
-        name: torch.from_numpy(fill(name, tuple(value.shape), spec["seed"]))
-        for name, value in vqvae.state_dict().items()
-    })  # fmt: skip
+    golden = Golden("tiny", "triton")
     with executing(interpret), override(ROOMY):
-        tokens = vqvae.encode(torch.from_numpy(arrays["image"]))
-    assert torch.equal(tokens, torch.from_numpy(arrays["tokens"]).long())
+        tokens = golden.vqvae.encode(golden["image"])
+    assert torch.equal(tokens, golden["tokens"].long())
 
 
 @pytest.mark.parametrize("name, configs", [("larger on the way", ROOMY), ("narrow", SMALL), ("one pixel", ROOMY)])
@@ -135,15 +106,10 @@ def test_next_scale_input(name, configs):
         tensors = (f_hat, randn(shape[0], height * width, shape[1], seed=20 + k), *phi)
         with executing(interpret), override(configs):
             ours = next_scale_input(*tensors, shape[-1], k, phi_ratio=0.4, backend="triton")
-        with stated_order():
-            plain = next_scale_input(*tensors, shape[-1], k, phi_ratio=0.4, backend="reference")
-        exact = next_scale_input(*(tensor.double() for tensor in tensors), shape[-1], k, phi_ratio=0.4)
-        for part, *values in zip(("f_hat", "next map"), ours, plain, exact, strict=True):
-            if values[0] is not None:
-                assert_accurate(*values, name=f"{part} after scale {k}")
+        assert_right_step(ours, tensors, shape[-1], k, phi_ratio=0.4)
 
 
-# ---- the code that the compiler wrote --------------------------------------------------------------------------------
+# ---- the code that Triton compiles ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -152,23 +118,19 @@ def test_compiled(dtype):
     with override(SMALL):
         result, derivatives = forward_and_backward(run_ptx, tensors, TINY)
     assert result.f_hat.dtype == dtype and result.vq_loss.dtype == torch.float32
-    assert_right(result, derivatives, tensors, TINY)
+    assert_right(result, derivatives, tensors, TINY[-1])
 
 
 def test_compiled_next_scale_input():
     f_hat, _, *phi = inputs(TINY)
-    codes = randn(2, 6, 5, seed=20)
+    tensors = (f_hat, randn(2, 6, 5, seed=20), *phi)
     with executing(run_ptx), override(SMALL):
-        ours = next_scale_input(f_hat, codes, *phi, TINY[-1], 1, backend="triton")
-    with stated_order():
-        plain = next_scale_input(f_hat, codes, *phi, TINY[-1], 1, backend="reference")
-    exact = next_scale_input(f_hat.double(), codes.double(), *(tensor.double() for tensor in phi), TINY[-1], 1)
-    for values in zip(ours, plain, exact, strict=True):
-        assert_accurate(*values)
+        ours = next_scale_input(*tensors, TINY[-1], 1, backend="triton")
+    assert_right_step(ours, tensors, TINY[-1], 1)
 
 
 def vary(batch, patch_nums):
-    """Launches of one training step of the shape of VAR."""
+    """The launches of a training step with 32 channels and 4 convolutions, as in VAR."""
     tensors = inputs((batch, 32, 128, 4, patch_nums))
 
     def step():

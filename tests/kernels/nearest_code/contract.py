@@ -1,14 +1,19 @@
-"""What every backend of the search is held to: the code that is nearest in float64."""
+"""What the tests of every backend of the search share: problems, and the comparison with float64."""
+
+from collections.abc import Iterable, Iterator
 
 import torch
 
+from var_kernels.testing import randn
+
 
 def scores_and_band(z: torch.Tensor, codebook: torch.Tensor, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact scores in float64, and a bound of the error of each in fp32, both (N, V).
+    """Exact scores in float64, and a bound of the error of each score in fp32; both are (N, V).
 
-    The score z·c - |c|²/2 is a chain of C multiply-adds that starts at the rounded |c|²/2, itself a chain of C: in any
-    order of summation its error is at most gamma(2C + 2) times the sum of the terms' magnitudes, with
-    gamma(n) = n·u / (1 - n·u) and u = 2^-24. Normalising a code (cosine) adds C + 3 roundings to each factor.
+    The score z·c - |c|²/2 is a chain of C multiply-adds that starts at the rounded |c|²/2, which is a chain of C
+    multiply-adds too. In any order of summation, the error is at most gamma(2C + 2) times the sum of the magnitudes of
+    the terms, with gamma(n) = n·u / (1 - n·u) and u = 2^-24. Cosine normalises the codes, which adds C + 3 roundings to
+    each factor.
     """
     z, codes = z.double(), codebook.double()
     unit_roundoff, channels = 2.0**-24, z.shape[-1]
@@ -24,7 +29,7 @@ def scores_and_band(z: torch.Tensor, codebook: torch.Tensor, metric: str) -> tup
 
 
 def assert_nearest(index: torch.Tensor, z: torch.Tensor, codebook: torch.Tensor, metric: str) -> None:
-    """Each index is the exact one, or its exact score is below the maximum by no more than both scores' errors."""
+    """The exact score of each index is the maximum, or below it by no more than the bounds of both scores' errors."""
     assert index.dtype == torch.int64 and index.shape == z.shape[:-1]
     assert ((index >= 0) & (index < codebook.shape[0])).all()
     scores, band = scores_and_band(z, codebook, metric)
@@ -33,3 +38,39 @@ def assert_nearest(index: torch.Tensor, z: torch.Tensor, codebook: torch.Tensor,
     gap = scores[rows, best] - scores[rows, index]
     allowed = band[rows, best] + band[rows, index]
     assert (gap <= allowed).all(), f"chosen codes are farther by up to {(gap - allowed).max()} than rounding explains"
+
+
+def problems_of_small_integers(sizes: Iterable[tuple[int, int]]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """(z, codebook, the first nearest code of each row) for each (rows, codes) of `sizes`.
+
+    The elements are -1, 0 and 1: nothing is rounded, so that the index must be exact, and there are many ties, which
+    must go to the lowest index.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for rows, codes in sizes:
+        z = torch.randint(-1, 2, (rows, 4), generator=generator).float()
+        codebook = torch.randint(-1, 2, (codes, 4), generator=generator).float()
+        distance = (z.unsqueeze(1) - codebook).square().sum(-1)
+        yield z, codebook, (distance == distance.amin(-1, keepdim=True)).int().argmax(-1)
+
+
+def problems_with_special_values(cases: int, codes: int, spoiled: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """`cases` pairs of z and codebook where 10 elements of z and `spoiled` of the codebook are NaN, ±inf or 0."""
+    generator = torch.Generator().manual_seed(3)
+    specials = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
+    for case in range(cases):
+        z, codebook = randn(20, 6, seed=case), randn(codes, 6, seed=100 + case)
+        for tensor, count in ((z, 10), (codebook, spoiled)):
+            where = torch.randint(tensor.numel(), (count,), generator=generator)
+            tensor.view(-1)[where] = specials[torch.randint(4, (count,), generator=generator)]
+        yield z, codebook
+
+
+def problem_of_tiny_codes() -> tuple[torch.Tensor, torch.Tensor]:
+    """z and a codebook whose code 2 is the nearest by cosine.
+
+    Code 1 has the direction of z, but a length of 2e-20. Cosine divides a code shorter than 1e-12 by 1e-12 instead of
+    its length, so that it loses against any code of ordinary length.
+    """
+    z, direction = torch.ones(1, 4), torch.tensor([[1.0, 1.0, 1.0, 1.0]])
+    return z, torch.cat([torch.zeros(1, 4), direction * 1e-20, direction * 1e-3 + torch.eye(4)[:1] * 1e-3])

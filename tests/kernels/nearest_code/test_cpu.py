@@ -1,17 +1,22 @@
-"""nearest_code: exactness within a derived rounding band, ties, special values, the contract of the call."""
+"""nearest_code on the CPU: exactness within a derived bound of rounding, ties, special values, layouts, arguments."""
 
 import pytest
 import torch
 
-from tests.kernels.nearest_code.contract import assert_nearest
+from tests.kernels.nearest_code.contract import (
+    assert_nearest,
+    problem_of_tiny_codes,
+    problems_of_small_integers,
+    problems_with_special_values,
+)
 from var_kernels import nearest_code
 from var_kernels.testing import poison, randn
 
 METRICS = ("l2", "cosine")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# Codes straddle vectors (4, 8, 16) and strips (8, 16, 64) of every ISA level; rows straddle the register tile (6) and
-# the block of one task (96); channels straddle nothing but have to work from 1 to the widest codebooks.
+# Codes straddle vectors (4, 8, 16) and strips (8, 16, 64) of every ISA level. Rows straddle the register tile (6) and
+# the block of a task (96). Channels have no tiles, but must work from 1 up to those of the widest codebooks.
 CODES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200)
 ROWS = (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 95, 96, 97, 193)
 CHANNELS = (1, 2, 3, 8, 31, 32, 33, 256)
@@ -48,26 +53,19 @@ def test_hits_count_the_chosen_codes(backend, shape):
 
 
 def test_near_ties_within_rounding(backend):
-    # All codes around one point far from 0: the scores of a row differ by little more than their rounding.
+    # All codes lie around a point far from 0, so that the scores of a row differ by little more than their rounding.
     z = randn(97, 32, seed=1, std=1e-3) + 3
     codebook = randn(500, 32, seed=2, std=1e-3) + 3
     assert_nearest(nearest_code(z, codebook, backend=backend), z, codebook, "l2")
 
 
 def test_exact_on_small_integers(backend):
-    # Small integers leave no rounding, so that index and tie rule must be exact; three values make many ties.
-    generator = torch.Generator().manual_seed(0)
-    for codes in CODES:
-        for rows in ROWS:
-            z = torch.randint(-1, 2, (rows, 4), generator=generator).float()
-            codebook = torch.randint(-1, 2, (codes, 4), generator=generator).float()
-            distance = torch.cdist(z.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
-            lowest = (distance.round() == distance.round().amin(-1, keepdim=True)).int().argmax(-1)
-            assert torch.equal(nearest_code(z, codebook, backend=backend), lowest), (rows, codes)
+    for z, codebook, first in problems_of_small_integers((rows, codes) for codes in CODES for rows in ROWS):
+        assert torch.equal(nearest_code(z, codebook, backend=backend), first), (z.shape, codebook.shape)
 
 
 def test_agrees_with_the_expanded_formula(cpu):
-    # |c|² - 2 z·c in plain torch, fp32; rows where the two disagree are near-ties, on either side.
+    # This is |c|² - 2 z·c in plain torch and fp32. Rows where the two differ are near-ties, which either may resolve.
     z, codebook = randn(700, 32, seed=1), randn(4096, 32, seed=2)
     plain = torch.addmm(codebook.square().sum(-1), z, codebook.T, alpha=-2).argmin(-1)
     ours = nearest_code(z, codebook, backend="cpu")
@@ -85,10 +83,7 @@ def test_cosine_ignores_lengths(backend):
 
 
 def test_cosine_of_tiny_codes(backend):
-    # Below a length of 1e-12 a code is divided by 1e-12: it loses against any code of ordinary length.
-    z, direction = torch.ones(1, 4), torch.tensor([[1.0, 1.0, 1.0, 1.0]])
-    codebook = torch.cat([torch.zeros(1, 4), direction * 1e-20, direction * 1e-3 + torch.eye(4)[:1] * 1e-3])
-    assert nearest_code(z, codebook, metric="cosine", backend=backend).item() == 2
+    assert nearest_code(*problem_of_tiny_codes(), metric="cosine", backend=backend).item() == 2
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -104,7 +99,7 @@ def test_16_bit_inputs_are_widened_exactly(backend, metric, dtype):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_first_of_equal_codes_at_every_position(cpu, metric):
-    # Equal codes at `first` and everywhere behind: other lanes, other vectors, other strips. 13 rows: tiles of 6, 6, 1.
+    # The code at `first` equals all later ones, in other lanes, vectors and strips. 13 rows make tiles of 6, 6 and 1.
     target = randn(1, 19, seed=1)
     z = target + randn(13, 19, seed=2, std=0.01)
     far = -target + randn(150, 19, seed=3, std=0.1)
@@ -116,7 +111,7 @@ def test_first_of_equal_codes_at_every_position(cpu, metric):
 
 
 def test_first_of_two_equal_codes(cpu):
-    # Pairs at every distance: same vector, same strip, different strips.
+    # The two are in one vector, in one strip, or in different strips.
     target, far = randn(1, 19, seed=1), -randn(1, 19, seed=1)
     z = target + randn(7, 19, seed=2, std=0.01)
     for first, second in [(i, j) for i in (0, 1, 15, 16, 63, 64, 100) for j in range(i + 1, 150)]:
@@ -136,13 +131,7 @@ def test_all_codes_equal(backend):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_nan_and_inf_are_the_same_in_both_backends(cpu, metric):
-    generator = torch.Generator().manual_seed(3)
-    specials = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
-    for case in range(40):
-        z, codebook = randn(20, 6, seed=case), randn(90, 6, seed=100 + case)
-        for tensor, count in ((z, 10), (codebook, 30)):
-            where = torch.randint(tensor.numel(), (count,), generator=generator)
-            tensor.view(-1)[where] = specials[torch.randint(4, (count,), generator=generator)]
+    for case, (z, codebook) in enumerate(problems_with_special_values(40, 90, 30)):
         ours = nearest_code(z, codebook, metric=metric, backend="cpu")
         assert torch.equal(ours, nearest_code(z, codebook, metric=metric, backend="reference")), case
 
@@ -188,7 +177,7 @@ def test_no_channels(backend):
 def test_strided_inputs(backend):
     z, codebook = randn(4, 9, 7, seed=1), randn(30, 7, seed=2)
     expected = nearest_code(z, codebook, backend=backend)
-    feature_map = z.permute(0, 2, 1).contiguous()  # channels before positions, as in a convolution's output
+    feature_map = z.permute(0, 2, 1).contiguous()  # channels first, as in the output of a convolution
     assert torch.equal(nearest_code(feature_map.permute(0, 2, 1), codebook, backend=backend), expected)
     columns = codebook.T.contiguous().T
     assert torch.equal(nearest_code(z, columns, backend=backend), expected)
@@ -229,7 +218,7 @@ def test_matmul_precision_settings_do_not_matter(backend):
     expected = nearest_code(z, codebook, backend=backend)
     before = torch.get_float32_matmul_precision()
     try:
-        torch.set_float32_matmul_precision("medium")  # bf16 products in torch's own fp32 matmul
+        torch.set_float32_matmul_precision("medium")  # lets torch's own fp32 matmul use bf16 products
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(nearest_code(z, codebook, backend=backend), expected)
     finally:
@@ -323,7 +312,7 @@ def test_vmap(cpu):
 
 
 def test_no_matrix_of_all_scores(backend, peak_growth):
-    # 20 000 rows times 4 096 codes would be 330 MB in fp32.
+    # A matrix of 20 000 rows and 4 096 codes would take 330 MB in fp32.
     preparation = f"""
 import torch
 from var_kernels import nearest_code

@@ -1,15 +1,23 @@
-"""The CUDA kernels of nearest_code: executed on the CPU by the emulation and from the PTX that nvcc writes, never on a
-GPU; what nvcc makes of them; and that planted faults are found."""
+"""The CUDA kernels of nearest_code: emulated, compiled, and with planted faults.
+
+Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
+Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
+"""
 
 import functools
 
 import pytest
 import torch
 
-from tests.kernels.nearest_code.contract import assert_nearest
+from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.kernels.nearest_code.contract import (
+    assert_nearest,
+    problem_of_tiny_codes,
+    problems_of_small_integers,
+    problems_with_special_values,
+)
 from tools.gpu_emulation.cuda import build, load, nvcc, serving
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
-from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from tools.report import machine_code
 from var_kernels import nearest_code
 from var_kernels.native import build as native_build
@@ -21,8 +29,9 @@ if build.unavailable_reason() is not None:
 SOURCE = native_build.CSRC / "cuda" / "nearest_code.cu"
 METRICS = ("l2", "cosine")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Rows, codes, channels. A block takes 8, 16, 32 or 64 rows by 128 codes by 32 channels: both sides of each, aligned and
-# not, one chunk of channels and several, one tile of codes and as many splits as the emulated GPU has room for.
+# Rows, codes, channels. A block takes 8, 16, 32 or 64 rows by 128 codes by 32 channels. The problems are on both sides
+# of these numbers, aligned or not, with one or several chunks of channels. Some have one tile of codes, others as many
+# splits as the emulated GPU has room for.
 EDGES = [
     (1, 1, 1), (8, 127, 3), (9, 128, 32), (16, 129, 31), (17, 257, 36), (32, 90, 64), (33, 1030, 32), (64, 300, 8),
     (65, 140, 33), (3, 700, 100), (130, 65, 4),
@@ -35,7 +44,7 @@ def emulated(variant):
 
 
 def emulation(variant="fast", **options):
-    """Inside, backend="cuda" is the emulation; raises EmulationError for what was found."""
+    """A context in which backend="cuda" is the emulation; raises EmulationError with its findings."""
     return serving(emulated(variant) if isinstance(variant, str) else variant, **options)
 
 
@@ -62,25 +71,19 @@ def test_few_rows_are_searched_in_splits():
     with emulation() as record:
         found = nearest_code(z, codebook, backend="cuda")
         assert torch.equal(nearest_code(z.repeat(60, 1), codebook, backend="cuda"), found.repeat(60))
-    assert record.counters["launches"] == 2 + 1  # the many rows keep the emulated GPU busy without
+    assert record.counters["launches"] == 2 + 1  # the many rows keep the emulated GPU busy without splits
 
 
 @pytest.mark.parametrize("variant", ["fast", "race"])
 def test_exact_on_small_integers(variant):
-    # Small integers leave no rounding, so that index and tie rule must be exact; three values make many ties.
-    generator = torch.Generator().manual_seed(0)
-    for rows, codes in ((17, 5), (3, 31), (70, 500), (2, 900)):
-        z = torch.randint(-1, 2, (rows, 4), generator=generator).float()
-        codebook = torch.randint(-1, 2, (codes, 4), generator=generator).float()
-        distance = (z.unsqueeze(1) - codebook).square().sum(-1)
-        lowest = (distance == distance.amin(-1, keepdim=True)).int().argmax(-1)
-        assert torch.equal(search(z, codebook, variant=variant, seed=1), lowest), (rows, codes)
+    for z, codebook, first in problems_of_small_integers(((17, 5), (3, 31), (70, 500), (2, 900))):
+        assert torch.equal(search(z, codebook, variant=variant, seed=1), first), (z.shape, codebook.shape)
 
 
 @pytest.mark.parametrize("channels", [19, 40])
 @pytest.mark.parametrize("metric", METRICS)
 def test_first_of_equal_codes(metric, channels):
-    # Equal codes at `first` and everywhere behind: other lanes, warps, tiles and splits.
+    # The code at `first` and all later ones are equal, in other lanes, warps, tiles and splits.
     target = randn(1, channels, seed=1)
     far = -target + randn(700, channels, seed=3, std=0.1)
     for rows in (3, 40):
@@ -93,7 +96,7 @@ def test_first_of_equal_codes(metric, channels):
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
-    # Every number of rows a thread takes, and splits: scores are the same bits, near-ties included.
+    # The calls differ in rows per thread and in splits. Scores have the same bits, so that even near-ties agree.
     z, codebook = randn(200, 24, seed=1, std=1e-3) + 3, randn(1000, 24, seed=2, std=1e-3) + 3
     everything = search(z, codebook)
     for count in (1, 9, 20, 40, 150):
@@ -102,43 +105,30 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_nan_and_inf_as_in_the_reference(metric):
-    generator = torch.Generator().manual_seed(3)
-    specials = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
-    for case in range(6):
-        z, codebook = randn(20, 6, seed=case), randn(190, 6, seed=100 + case)
-        for tensor, count in ((z, 10), (codebook, 60)):
-            where = torch.randint(tensor.numel(), (count,), generator=generator)
-            tensor.view(-1)[where] = specials[torch.randint(4, (count,), generator=generator)]
+    for z, codebook in problems_with_special_values(6, 190, 60):
         assert torch.equal(search(z, codebook, metric), nearest_code(z, codebook, metric=metric, backend="reference"))
 
 
-def test_nothing_to_choose():
+def test_nan_gives_code_0_and_infinite_codes_are_never_chosen():
     z, codebook = randn(9, 6, seed=1), randn(190, 6, seed=2)
     assert not search(z, torch.full_like(codebook, torch.nan)).any()
     assert not search(z * torch.nan, codebook).any()
     codebook[:170, 3] = torch.inf
-    assert (search(z, codebook) >= 170).all()  # infinitely far codes score -inf
+    assert (search(z, codebook) >= 170).all()  # codes at an infinite distance have the score -inf
 
 
 def test_cosine_of_tiny_codes():
-    z, direction = torch.ones(1, 4), torch.tensor([[1.0, 1.0, 1.0, 1.0]])
-    codebook = torch.cat([torch.zeros(1, 4), direction * 1e-20, direction * 1e-3 + torch.eye(4)[:1] * 1e-3])
-    assert search(z, codebook, "cosine").item() == 2
+    assert search(*problem_of_tiny_codes(), "cosine").item() == 2
 
 
 def test_sanitizers_find_nothing():
-    build.build("sanitized", [SOURCE])
-    answer = run_sanitized("""
-        import torch
+    assert_sanitizers_find_nothing([SOURCE], """
         from tests.kernels.nearest_code import test_cuda as tests
-        torch.set_num_threads(1)
         for rows, codes, channels in tests.EDGES:
             for dtype in tests.DTYPES[:2]:
                 z, codebook = (tests.randn(n, channels, seed=n, dtype=dtype) for n in (rows, codes))
                 tests.assert_nearest(tests.search(z, codebook, "cosine", "sanitized", seed=1), z, codebook, "cosine")
-        print("clean")
     """)
-    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
 
 
 # ---- layouts, the call ---------------------------------------------------------------------------------------------
@@ -185,14 +175,14 @@ def test_opcheck():
             torch.library.opcheck(emulated("fast").ops._nearest_code.default, arguments)
 
 
-# ---- what nvcc writes ----------------------------------------------------------------------------------------------
+# ---- the code that nvcc compiles -----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(nvcc.unavailable_reason() is not None, reason=str(nvcc.unavailable_reason()))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("metric", METRICS)
 def test_ptx_is_accurate(metric, dtype):
-    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same door."""
+    """Executes the code that nvcc compiles for sm_80 in the PTX interpreter, called from the same entry function."""
     from tools.gpu_emulation.cuda.ptx import execute_ptx_of
 
     for rows, codes, channels in ((3, 300, 32), (9, 130, 33), (20, 131, 8), (70, 129, 36)):
@@ -200,7 +190,7 @@ def test_ptx_is_accurate(metric, dtype):
         assert_nearest(search(z, codebook, metric, executor=execute_ptx_of(SOURCE)), z, codebook, metric)
 
 
-# Three blocks of 128 threads on a multiprocessor.
+# Three blocks of 128 threads fit on a multiprocessor.
 REGISTERS = {"nearest_code_kernel": 168, "normalise_codes_kernel": 40, "best_candidate_kernel": 40}
 
 
@@ -208,12 +198,12 @@ REGISTERS = {"nearest_code_kernel": 168, "normalise_codes_kernel": 40, "best_can
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
-    assert len(kernels) == 4 * (2 + 1 + 1) + 3 + 1  # rows of a thread, elements or pieces; normalised; candidates
+    assert len(kernels) == 4 * (2 + 1 + 1) + 3 + 1  # search, by rows of a thread and width of loads; norms; candidates
     for kernel in kernels:
         machine_code.assert_resources(kernel, REGISTERS)
         if kernel.name.startswith("nearest_code_kernel<float, true"):
             assert kernel.having("LDGSTS") and not kernel.narrow("LDGSTS") and not kernel.having("LDG"), kernel.name
-            # Operands come 16 bytes at a time, of 8 codes and the thread's rows; no product is rounded to fewer bits.
+            # Operands of 8 codes and of the thread's rows are loaded in 16 bytes. No product is rounded to fewer bits.
             wide = len(kernel.having("LDS")) - len(kernel.narrow("LDS"))
             assert wide >= 8 + int(kernel.name[-2]) and not kernel.having("HMMA"), f"{kernel.name}: {wide} wide loads"
 
@@ -248,7 +238,7 @@ MUTANTS = {
 
 def steps(faulty, looked_for):
     z, codebook = randn(13, 28, seed=1), randn(700, 28, seed=2)
-    # The best code of all rows but the first: behind the last, negative scores lose to what is not a code.
+    # To find wrong values, all scores are negative, so that a score of 0 in the padding behind the codes would win.
     z, codebook = z - 2 * (looked_for == "values"), codebook + 2 * (looked_for == "values")
     if looked_for == "misaligned":
         z = torch.nn.functional.pad(z, (1, 3))[:, 1:-3]

@@ -1,4 +1,4 @@
-"""The Triton kernels of nearest_code: interpreted in fp32 and fp16, and as compiled for compute capability 8.0."""
+"""The Triton kernels of nearest_code, interpreted in fp32 and fp16, and as compiled for sm_80."""
 
 import contextlib
 
@@ -7,18 +7,23 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.kernels.nearest_code.contract import assert_nearest
+from tests.helpers.triton_launches import recorded
+from tests.kernels.nearest_code.contract import (
+    assert_nearest,
+    problem_of_tiny_codes,
+    problems_of_small_integers,
+    problems_with_special_values,
+)
 from tools.gpu_emulation.triton import executing, interpret, run_ptx
 from var_kernels import nearest_code
 from var_kernels.testing import poison, randn
 from var_kernels.triton import nearest_code as kernels
 from var_kernels.triton.configs import Config, override
-from var_kernels.triton.launch import executor
 from var_kernels.triton.offline import compilations, compile_for
-from var_kernels.triton.targets import TARGETS, assume
+from var_kernels.triton.targets import TARGETS
 
 METRICS = ("l2", "cosine")
-# Small enough that few rows, codes and channels straddle them. Up to four splits.
+# Tiles so small that few rows, codes and channels straddle them. There are up to four splits.
 SMALL = {
     "nearest_code.prepare": Config({"BLOCK_V": 16, "BLOCK_C": 16}),
     "nearest_code.search": Config({"BLOCK_N": 16, "BLOCK_V": 16, "BLOCK_C": 16}),
@@ -37,18 +42,10 @@ def triton(*arguments, **options) -> torch.Tensor:
     return nearest_code(*arguments, **options, backend="triton")
 
 
-def recorded(function) -> list:
-    """The launches of a call, which are not executed."""
-    launches = []
-    with assume(TARGETS["sm_80"]), executor(launches.append):
-        function()
-    return launches
-
-
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-# Rows, codes and channels: below, at and above the tiles and splits; one and several chunks of channels; all three 1.
+# Rows, codes and channels below, at and above the tiles and splits, one or several chunks of channels, and 1 of each.
 EDGES = [
     (1, 1, 1), (15, 17, 3), (16, 16, 16), (17, 15, 17), (33, 64, 32), (5, 65, 33), (49, 129, 8), (2, 200, 50)
 ]  # fmt: skip
@@ -62,8 +59,8 @@ def test_small_tiles(rows, codes, channels, metric):
         assert_nearest(triton(z, codebook, metric=metric), z, codebook, metric)
 
 
-# One row: as many splits as tiles of the codebook. 70 rows: the tile of 64. 2100: the tile of 128. 40 channels are more
-# than a tile has.
+# One row has as many splits as the codebook has tiles. 70 rows use tiles of 64 rows, and 2100 rows tiles of 128. 40
+# channels are more than a tile has.
 @pytest.mark.parametrize("rows, codes, channels", [(1, 1030, 32), (70, 300, 32), (2100, 130, 8), (70, 130, 40)])
 def test_shipped_tiles(rows, codes, channels):
     z, codebook = randn(rows, channels, seed=rows), randn(codes, channels, seed=codes + 7)
@@ -72,21 +69,15 @@ def test_shipped_tiles(rows, codes, channels):
 
 
 def test_exact_on_small_integers():
-    # Small integers leave no rounding, so that index and tie rule must be exact; three values make many ties.
-    generator = torch.Generator().manual_seed(0)
-    for rows, codes in ((17, 5), (3, 31), (20, 100)):
-        z = torch.randint(-1, 2, (rows, 4), generator=generator).float()
-        codebook = torch.randint(-1, 2, (codes, 4), generator=generator).float()
-        distance = (z.unsqueeze(1) - codebook).square().sum(-1)
-        lowest = (distance == distance.amin(-1, keepdim=True)).int().argmax(-1)
+    for z, codebook, first in problems_of_small_integers(((17, 5), (3, 31), (20, 100))):
         with small_tiles():
-            assert torch.equal(triton(z, codebook), lowest), (rows, codes)
+            assert torch.equal(triton(z, codebook), first), (z.shape, codebook.shape)
 
 
 @pytest.mark.parametrize("channels", (19, 5))
 @pytest.mark.parametrize("metric", METRICS)
 def test_first_of_equal_codes(metric, channels):
-    # Equal codes at `first` and everywhere behind: in the tile, in the tiles behind, in the splits behind.
+    # The code at `first` and all later ones are equal: in the same tile, in later tiles, and in later splits.
     target = randn(1, channels, seed=1)
     z = target + randn(3, channels, seed=2, std=0.01)
     far = -target + randn(90, channels, seed=3, std=0.1)
@@ -100,32 +91,24 @@ def test_first_of_equal_codes(metric, channels):
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_nan_and_inf_as_in_the_reference(metric):
-    generator = torch.Generator().manual_seed(3)
-    specials = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
-    for case in range(4):
-        z, codebook = randn(20, 6, seed=case), randn(90, 6, seed=100 + case)
-        for tensor, count in ((z, 10), (codebook, 60)):
-            where = torch.randint(tensor.numel(), (count,), generator=generator)
-            tensor.view(-1)[where] = specials[torch.randint(4, (count,), generator=generator)]
+    for case, (z, codebook) in enumerate(problems_with_special_values(4, 90, 60)):
         with small_tiles():
             index = triton(z, codebook, metric=metric)
         assert torch.equal(index, nearest_code(z, codebook, metric=metric, backend="reference")), case
 
 
-def test_nothing_to_choose():
+def test_nan_gives_code_0_and_infinite_codes_are_never_chosen():
     z, codebook = randn(9, 6, seed=1), randn(90, 6, seed=2)
     with small_tiles():
         assert not triton(z, torch.full_like(codebook, torch.nan)).any()
         assert not triton(z * torch.nan, codebook).any()
         codebook[:70, 3] = torch.inf
-        assert (triton(z, codebook) >= 70).all()  # infinitely far codes score -inf
+        assert (triton(z, codebook) >= 70).all()  # codes at an infinite distance have the score -inf
 
 
 def test_cosine_of_tiny_codes():
-    z, direction = torch.ones(1, 4), torch.tensor([[1.0, 1.0, 1.0, 1.0]])
-    codebook = torch.cat([torch.zeros(1, 4), direction * 1e-20, direction * 1e-3 + torch.eye(4)[:1] * 1e-3])
     with small_tiles():
-        assert triton(z, codebook, metric="cosine").item() == 2
+        assert triton(*problem_of_tiny_codes(), metric="cosine").item() == 2
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -136,7 +119,7 @@ def test_fp16_is_widened_exactly(metric):
         assert torch.equal(index, triton(z.float(), codebook.float(), metric=metric))
 
 
-# ---- the code that the compiler wrote --------------------------------------------------------------------------------
+# ---- the code that Triton compiles ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,7 +172,7 @@ def test_strided_inputs():
     with small_tiles():
         expected = triton(z, codebook)
         assert expected.shape == (4, 9)
-        feature_map = z.permute(0, 2, 1).contiguous()  # channels before positions, as in a convolution's output
+        feature_map = z.permute(0, 2, 1).contiguous()  # channels first, as in the output of a convolution
         assert torch.equal(triton(feature_map.permute(0, 2, 1), codebook), expected)
         assert torch.equal(triton(feature_map[1].T, codebook.T.contiguous().T), expected[1])
         wide = torch.cat([codebook, codebook], dim=1)[:, :7]
@@ -230,7 +213,7 @@ def test_no_recompilation_for_other_numbers_of_rows():
         for launch in recorded(lambda rows=rows: triton(torch.zeros(rows, 32), torch.zeros(4096, 32))):
             compile_for(launch, TARGETS["sm_80"])
         numbers.append([compilations(kernel, TARGETS["sm_80"]) for kernel in counted])
-    assert numbers[-1] == numbers[1], "the first two calls compile the tile for many rows and that for few"
+    assert numbers[-1] == numbers[1], "only the first two calls compile, the tiles for many and for few rows"
 
 
 # ---- splits ----------------------------------------------------------------------------------------------------------
@@ -242,7 +225,7 @@ def test_splits_cover_the_codebook_and_fill_the_gpu():
             for multiprocessors in (82, 132):
                 splits, per_split = kernels.count_splits(row_tiles, code_tiles, multiprocessors, 64)
                 assert 1 <= splits <= min(64, code_tiles)
-                assert (splits - 1) * per_split < code_tiles <= splits * per_split  # none is empty
+                assert (splits - 1) * per_split < code_tiles <= splits * per_split  # no split is empty
     assert kernels.count_splits(1, 64, 132, 64) == (64, 1)
     assert kernels.count_splits(132, 64, 132, 64) == (1, 64)
     assert kernels.count_splits(1000, 64, 132, 64)[0] <= 2

@@ -1,13 +1,12 @@
-"""qk_norm_cache against fp64: values, cache rows, layouts, dtypes; and the contract of the call."""
+"""qk_norm_cache on the CPU: accuracy against fp64, rows of the caches, layouts, arguments."""
 
 import pytest
 import torch
 
-from tests.kernels.qk_norm_cache.contract import DTYPES, expected, problem
+from tests.kernels.qk_norm_cache.contract import DTYPES, assert_right, expected, problem, without_dense_rows
 from var_kernels import qk_norm_cache
-from var_kernels.testing import assert_accurate, stated_order
 
-# Head dims on both sides of every vector width, 126 and 104 of Infinity among them; tokens over several tasks.
+# Head dimensions on both sides of every vector width, 126 and 104 of Infinity among them. Tokens make several tasks.
 SHAPES = [(1, 1, 1, 1), (2, 3, 2, 7), (1, 5, 3, 8), (2, 16, 2, 15), (1, 40, 4, 16), (2, 9, 3, 33), (1, 4, 2, 64),
           (3, 70, 16, 64), (1, 2, 1, 104), (2, 5, 2, 126), (1, 300, 4, 128)]  # fmt: skip
 
@@ -16,17 +15,8 @@ SHAPES = [(1, 1, 1, 1), (2, 3, 2, 7), (1, 5, 3, 8), (2, 16, 2, 15), (1, 40, 4, 1
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(shape, dtype):
     qkv, q_factor, k_cache, v_cache = problem(*shape, dtype)
-    start, length = 3, shape[1]
-    q = qk_norm_cache(qkv, k_cache, v_cache, start, q_factor=q_factor)
-    exact = expected(qkv.double(), q_factor.double())
-    with stated_order():
-        plain = [tensor.to(dtype) for tensor in expected(qkv.float(), q_factor)]
-    rows = slice(start, start + length)
-    for name, found, i in (("q", q, 0), ("k", k_cache[:, :, rows], 1)):
-        assert_accurate(found, plain[i], exact[i], name=name)
-    assert torch.equal(v_cache[:, :, rows], plain[2])
-    for cache in (k_cache, v_cache):
-        assert cache[:, :, :start].isnan().all() and cache[:, :, start + length :].isnan().all()
+    q = qk_norm_cache(qkv, k_cache, v_cache, 3, q_factor=q_factor)
+    assert_right(q, qkv, q_factor, k_cache, v_cache, start=3)
 
 
 @pytest.mark.parametrize("layout", ["BHLD", "BLHD"])
@@ -38,10 +28,9 @@ def test_strided_inputs_and_caches(layout):
     wide = torch.full((batch, 2 * length, 3, heads + 1, dim + 3), torch.nan)
     strided = wide[:, ::2, :, :heads, :dim]
     strided.copy_(qkv)
-    no_dense_row = torch.stack((qkv, qkv), dim=-1)[..., 0]
-    for source in (strided, no_dense_row):
+    for source in (strided, without_dense_rows(qkv)):
         k_cache.fill_(torch.nan), v_cache.fill_(torch.nan)
-        # The reference adds up squares in an order that depends on the strides.
+        # The reference sums squares in an order that depends on the strides.
         found = qk_norm_cache(source, k_cache, v_cache, 2, q_factor=q_factor)
         torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
         for cache, old in zip((k_cache, v_cache), kept, strict=True):
@@ -53,7 +42,7 @@ def test_default_factor_zeros_and_nan():
     qkv[0, 0, 0, 0] = 0
     qkv[0, 1, 1, 1, 3] = torch.nan
     q = qk_norm_cache(qkv, k_cache, v_cache, 0)
-    assert not q[0, 0, 0].any(), "a zero vector stays one"
+    assert not q[0, 0, 0].any(), "a vector of zeros must stay one"
     torch.testing.assert_close(q[0, 1].norm(dim=-1), torch.ones(2))
     assert k_cache[0, 1, 1].isnan().all() and not k_cache[0, 0, :2].isnan().any() and not k_cache[0, 1, 0].isnan().any()
 
@@ -93,7 +82,7 @@ def test_compile_writes_the_caches():
     k_cache.fill_(torch.nan), v_cache.fill_(torch.nan)
     with torch.no_grad():
         found = step(qkv, k_cache, v_cache, q_factor)
-    # Without the library it is the reference that is compiled, whose squares then add up in another order.
+    # Without the library, torch compiles the reference and changes the order of the sums of squares.
     for one, other in zip((found, k_cache, v_cache), want, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=0, equal_nan=True)
 

@@ -1,25 +1,34 @@
-"""The CUDA kernels of qk_norm_cache: executed on the CPU by the emulation and from the PTX that nvcc writes, never on a
-GPU; what nvcc makes of them; and that planted faults are found."""
+"""The CUDA kernels of qk_norm_cache: emulated, compiled, and with planted faults.
+
+Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
+Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
+"""
 
 import functools
 
 import pytest
 import torch
 
-from tests.kernels.qk_norm_cache.contract import DTYPES, expected, problem
+from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.kernels.qk_norm_cache.contract import (
+    DTYPES,
+    assert_right,
+    assert_zero_and_nan_vectors,
+    problem,
+    without_dense_rows,
+)
 from tools.gpu_emulation.cuda import build, load, nvcc, serving
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
-from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from tools.report import machine_code
 from var_kernels import qk_norm_cache
 from var_kernels.native import build as native_build
-from var_kernels.testing import assert_accurate, randn, stated_order
+from var_kernels.testing import randn
 
 if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
 SOURCE = native_build.CSRC / "cuda" / "qk_norm_cache.cu"
-# Batch, tokens, heads, head dimension: 1 to 32 lanes for a head, two packs in a lane, and what no pack fits.
+# Batch, tokens, heads, head dimension. A head takes 1 to 32 lanes, a lane one or two packs; no pack fits some of them.
 EDGES = [(1, 1, 1, 1), (2, 3, 2, 7), (1, 5, 3, 8), (2, 3, 3, 24), (1, 9, 2, 64), (1, 3, 2, 126), (2, 2, 3, 128),
          (1, 2, 1, 256)]  # fmt: skip
 
@@ -31,18 +40,9 @@ def emulated(variant):
 
 def check(shape, dtype, variant="fast", layout="BHLD", **options):
     qkv, q_factor, k_cache, v_cache = problem(*shape, dtype, layout=layout)
-    start, length = 2, shape[1]
     with serving(emulated(variant) if isinstance(variant, str) else variant, **options):
-        q = qk_norm_cache(qkv, k_cache, v_cache, start, q_factor=q_factor, backend="cuda")
-    exact = expected(qkv.double(), q_factor.double())
-    with stated_order():
-        plain = [tensor.to(dtype) for tensor in expected(qkv.float(), q_factor)]
-    rows = slice(start, start + length)
-    assert_accurate(q, plain[0], exact[0], name="q")
-    assert_accurate(k_cache[:, :, rows], plain[1], exact[1], name="k")
-    assert torch.equal(v_cache[:, :, rows], plain[2])
-    for cache in (k_cache, v_cache):
-        assert cache[:, :, :start].isnan().all() and cache[:, :, start + length :].isnan().all()
+        q = qk_norm_cache(qkv, k_cache, v_cache, 2, q_factor=q_factor, backend="cuda")
+    assert_right(q, qkv, q_factor, k_cache, v_cache, start=2)
 
 
 @pytest.mark.parametrize("variant", ["fast", "race"])
@@ -53,29 +53,26 @@ def test_against_float64(dtype, variant):
 
 
 def test_strides_alignment_zeros_and_nan():
-    qkv, q_factor, k_cache, v_cache = problem(2, 4, 3, 24)
-    qkv[0, 0, 0, 0] = 0
-    qkv[0, 1, 1, 1, 3] = torch.nan
-    want = [torch.full_like(k_cache, torch.nan) for _ in range(2)]
-    expected_q = qk_norm_cache(qkv, *want, 1, q_factor=q_factor, backend="reference")
-    wide = torch.zeros(2, 4, 3, 4, 29)
-    wide[..., :3, 1:25] = qkv
-    for source in (qkv, wide[..., :3, 1:25], torch.stack((qkv, qkv), dim=-1)[..., 0]):
+    def emulated_op(*arguments, **options):
         with serving(emulated("race")):
-            q = qk_norm_cache(source, k_cache, v_cache, 1, q_factor=q_factor, backend="cuda")
-        torch.testing.assert_close(q, expected_q, equal_nan=True)
-        torch.testing.assert_close(k_cache, want[0], equal_nan=True)
-        assert not q[0, 0, 0].any()
+            return qk_norm_cache(*arguments, **options, backend="cuda")
+
+    def unaligned(qkv):
+        wide = torch.zeros(2, 4, 3, 4, 29)
+        wide[..., :3, 1:25] = qkv
+        return wide[..., :3, 1:25]
+
+    assert_zero_and_nan_vectors(emulated_op, 24, (torch.clone, unaligned, without_dense_rows))
 
 
 def unfit_for_packs() -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """qkv and caches each of which only one check of `packs_fit` refuses: 16 bytes are four elements."""
+    """Cases (qkv, k_cache, v_cache), each refused by one check of `packs_fit` only. A pack is 4 elements."""
     shape = {"qkv": (2, 4, 3, 3, 24), "cache": (2, 3, 9, 24)}
 
     def strided(kind: str, dim: int) -> torch.Tensor:
-        """Aligned, with a stride of `dim` that is odd, and one in every other dimension that is not."""
+        """An aligned tensor with an odd stride in the dimension `dim` only."""
         sizes, stride, strides = shape[kind], 24, {}
-        for other in sorted(range(len(sizes) - 1), key=lambda d: (d == dim, -d)):  # the odd one is the outermost
+        for other in sorted(range(len(sizes) - 1), key=lambda d: (d == dim, -d)):  # `dim` is outermost in memory
             strides[other] = stride + (other == dim)
             stride *= sizes[other]
         memory = torch.zeros(sum((size - 1) * strides.get(d, 1) for d, size in enumerate(sizes)) + 1)
@@ -133,22 +130,17 @@ def test_empty_and_bad_arguments_of_the_raw_op():
 
 
 def test_sanitizers_find_nothing():
-    build.build("sanitized", [SOURCE])
-    answer = run_sanitized("""
-        import torch
+    assert_sanitizers_find_nothing([SOURCE], """
         from tests.kernels.qk_norm_cache import test_cuda as tests
-        torch.set_num_threads(1)
         for shape in tests.EDGES[1:6]:
             tests.check(shape, torch.bfloat16, "sanitized", seed=1)
-        print("clean")
     """)
-    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
 
 
 @pytest.mark.skipif(nvcc.unavailable_reason() is not None, reason=str(nvcc.unavailable_reason()))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_ptx_is_accurate(dtype):
-    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same door."""
+    """Executes the code that nvcc compiles for sm_80 in the PTX interpreter, called from the same entry function."""
     from tools.gpu_emulation.cuda.ptx import execute_ptx_of
 
     for shape in ((1, 3, 2, 64), (2, 2, 3, 7), (1, 2, 1, 256)):
@@ -162,7 +154,7 @@ REGISTERS = {"qk_norm_cache_kernel": 64, "plain_qk_norm_cache_kernel": 56}
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
-    assert len(kernels) == 3 * (2 + 1)  # dtypes; one or two packs, or element by element
+    assert len(kernels) == 3 * (2 + 1)  # for each dtype, one or two packs, or single elements
     for kernel in kernels:
         machine_code.assert_resources(kernel, REGISTERS)
         if kernel.name.startswith("qk_norm_cache_kernel"):
@@ -181,7 +173,7 @@ MUTANTS = {
 }  # fmt: skip
 
 
-# Each check of `packs_fit` left out: 16-byte accesses at addresses that are not aligned.
+# Without a check of `packs_fit`, kernels make accesses of 16 bytes at addresses that are not aligned.
 DOOR = "qk_norm_cache.cu"
 UNCHECKED = {
     "qkv, address": Mutant(DOOR, "aligned(a.qkv) && ", "", "misaligned", representative=True),

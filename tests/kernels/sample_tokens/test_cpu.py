@@ -1,43 +1,47 @@
-"""sample_tokens against the sorted definition and torch.multinomial: the set that stays, the distribution, seeds."""
+"""sample_tokens on the CPU: the tokens it keeps (as in a sorted list), draws (as in torch.multinomial), seeds."""
 
 import functools
 
 import pytest
 import torch
 
-from tests.kernels.sample_tokens.contract import OPTIONS
+from tests.kernels.sample_tokens.contract import (
+    OPTIONS,
+    logits_with_special_values,
+    noise_for_each_token,
+    noise_of,
+    tied_logits,
+)
 from var_kernels import sample_tokens
 from var_kernels.reference.sample_tokens import exponential, guide, philox, restrict
 from var_kernels.testing import randn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Vocabularies on both sides of vectors and of blocks of 64.
+# Vocabularies on both sides of the vector widths and of the blocks of 64.
 VOCABULARIES = (1, 2, 15, 16, 17, 63, 64, 65, 100, 1000, 4096)
 
 
 def chosen_by(noise_seed, conditional, *arguments, **options):
-    noise = torch.empty(conditional.shape).exponential_(generator=torch.Generator().manual_seed(noise_seed))
-    return sample_tokens(conditional, *arguments, noise=noise, **options)
+    return sample_tokens(conditional, *arguments, noise=noise_of(conditional.shape, noise_seed), **options)
 
 
 def kept(logits, top_k, top_p):
-    """Which tokens can be drawn, seen from outside: each in turn gets nearly no noise, and wins if it stays."""
+    """Which tokens can be drawn: each in turn gets nearly no noise, so that it is drawn if it is kept."""
     batch, length, vocab = logits.shape
     rows = logits.reshape(-1, 1, vocab).repeat_interleave(vocab, dim=0)
-    noise = torch.full_like(rows, 1e18)
-    noise.view(-1, vocab, vocab).diagonal(dim1=1, dim2=2).fill_(1e-18)
+    noise = noise_for_each_token(vocab).repeat(batch * length, 1, 1).view_as(rows)
     winners = sample_tokens(rows, top_k=top_k, top_p=top_p, noise=noise).view(-1, vocab)
     return (winners == torch.arange(vocab)).view(batch, length, vocab)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("vocab", [v for v in VOCABULARIES if v <= 100])
-def test_what_stays_is_the_sorted_definition(vocab, options):
+def test_the_kept_tokens_are_those_of_the_sorted_definition(vocab, options):
     logits = 3 * randn(2, 3, vocab, seed=vocab)
     found = kept(logits, *options)
     wide = logits.double()
     expected = restrict(wide, *options).isfinite()
-    # On the border of top-p, and only there, rounding may decide: within 1e-6 of the budget either is right.
+    # Rounding may decide only at the border of top-p: within 1e-6 of the budget, both answers are right.
     shares = wide.softmax(-1) if not 0 < options[0] < vocab else restrict(wide, options[0], 0).softmax(-1)
     below = (shares.unsqueeze(-1) * (wide.unsqueeze(-1) <= wide.unsqueeze(-2))).sum(-2)
     unsure = (below - (1 - options[1])).abs() < 1e-6
@@ -46,14 +50,12 @@ def test_what_stays_is_the_sorted_definition(vocab, options):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_equal_logits_on_the_border(options):
-    """Few values, so that ties are everywhere: all ties of top-k stay, top-p drops the first ones first."""
-    generator = torch.Generator().manual_seed(1)
+    """With few values there are many ties. top-k keeps all, and top-p drops those with the lowest indices first."""
     for vocab in (5, 40, 70):
-        logits = torch.randint(-2, 3, (3, 2, vocab), generator=generator).float()
-        logits[logits == 0] *= -1  # -0 equals 0
+        logits = tied_logits((3, 2, vocab))
         top_p = options[1]
         expected = restrict(logits.double(), *options).isfinite()
-        # Sums of equal terms come close to the budget only by accident; such a case would test nothing.
+        # A sum that happens to equal the budget would test nothing, so that there must be none.
         ascending = restrict(logits.double(), options[0], 0).softmax(-1).sort(-1).values.cumsum(-1)
         assert top_p in (0, 1) or ((ascending[..., :-1] - (1 - top_p)).abs() > 1e-6).all()
         assert torch.equal(kept(logits, *options), expected)
@@ -85,7 +87,7 @@ def test_restrict_keeps_top_k_and_top_p():
     assert torch.isfinite(restrict(logits, 2, 0.0)).tolist() == [[[False, False, True, True]]]
     assert torch.isfinite(restrict(logits, 0, 0.5)).tolist() == [[[False, False, False, True]]]
     assert torch.equal(restrict(logits, 0, 0.0), logits)
-    assert torch.equal(restrict(logits, 9, 0.0), logits)  # more than the vocabulary: everything stays
+    assert torch.equal(restrict(logits, 9, 0.0), logits)  # more than the vocabulary, so that all tokens are kept
     assert torch.isfinite(restrict(logits, 0, 1.0)).all()
     assert logits.isfinite().all(), "restrict must not write into its input"
 
@@ -98,7 +100,7 @@ def test_guide_is_linear_extrapolation():
 
 
 def test_philox_is_the_published_generator():
-    """Known answers of Random123 for philox4x32-10."""
+    """The numbers are known answers of Random123 for philox4x32-10."""
     zero = torch.tensor(0)
     assert [hex(word) for word in philox(zero, zero, zero)] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
 
@@ -134,7 +136,7 @@ def many_draws(top_k, top_p):
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (20, 0.0), (0, 0.8), (30, 0.9)])
 def test_seeded_draws_follow_the_distribution(top_k, top_p):
-    """Chi-squared over all tokens, and over pairs of neighbouring positions, which must be independent."""
+    """A chi-squared test over all tokens, and one over pairs of neighbouring positions, which must be independent."""
     probabilities, drawn = many_draws(top_k, top_p)
     hits = drawn.flatten().bincount(minlength=60).double()
     assert not hits[probabilities == 0].any()
@@ -142,7 +144,7 @@ def test_seeded_draws_follow_the_distribution(top_k, top_p):
     expected = probabilities[stays] * drawn.numel()
     statistic = ((hits[stays] - expected) ** 2 / expected).sum()
     freedom = int(stays.sum()) - 1
-    assert statistic < freedom + 5 * (2 * freedom) ** 0.5, "five standard deviations of chi-squared"
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5, "the limit is five standard deviations of chi-squared"
     pairs = (drawn[:, ::2] * 60 + drawn[:, 1::2]).flatten().bincount(minlength=3600).double()
     expected = torch.outer(probabilities, probabilities).flatten() * drawn.numel() / 2
     frequent = expected > 5
@@ -157,7 +159,7 @@ def test_strided_logits_and_threads(restore_threads):
     options = {"guidance": 1.0, "top_k": 40, "top_p": 0.9}
     want = chosen_by(1, conditional.contiguous(), unconditional.contiguous(), **options)
     assert torch.equal(chosen_by(1, conditional, unconditional, **options), want)
-    columns = conditional.mT.contiguous().mT  # no dense row
+    columns = conditional.mT.contiguous().mT  # rows are not dense
     assert torch.equal(chosen_by(1, columns, unconditional, **options), want)
     for count in (1, 2, 4):
         torch.set_num_threads(count)
@@ -166,11 +168,7 @@ def test_strided_logits_and_threads(restore_threads):
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_nan_and_infinite_logits(backend):
-    logits = randn(1, 5, 40, seed=1)
-    logits[0, 0] = torch.nan
-    logits[0, 1] = -torch.inf
-    logits[0, 2, :39] = -torch.inf
-    logits[0, 3, ::2] = torch.nan
+    logits = logits_with_special_values(5)
     for top_k, top_p in OPTIONS:
         tokens = chosen_by(2, logits, top_k=top_k, top_p=top_p, backend=backend)[0]
         assert tokens[0] == tokens[1] == 0 and tokens[2] == 39 and tokens[3] % 2 == 1

@@ -1,15 +1,24 @@
-"""The CUDA kernel of sample_tokens: executed on the CPU by the emulation and from the PTX that nvcc writes, never on a
-GPU; what nvcc makes of it; and that planted faults are found."""
+"""The CUDA kernel of sample_tokens: emulated, compiled, and with planted faults.
+
+Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
+Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
+"""
 
 import functools
 
 import pytest
 import torch
 
-from tests.kernels.sample_tokens.contract import OPTIONS
+from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.kernels.sample_tokens.contract import (
+    OPTIONS,
+    logits_with_special_values,
+    noise_for_each_token,
+    noise_of,
+    tied_logits,
+)
 from tools.gpu_emulation.cuda import build, load, nvcc, serving
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
-from tools.gpu_emulation.cuda.sanitized import run_sanitized
 from tools.report import machine_code
 from var_kernels import sample_tokens
 from var_kernels.native import build as native_build
@@ -25,10 +34,6 @@ SOURCE = native_build.CSRC / "cuda" / "sample_tokens.cu"
 @functools.cache
 def emulated(variant):
     return load(variant, [SOURCE])
-
-
-def noise_of(shape, seed):
-    return torch.empty(shape).exponential_(generator=torch.Generator().manual_seed(seed))
 
 
 def check(conditional, unconditional=None, variant="fast", executor=None, seed=0, **options):
@@ -57,12 +62,8 @@ def test_seeds_and_large_vocabularies(dtype):
 
 
 def test_equal_logits_on_the_border():
-    """All ties of top-k stay, top-p drops the first ones first."""
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randint(-2, 3, (1, 1, 40), generator=generator).float()
-    logits[logits == 0] *= -1  # -0 equals 0
-    noise = torch.full((1, 40, 40), 1e18)
-    noise.diagonal(dim1=1, dim2=2).fill_(1e-18)
+    """top-k keeps all ties, and top-p drops those with the lowest indices first."""
+    logits, noise = tied_logits((1, 1, 40)), noise_for_each_token(40)
     for top_k, top_p in ((7, 0.0), (0, 0.3), (0, 0.96), (30, 0.9), (0, 1e-9)):
         with serving(emulated("race")):
             found = sample_tokens(logits.expand(1, 40, 40), top_k=top_k, top_p=top_p, noise=noise, backend="cuda")
@@ -70,11 +71,7 @@ def test_equal_logits_on_the_border():
 
 
 def test_nan_and_infinite_logits():
-    logits = randn(1, 4, 40, seed=1)
-    logits[0, 0] = torch.nan
-    logits[0, 1] = -torch.inf
-    logits[0, 2, :39] = -torch.inf
-    logits[0, 3, ::2] = torch.nan
+    logits = logits_with_special_values()
     for top_k, top_p in ((0, 0.0), (1, 0.0), (7, 0.5), (0, 0.9)):
         check(logits, variant="race", top_k=top_k, top_p=top_p, noise=noise_of(logits.shape, 2))
 
@@ -89,24 +86,19 @@ def test_strides_and_limits():
 
 
 def test_sanitizers_find_nothing():
-    build.build("sanitized", [SOURCE])
-    answer = run_sanitized("""
-        import torch
+    assert_sanitizers_find_nothing([SOURCE], """
         from tests.kernels.sample_tokens import test_cuda as tests
-        torch.set_num_threads(1)
         for vocab in (17, 1025):
             logits = 4 * tests.randn(2, 2, vocab, seed=1)
             for options in ({"noise": tests.noise_of(logits.shape, 1)}, {"seeds": torch.arange(2), "offset": 3}):
                 tests.check(logits, logits.flip(0), "sanitized", guidance=1.0, top_k=9, top_p=0.8, **options)
-        print("clean")
     """)
-    assert answer.returncode == 0 and answer.stdout.endswith("clean\n"), answer.stderr[-3000:]
 
 
 @pytest.mark.skipif(nvcc.unavailable_reason() is not None, reason=str(nvcc.unavailable_reason()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ptx_is_accurate(dtype):
-    """The instructions that nvcc wrote for sm_80, executed by the PTX interpreter on the memory of the same door."""
+    """Executes the code that nvcc compiles for sm_80 in the PTX interpreter, called from the same entry function."""
     from tools.gpu_emulation.cuda.ptx import execute_ptx_of
 
     conditional, unconditional = (4 * randn(1, 2, 300, seed=seed, dtype=dtype) for seed in (1, 2))
@@ -124,8 +116,8 @@ REGISTERS = {"sample_tokens_kernel": 128}
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
-    assert len(kernels) == 3 * 3  # dtypes; counters of a thread
-    # Vocabularies above 4096, 64 values in each of 512 threads: newer compilers' code spills a few of them.
+    assert len(kernels) == 3 * 3  # for each dtype, three numbers of counters per thread
+    # For vocabularies above 4096, each of 512 threads has 64 values, of which newer compilers spill a few.
     spilled = {"sm_100a": 16, "sm_120": 216}
     for kernel in kernels:
         machine_code.assert_resources(kernel, REGISTERS, spilled.get(arch, 0) if ", 8, 512>" in kernel.name else 0)

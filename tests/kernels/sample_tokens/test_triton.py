@@ -1,11 +1,17 @@
-"""The Triton kernel of sample_tokens: interpreted, and as compiled for compute capability 8.0."""
+"""The Triton kernel of sample_tokens, interpreted and as compiled for sm_80."""
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from tests.kernels.sample_tokens.contract import OPTIONS
+from tests.kernels.sample_tokens.contract import (
+    OPTIONS,
+    logits_with_special_values,
+    noise_for_each_token,
+    noise_of,
+    tied_logits,
+)
 from tools.gpu_emulation.triton import executing, interpret, run_ptx
 from var_kernels import sample_tokens
 from var_kernels.reference.sample_tokens import restrict
@@ -13,14 +19,10 @@ from var_kernels.testing import randn
 
 
 def both(function, conditional, unconditional=None, **options):
-    """Tokens of the Triton kernel and of the reference."""
+    """The tokens of the Triton kernel and those of the reference."""
     with executing(function):
         found = sample_tokens(conditional, unconditional, **options, backend="triton")
     return found, sample_tokens(conditional, unconditional, **options, backend="reference")
-
-
-def noise_of(shape, seed):
-    return torch.empty(shape).exponential_(generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 17, 64, 65, 200])
@@ -42,24 +44,16 @@ def test_seeds_stand_for_the_documented_noise():
 
 
 def test_equal_logits_on_the_border():
-    """All ties of top-k stay, top-p drops the first ones first."""
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randint(-2, 3, (1, 1, 20), generator=generator).float()
-    logits[logits == 0] *= -1  # -0 equals 0
+    """top-k keeps all ties, and top-p drops those with the lowest indices first."""
+    logits, noise = tied_logits((1, 1, 20)), noise_for_each_token(20)
     rows = logits.expand(1, 20, 20)
-    noise = torch.full((1, 20, 20), 1e18)
-    noise.diagonal(dim1=1, dim2=2).fill_(1e-18)
     for top_k, top_p in ((7, 0.0), (0, 0.3), (15, 0.9), (0, 1e-9)):
         found, _ = both(interpret, rows, top_k=top_k, top_p=top_p, noise=noise)
         assert torch.equal(found[0] == torch.arange(20), restrict(logits.double(), top_k, top_p)[0, 0].isfinite())
 
 
 def test_nan_and_infinite_logits():
-    logits = randn(1, 4, 40, seed=1)
-    logits[0, 0] = torch.nan
-    logits[0, 1] = -torch.inf
-    logits[0, 2, :39] = -torch.inf
-    logits[0, 3, ::2] = torch.nan
+    logits = logits_with_special_values()
     for top_k, top_p in ((0, 0.0), (1, 0.0), (7, 0.5), (0, 0.9)):
         found, expected = both(interpret, logits, top_k=top_k, top_p=top_p, noise=noise_of(logits.shape, 2))
         assert torch.equal(found, expected)
