@@ -8,6 +8,7 @@ import ctypes
 import functools
 import json
 import shutil
+import uuid
 
 import pytest
 import torch
@@ -275,10 +276,11 @@ def test_modules_with_the_same_operators_are_kept_apart():
         assert record.counters["launches"] > 0 and nothing.counters["launches"] == 0
 
 
-def test_what_files_share_is_compiled_once(monkeypatch):
-    """The runtime serves every module of a variant; a file serves every module that contains it, in any namespace."""
-    source = _build.CSRC / "cuda" / "nearest_code.cu"
-    load("fast", [source]), load("fast", SOURCES), load("race", SOURCES)
+def test_what_files_share_is_compiled_once(monkeypatch, tmp_path):
+    """A file, and the runtime, serve every module of a variant that contains them."""
+    load("fast", SOURCES), load("race", SOURCES)
+    new = tmp_path / "new.cu"
+    new.write_text(f"// {uuid.uuid4()}: no earlier run has compiled it\n")
     made = []
 
     def make(command, output):
@@ -287,6 +289,7 @@ def test_what_files_share_is_compiled_once(monkeypatch):
         return output
 
     monkeypatch.setattr(build, "_make", make)
-    build.build("fast", [*SOURCES, source])
-    build.build("race", [*SOURCES, source])
-    assert [name.partition("-")[0] for name in made if name.endswith(".o")] == ["nearest_code"]  # the second one's
+    for variant in ("fast", "race"):
+        made.clear()
+        build.build(variant, [*SOURCES, new])
+        assert [name.partition("-")[0] for name in made] == ["new", f"{build.MODULE}.so"]
