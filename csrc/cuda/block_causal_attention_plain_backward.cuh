@@ -1,7 +1,8 @@
-// Block-causal attention, backward, for what tensor cores do not take: fp32, rows that 16-byte accesses cannot address,
-// and head dimensions above 128. The same two kernels as in block_causal_attention_backward.cuh, by multiply-adds in
-// fp32: tiles of 32 rows or keys, and blocks of 16 of the other. A thread has two rows (keys) of the tile, and every
-// eighth element of the block or column.
+// Block-causal attention, backward, for what the tensor-core kernels do not take: fp32, rows that 16-byte accesses
+// cannot address, and head dimensions above 128. These are the same two kernels as in
+// block_causal_attention_backward.cuh, with multiply-adds in fp32. A tile has 32 rows (or keys), and blocks of 16 keys
+// (or rows) stream by. A thread has two rows (keys) of the tile, and every eighth element of the block or every eighth
+// column.
 #pragma once
 #include "block_causal_attention_backward.cuh"
 
@@ -13,8 +14,8 @@ constexpr size_t plain_backward_shared_bytes(int dim) {
   return (2 * (kPlainTile + kPlainBlock) * size_t(plain_pitch(dim)) + kPlainTile * kPlainWeights) * sizeof(float);
 }
 
-// log2(p). The product lse·log2(e) is a sum of two numbers: rounded to one it would change p by 5e-6 where logits are
-// 100. An infinite lse has no second part.
+// Computes log2(p). The product lse·log2(e) is kept as a sum of two numbers: rounded to one number, it would change p
+// by 5e-6 where logits are 100. An infinite lse has no second part.
 struct PlainExponent {
   float high, low;
   __device__ __forceinline__ explicit PlainExponent(float lse) : high(lse * kLog2E), low(0.0f) {
@@ -25,10 +26,11 @@ struct PlainExponent {
   }
 };
 
-// How many columns a lane has. To compare with this one number leaves registers that as many columns would take.
+// The number of columns that a lane has. Comparing with this one number takes fewer registers than keeping the index of
+// each column.
 __device__ __forceinline__ int plain_columns(int lane, int dim) { return (dim - lane + 7) / 8; }
 
-// x·yᵀ and z·wᵀ of a thread's rows `row`, `row` + 1 of tiles x and z with every eighth row of blocks y and w.
+// x·yᵀ and z·wᵀ, for a thread's rows `row` and `row` + 1 of tiles x and z, and every eighth row of blocks y and w.
 __device__ __forceinline__ void plain_products(float (&xy)[2][2], float (&zw)[2][2], const float* x, const float* z,
                                                const float* y, const float* w, int row, int lane, int dim) {
   const int pitch = plain_pitch(dim);
@@ -46,7 +48,8 @@ __device__ __forceinline__ void plain_products(float (&xy)[2][2], float (&zw)[2]
   }
 }
 
-// acc += weights · block, where the lanes of a row hold its weights; they pass through its line of shared memory.
+// acc += weights · block. The lanes of a row hold its weights, and exchange them through the row's line of shared
+// memory.
 template <int kDim>
 __device__ __forceinline__ void plain_accumulate(float (&acc)[2][kDim / 8], const float (&weights)[2][2], float* lines,
                                                  const float* block, int row, int lane, int dim) {
