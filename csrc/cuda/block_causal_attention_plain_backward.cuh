@@ -53,7 +53,7 @@ __device__ __forceinline__ void plain_products(float (&xy)[2][2], float (&zw)[2]
 template <int kDim>
 __device__ __forceinline__ void plain_accumulate(float (&acc)[2][kDim / 8], const float (&weights)[2][2], float* lines,
                                                  const float* block, int row, int lane, int dim) {
-  __syncwarp();  // the last weights are read
+  __syncwarp();  // every lane has read the previous weights
 #pragma unroll
   for (int r = 0; r < 2; ++r)
 #pragma unroll
