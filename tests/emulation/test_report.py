@@ -5,7 +5,6 @@ import json
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from tools.report import __main__ as command
 from tools.report import bounds, budgets, cuda_source, occupancy, tables
 from tools.report.rows import Failure, Row
-from tools.report.sources import SOURCES, collect, rows
+from tools.report.sources import SOURCES, rows
 from tools.report.triton_source import record
 from var_kernels.triton.problems import PROBLEMS
 from var_kernels.triton.targets import TARGETS
@@ -220,29 +219,22 @@ def test_tables_of_an_op_that_is_gone_are_removed(tmp_path):
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"a.md": "new", "by_hand.md": "kept"}
 
 
-GENERATED = Path(__file__).resolve().parents[2] / "docs" / "generated"
-
-
 def test_committed_tables_of_cards_and_bounds_are_those_of_the_report():
     texts = tables.files(PROBLEMS, list(TARGETS), [])
-    assert {path.name for path in GENERATED.iterdir()} == set(texts)
+    assert {path.name for path in tables.GENERATED.iterdir()} == set(texts)
     for name, text in texts.items():  # the bounds come first in the file of an op
-        assert (GENERATED / name).read_text(encoding="utf-8").startswith(text), f"{name}: --write-tables docs/generated"
+        committed = (tables.GENERATED / name).read_text(encoding="utf-8")
+        assert committed.startswith(text), f"{name}: --write-tables docs/generated"
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_committed_tables_of_kernels_are_those_of_the_report(op):
-    for source in SOURCES.values():
-        if reason := source.unavailable_reason():
-            pytest.skip(reason)
-        recorded = budgets.load()[1][source.COMPILER]
-        if source.release() != recorded:
-            pytest.skip(f"the tables are those of {source.COMPILER} {recorded}, this is {source.release()}")
-    problems = [problem for problem in PROBLEMS if problem.op == op]
-    results = collect(problems, list(TARGETS), list(SOURCES), 2, lambda done, total: None)
-    expected = tables.files(problems, list(TARGETS), results)[f"{op}.md"]
-    committed = (GENERATED / f"{op}.md").read_text(encoding="utf-8")
-    assert committed == expected, "--write-tables docs/generated writes it"
+def test_a_committed_table_of_other_code_is_a_violation(tmp_path):
+    texts = {"a.md": "as written", "b.md": "as written"}
+    tables.write(tmp_path, texts)
+    assert tables.stale(tmp_path, texts) == []
+    (tmp_path / "a.md").write_text("of older code")
+    (tmp_path / "gone.md").write_text("of a kernel that is gone")
+    found = tables.stale(tmp_path, texts | {"new.md": "as written"})
+    assert [sentence.partition(":")[0].partition("/")[2] for sentence in found] == ["a.md", "gone.md", "new.md"]
 
 
 def test_problems_have_names_of_their_own():

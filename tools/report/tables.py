@@ -21,6 +21,7 @@ from .budgets import ACCESSES
 from .cards import CARDS
 from .rows import Failure, Row
 
+GENERATED = Path(__file__).resolve().parents[2] / "docs" / "generated"
 WRITTEN = "<!-- Written by `python -m tools.report --write-tables`. -->"
 NOTE = "Static bounds and compiler output, not measurements: nothing here was run on a GPU."
 
@@ -175,6 +176,15 @@ def files(problems: Sequence[Problem], targets: Sequence[str], results: Sequence
 
 def _file(title: str, tables: Sequence[Table]) -> str:
     return "\n".join([f"{WRITTEN}\n\n# {title}\n\n*{NOTE}*\n", *map(to_markdown, tables)])
+
+
+def stale(folder: Path, texts: Mapping[str, str]) -> list[str]:
+    """A sentence for each file of `folder` that `write` would write, change or remove."""
+    there = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
+    return [
+        f"{folder.name}/{name}: expected what `python -m tools.report --write-tables docs/{folder.name}` writes"
+        for name in sorted(there.keys() | texts.keys()) if there.get(name) != texts.get(name)
+    ]  # fmt: skip
 
 
 def write(folder: Path, texts: Mapping[str, str]) -> None:
