@@ -1,8 +1,4 @@
-"""The CUDA kernels of adaln_layer_norm and gated_residual_adaln: emulated, compiled, and with planted faults.
-
-Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
-Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
-"""
+"""The CUDA kernels of adaln_layer_norm and gated_residual_adaln: emulated, compiled, with planted faults (on a CPU)."""
 
 import functools
 import itertools
@@ -10,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.helpers.cuda_emulation import EmulatedKernels
 from tests.kernels.adaln_layer_norm.contract import (
     FORMS,
     assert_accurate_mixed,
@@ -23,7 +19,7 @@ from tests.kernels.adaln_layer_norm.contract import (
     rotated_forms,
     values_and_gradients,
 )
-from tools.gpu_emulation.cuda import as_backend, build, load
+from tools.gpu_emulation.cuda import build
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from tools.report import machine_code
 from var_kernels import gated_residual_adaln
@@ -34,6 +30,8 @@ if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
 SOURCE = native_build.CSRC / "cuda" / "adaln_layer_norm.cu"
+KERNELS = EmulatedKernels(SOURCE)
+emulated, emulation = KERNELS.load, KERNELS.serving
 OPS = ("adaln", "gated")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,15 +42,9 @@ PLAIN_SHAPES = [(2, 5, 3), (1, 3, 31), (1, 6, 33), (2, 2, 257), (1, 1, 1), (4, 1
 LONG_SHAPE = (1, 2, 4104)  # too many channels for the registers of backward
 
 
-@functools.cache
-def emulated(variant):
-    return load(variant, [SOURCE])
-
-
 def run(variant, op, tensors, *, seed=0, executor=None, **options):
     """Values and gradients of the emulated kernels; raises EmulationError with their findings."""
-    emulation = emulated(variant) if isinstance(variant, str) else variant
-    with as_backend(emulation), emulation.run(seed=seed, executor=executor):
+    with emulation(variant, seed=seed, executor=executor):
         return values_and_gradients(op, tensors, "cuda", **options)
 
 
@@ -83,8 +75,7 @@ def test_accurate_over_modulation_forms(op):
 
 
 def assert_mixed_accurate(variant, tensors, seed=0, executor=None):
-    emulation = emulated(variant) if isinstance(variant, str) else variant
-    with as_backend(emulation), emulation.run(seed=seed, executor=executor):
+    with emulation(variant, seed=seed, executor=executor):
         found = gated_residual_adaln(*tensors, backend="cuda")
     assert_accurate_mixed(found, tensors)
 
@@ -129,7 +120,7 @@ def test_mean_far_from_zero(dtype):
 
 
 def test_sanitizers_find_nothing():
-    assert_sanitizers_find_nothing([SOURCE], """
+    KERNELS.assert_sanitizers_find_nothing("""
         from tests.kernels.adaln_layer_norm import test_cuda as tests
         for index, shape in enumerate([(2, 5, 8), (1, 3, 264), (2, 5, 3), (1, 2, 33), (1, 9, 520)]):
             for op, dtype in (("adaln", torch.bfloat16), ("gated", torch.float16), ("gated", torch.float32)):
@@ -172,9 +163,8 @@ def test_chunk_views():
 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
 def test_empty_raw_ops(shape):
-    emulation = emulated("race")
-    with emulation.run():
-        assert_gradients_of_empty_inputs(emulation.ops, shape)
+    with emulation("race"):
+        assert_gradients_of_empty_inputs(emulated("race").ops, shape)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -202,18 +192,18 @@ def test_raw_op_checks_its_arguments():
 
 
 def test_opcheck():
-    emulation, check = emulated("fast"), torch.library.opcheck
+    ops, check = emulated("fast").ops, torch.library.opcheck
     x, branch, gate, scale, shift = inputs("gated", (2, 5, 20), seed=1, dtype=torch.bfloat16)
-    with emulation.run():
-        check(emulation.ops._gated_residual_adaln.default, (x, branch, gate, scale, shift, 1e-6))
-        residual, y, mean, rstd = emulation.ops._gated_residual_adaln(x, branch, gate, scale, shift, 1e-6)
+    with emulation():
+        check(ops._gated_residual_adaln.default, (x, branch, gate, scale, shift, 1e-6))
+        residual, y, mean, rstd = ops._gated_residual_adaln(x, branch, gate, scale, shift, 1e-6)
         arguments = (x, None, residual, branch, gate, scale, mean, rstd, True, False)
-        check(emulation.ops._gated_residual_adaln_backward.default, arguments)
+        check(ops._gated_residual_adaln_backward.default, arguments)
 
 
 def test_outputs_without_gradients():
-    emulation, tensors = emulated("fast"), inputs("gated", (2, 5, 20), seed=1)
-    with as_backend(emulation), emulation.run() as record:
+    tensors = inputs("gated", (2, 5, 20), seed=1)
+    with emulation() as record:
         residual, y = outputs("gated", tensors, "cuda")
     assert record.counters["launches"] == 1 and residual.shape == y.shape == (2, 5, 20)
 

@@ -1,20 +1,16 @@
-"""The CUDA kernels of block_causal_attention: emulated, compiled, and with planted faults.
-
-Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
-Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
-"""
+"""The CUDA kernels of block_causal_attention: emulated, compiled, with planted faults (on a CPU)."""
 
 import functools
 
 import pytest
 import torch
 
-from tests.helpers.sanitizers import assert_sanitizers_find_nothing
 from tests.kernels.block_causal_attention.contract import check as check_values_and_gradients
 from tests.kernels.block_causal_attention.contract import references, with_grads
 from tests.kernels.block_causal_attention.emulated import (
     DTYPES,
     HALVES,
+    KERNELS,
     SHORT,
     SOURCE,
     TENSOR_CORE_DIMS,
@@ -133,7 +129,7 @@ def test_schedules_too_long_for_arguments():
 
 
 def test_sanitizers_find_nothing():
-    assert_sanitizers_find_nothing([SOURCE], """
+    KERNELS.assert_sanitizers_find_nothing("""
         from tests.kernels.block_causal_attention import test_cuda as tests
         for dim, dtype in ((64, torch.bfloat16), (72, torch.float16), (126, torch.bfloat16), (40, torch.float32)):
             tests.check(tests.attention_inputs(1, 2, 91, dim, seed=1, dtype=dtype), tests.SHORT, "sanitized")

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from tests.helpers.sanitizers import assert_sanitizers_find_nothing
 from tests.kernels.block_causal_attention.contract import references
 from tests.kernels.block_causal_attention.emulated import (
     HALVES,
+    KERNELS,
     SOURCE,
     TENSOR_CORE_DIMS,
     emulation,
@@ -111,7 +111,7 @@ def test_every_order_gives_the_same_bits():
 
 
 def test_sanitizers_find_nothing():
-    assert_sanitizers_find_nothing([SOURCE], """
+    KERNELS.assert_sanitizers_find_nothing("""
         from tests.kernels.block_causal_attention import test_cuda_parts as tests
         for name, dim in (("tiles of one part and of three", 64), ("one token", 72)):
             case = tests.CASES[name]

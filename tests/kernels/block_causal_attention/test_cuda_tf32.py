@@ -5,9 +5,8 @@ import functools
 import pytest
 import torch
 
-from tests.helpers.sanitizers import assert_sanitizers_find_nothing
 from tests.kernels.block_causal_attention.contract import references, with_grads
-from tests.kernels.block_causal_attention.emulated import SHORT, SOURCE, emulated, emulation, needs_nvcc
+from tests.kernels.block_causal_attention.emulated import KERNELS, SHORT, SOURCE, emulated, emulation, needs_nvcc
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from var_kernels import block_causal_attention
 from var_kernels.testing import assert_accurate, attention_inputs, max_error, randn
@@ -154,7 +153,7 @@ def test_nan_and_inf_as_in_plain_pytorch(bad):
 
 
 def test_sanitizers_find_nothing():
-    assert_sanitizers_find_nothing([SOURCE], """
+    KERNELS.assert_sanitizers_find_nothing("""
         from tests.kernels.block_causal_attention import test_cuda_tf32 as tests
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         for dim in (64, 100):

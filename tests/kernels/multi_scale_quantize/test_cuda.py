@@ -1,15 +1,11 @@
-"""The CUDA kernels of multi_scale_quantize and next_scale_input: emulated, compiled, and with planted faults.
-
-Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
-Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
-"""
+"""The CUDA kernels of multi_scale_quantize and next_scale_input: emulated, compiled, with planted faults (on a CPU)."""
 
 import functools
 
 import pytest
 import torch
 
-from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.helpers.cuda_emulation import EmulatedKernels
 from tests.kernels.multi_scale_quantize.contract import (
     SHAPES,
     assert_right,
@@ -19,7 +15,7 @@ from tests.kernels.multi_scale_quantize.contract import (
     leaves,
     pairs,
 )
-from tools.gpu_emulation.cuda import build, load, nvcc, serving
+from tools.gpu_emulation.cuda import build, nvcc
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from tools.report import machine_code
 from var_kernels import multi_scale_quantize, next_scale_input
@@ -31,20 +27,12 @@ if build.unavailable_reason() is not None:
 
 FORWARD = native_build.CSRC / "cuda" / "multi_scale_quantize.cu"
 BACKWARD = native_build.CSRC / "cuda" / "multi_scale_quantize_backward.cu"
+KERNELS = EmulatedKernels(FORWARD, BACKWARD)
+emulated, emulation = KERNELS.load, KERNELS.serving
 # (batch, channels, codes, convolutions, maps), in addition to the shapes of all backends: several tiles of 16×16 pixels
 # and of 32 channels.
 TILED = (2, 33, 30, 2, ((1, 1), (3, 5), (17, 19)))
 LARGE = (6, 3, 9, 1, ((1, 1), (100, 70)))  # a residual map that is too large for a block
-
-
-@functools.cache
-def emulated(variant):
-    return load(variant, [FORWARD, BACKWARD])
-
-
-def emulation(variant="fast", **options):
-    """A context in which backend="cuda" is the emulation; raises EmulationError with its findings."""
-    return serving(emulated(variant) if isinstance(variant, str) else variant, **options)
 
 
 def forward_and_backward(tensors, maps, **options):
@@ -132,7 +120,7 @@ def test_every_order_gives_the_same_bits():
 
 
 def test_sanitizers_find_nothing():
-    assert_sanitizers_find_nothing([FORWARD, BACKWARD], """
+    KERNELS.assert_sanitizers_find_nothing("""
         from tests.kernels.multi_scale_quantize import test_cuda as tests
         for name in ("narrow", "one scale", "larger on the way", "wide"):
             tests.check(tests.SHAPES[name], "sanitized", seed=1)

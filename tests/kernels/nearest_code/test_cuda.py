@@ -1,22 +1,17 @@
-"""The CUDA kernels of nearest_code: emulated, compiled, and with planted faults.
+"""The CUDA kernels of nearest_code: emulated, compiled, with planted faults (on a CPU)."""
 
-Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
-Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
-"""
-
-import functools
 
 import pytest
 import torch
 
-from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.helpers.cuda_emulation import EmulatedKernels
 from tests.kernels.nearest_code.contract import (
     assert_nearest,
     problem_of_tiny_codes,
     problems_of_small_integers,
     problems_with_special_values,
 )
-from tools.gpu_emulation.cuda import build, load, nvcc, serving
+from tools.gpu_emulation.cuda import build, nvcc
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from tools.report import machine_code
 from var_kernels import nearest_code
@@ -27,6 +22,8 @@ if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
 SOURCE = native_build.CSRC / "cuda" / "nearest_code.cu"
+KERNELS = EmulatedKernels(SOURCE)
+emulated, emulation = KERNELS.load, KERNELS.serving
 METRICS = ("l2", "cosine")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows, codes, channels. A block takes 8, 16, 32 or 64 rows by 128 codes by 32 channels. The problems are on both sides
@@ -36,16 +33,6 @@ EDGES = [
     (1, 1, 1), (8, 127, 3), (9, 128, 32), (16, 129, 31), (17, 257, 36), (32, 90, 64), (33, 1030, 32), (64, 300, 8),
     (65, 140, 33), (3, 700, 100), (130, 65, 4),
 ]  # fmt: skip
-
-
-@functools.cache
-def emulated(variant):
-    return load(variant, [SOURCE])
-
-
-def emulation(variant="fast", **options):
-    """A context in which backend="cuda" is the emulation; raises EmulationError with its findings."""
-    return serving(emulated(variant) if isinstance(variant, str) else variant, **options)
 
 
 def search(z, codebook, metric="l2", variant="fast", **options):
@@ -122,7 +109,7 @@ def test_cosine_of_tiny_codes():
 
 
 def test_sanitizers_find_nothing():
-    assert_sanitizers_find_nothing([SOURCE], """
+    KERNELS.assert_sanitizers_find_nothing("""
         from tests.kernels.nearest_code import test_cuda as tests
         for rows, codes, channels in tests.EDGES:
             for dtype in tests.DTYPES[:2]:

@@ -1,15 +1,11 @@
-"""The CUDA kernels of qk_norm_cache: emulated, compiled, and with planted faults.
-
-Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
-Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
-"""
+"""The CUDA kernels of qk_norm_cache: emulated, compiled, with planted faults (on a CPU)."""
 
 import functools
 
 import pytest
 import torch
 
-from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.helpers.cuda_emulation import EmulatedKernels
 from tests.kernels.qk_norm_cache.contract import (
     DTYPES,
     assert_right,
@@ -17,7 +13,7 @@ from tests.kernels.qk_norm_cache.contract import (
     problem,
     without_dense_rows,
 )
-from tools.gpu_emulation.cuda import build, load, nvcc, serving
+from tools.gpu_emulation.cuda import build, nvcc
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from tools.report import machine_code
 from var_kernels import qk_norm_cache
@@ -28,19 +24,16 @@ if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
 SOURCE = native_build.CSRC / "cuda" / "qk_norm_cache.cu"
+KERNELS = EmulatedKernels(SOURCE)
+emulated, emulation = KERNELS.load, KERNELS.serving
 # Batch, tokens, heads, head dimension. A head takes 1 to 32 lanes, a lane one or two packs; no pack fits some of them.
 EDGES = [(1, 1, 1, 1), (2, 3, 2, 7), (1, 5, 3, 8), (2, 3, 3, 24), (1, 9, 2, 64), (1, 3, 2, 126), (2, 2, 3, 128),
          (1, 2, 1, 256)]  # fmt: skip
 
 
-@functools.cache
-def emulated(variant):
-    return load(variant, [SOURCE])
-
-
 def check(shape, dtype, variant="fast", layout="BHLD", **options):
     qkv, q_factor, k_cache, v_cache = problem(*shape, dtype, layout=layout)
-    with serving(emulated(variant) if isinstance(variant, str) else variant, **options):
+    with emulation(variant, **options):
         q = qk_norm_cache(qkv, k_cache, v_cache, 2, q_factor=q_factor, backend="cuda")
     assert_right(q, qkv, q_factor, k_cache, v_cache, start=2)
 
@@ -54,7 +47,7 @@ def test_against_float64(dtype, variant):
 
 def test_strides_alignment_zeros_and_nan():
     def emulated_op(*arguments, **options):
-        with serving(emulated("race")):
+        with emulation("race"):
             return qk_norm_cache(*arguments, **options, backend="cuda")
 
     def unaligned(qkv):
@@ -101,7 +94,7 @@ def check_unfit(variant, names=None) -> None:
         q_factor = torch.tensor([1.0, 2.0, 0.5])
         want = [torch.zeros(k_cache.shape) for _ in range(2)]
         expected_q = qk_norm_cache(qkv, *want, 1, q_factor=q_factor, backend="reference")
-        with serving(emulated(variant) if isinstance(variant, str) else variant):
+        with emulation(variant):
             q = qk_norm_cache(qkv, k_cache, v_cache, 1, q_factor=q_factor, backend="cuda")
         for found, exact in zip((q, k_cache, v_cache), (expected_q, *want), strict=True):
             torch.testing.assert_close(found, exact)
@@ -114,7 +107,7 @@ def test_layouts_that_no_pack_fits():
 def test_empty_and_bad_arguments_of_the_raw_op():
     op = emulated("fast").ops._qk_norm_cache
     factor, cache = torch.ones(3), torch.zeros(2, 3, 9, 8)
-    with serving(emulated("fast")):
+    with emulation("fast"):
         assert op(torch.zeros(2, 0, 3, 3, 8), factor, cache, cache.clone(), 0).shape == (2, 0, 3, 8)
     qkv = torch.zeros(2, 4, 3, 3, 8)
     for message, arguments in {
@@ -130,7 +123,7 @@ def test_empty_and_bad_arguments_of_the_raw_op():
 
 
 def test_sanitizers_find_nothing():
-    assert_sanitizers_find_nothing([SOURCE], """
+    KERNELS.assert_sanitizers_find_nothing("""
         from tests.kernels.qk_norm_cache import test_cuda as tests
         for shape in tests.EDGES[1:6]:
             tests.check(shape, torch.bfloat16, "sanitized", seed=1)

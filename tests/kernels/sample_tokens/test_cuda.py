@@ -1,15 +1,11 @@
-"""The CUDA kernel of sample_tokens: emulated, compiled, and with planted faults.
-
-Nothing runs on a GPU: the emulation executes the source on the CPU, the PTX interpreter the code that nvcc compiles.
-Other tests look at the machine code. A planted fault is a deliberate error in a kernel, which must be found.
-"""
+"""The CUDA kernel of sample_tokens: emulated, compiled, with planted faults (on a CPU)."""
 
 import functools
 
 import pytest
 import torch
 
-from tests.helpers.sanitizers import assert_sanitizers_find_nothing
+from tests.helpers.cuda_emulation import EmulatedKernels
 from tests.kernels.sample_tokens.contract import (
     OPTIONS,
     logits_with_special_values,
@@ -17,7 +13,7 @@ from tests.kernels.sample_tokens.contract import (
     noise_of,
     tied_logits,
 )
-from tools.gpu_emulation.cuda import build, load, nvcc, serving
+from tools.gpu_emulation.cuda import build, nvcc
 from tools.gpu_emulation.cuda.mutants import Mutant, assert_found, assert_nothing_found, parameters
 from tools.report import machine_code
 from var_kernels import sample_tokens
@@ -29,17 +25,14 @@ if build.unavailable_reason() is not None:
     pytest.skip(build.unavailable_reason(), allow_module_level=True)
 
 SOURCE = native_build.CSRC / "cuda" / "sample_tokens.cu"
-
-
-@functools.cache
-def emulated(variant):
-    return load(variant, [SOURCE])
+KERNELS = EmulatedKernels(SOURCE)
+emulated, emulation = KERNELS.load, KERNELS.serving
 
 
 def check(conditional, unconditional=None, variant="fast", executor=None, seed=0, **options):
     """The tokens of the kernel are those of the reference."""
     settings = {"executor": executor} if executor else {"seed": seed}
-    with serving(emulated(variant) if isinstance(variant, str) else variant, **settings):
+    with emulation(variant, **settings):
         found = sample_tokens(conditional, unconditional, **options, backend="cuda")
     assert torch.equal(found, sample_tokens(conditional, unconditional, **options, backend="reference")), options
 
@@ -65,7 +58,7 @@ def test_equal_logits_on_the_border():
     """top-k keeps all ties, and top-p drops those with the lowest indices first."""
     logits, noise = tied_logits((1, 1, 40)), noise_for_each_token(40)
     for top_k, top_p in ((7, 0.0), (0, 0.3), (0, 0.96), (30, 0.9), (0, 1e-9)):
-        with serving(emulated("race")):
+        with emulation("race"):
             found = sample_tokens(logits.expand(1, 40, 40), top_k=top_k, top_p=top_p, noise=noise, backend="cuda")
         assert torch.equal(found[0] == torch.arange(40), restrict(logits.double(), top_k, top_p)[0, 0].isfinite())
 
@@ -81,12 +74,12 @@ def test_strides_and_limits():
     options = {"guidance": 1.0, "top_k": 40, "top_p": 0.9, "noise": noise_of((2, 3, 300), 1)}
     check(wide[:2, ::2, 5:305], wide[2:, ::2, 30:330], **options)
     check(wide[:2, ::2, 5:305].mT.contiguous().mT, wide[2:, ::2, 30:330], **options)
-    with serving(emulated("fast")), pytest.raises(RuntimeError, match="at most 16384 tokens"):
+    with emulation("fast"), pytest.raises(RuntimeError, match="at most 16384 tokens"):
         sample_tokens(torch.zeros(1, 1, 16385), seeds=torch.zeros(1, dtype=torch.int64), backend="cuda")
 
 
 def test_sanitizers_find_nothing():
-    assert_sanitizers_find_nothing([SOURCE], """
+    KERNELS.assert_sanitizers_find_nothing("""
         from tests.kernels.sample_tokens import test_cuda as tests
         for vocab in (17, 1025):
             logits = 4 * tests.randn(2, 2, vocab, seed=1)
