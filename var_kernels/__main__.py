@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__, _self_check, backends
+from .inference import packing
 from .measured import speeds
 from .native import build, load
 
@@ -55,8 +56,8 @@ def _print_installation(console: Console, status: load.NativeStatus) -> None:
         }
     else:
         rows["native library"] = f"not available: {status.reason}"
-    packing = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    rows["packed linear"] = "; ".join(f"{name}: {packing.packer(dtype)}" for name, dtype in packing.items())
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    rows["packed linear"] = "; ".join(f"{name}: {packing.packer(dtype)}" for name, dtype in dtypes.items())
     toolkit = build.find_nvcc()
     rows["CUDA toolkit"] = f"{'.'.join(map(str, toolkit.release))} in {toolkit.toolkit}" if toolkit else "none found"
     for name, value in rows.items():
