@@ -85,7 +85,8 @@ void launch_forward(const OnDevice& device, const Tiling& tile, const LaunchShap
 constexpr int kBackwardElements = 8;
 
 template <class T, bool kGated>
-void launch_backward(const OnDevice& device, const Tiling& tile, const LaunchShape& shape, const Backward& arguments) {
+void launch_backward(const OnDevice& device, const Tiling& tile, const LaunchShape& shape,
+                     const GpuAdaLnBackward& arguments) {
   const auto kernel = tile.elements == kBackwardElements
                           ? backward_kernel<T, kGated, kBackwardElements / kPackWidth<T>>
                           : plain_backward_kernel<T, kGated>;
@@ -111,30 +112,30 @@ void forward(const OnDevice& device, const Tensor& x, const Tensor& y, Forward a
 }
 
 // One modulation gradient: its output, and its partial sums unless the output has a row for every token.
-struct Reduction {
+struct GpuReduction {
   Tensor out, partial;
   bool per_token;
 
-  Reduction(const OnDevice& device, const Tensor& x, int64_t samples, int64_t tokens, const Partition& partition)
+  GpuReduction(const OnDevice& device, const Tensor& x, int64_t samples, int64_t tokens, const Partition& partition)
       : out(device.empty({samples, tokens, x.size(2)}, x.scalar_type())),
         partial(out),
         per_token(samples == x.size(0) && tokens == x.size(1)) {
     if (!per_token) partial = device.empty({partition.samples * partition.workers, x.size(2)}, ScalarType::Float);
   }
 
-  ModulationGrad target() const {
+  GpuModulationGrad target() const {
     if (per_token) return {out.mutable_data_ptr(), nullptr};
     return {nullptr, partial.mutable_data_ptr<float>()};
   }
 };
 
 // Adds the partial sums up to the gradients. The shape determines the order of the sums.
-void finish(const OnDevice& device, const Tensor& x, std::initializer_list<const Reduction*> reductions) {
+void finish(const OnDevice& device, const Tensor& x, std::initializer_list<const GpuReduction*> reductions) {
   PartialSums sums = {};
   sums.channels = int(x.size(2));
   unsigned outputs = 0;
   int64_t most_rows = 0;
-  for (const Reduction* reduction : reductions) {
+  for (const GpuReduction* reduction : reductions) {
     const int64_t rows = reduction->out.size(0);
     if (reduction->per_token || reduction->out.numel() == 0) continue;
     sums.of[outputs++] = {reduction->partial.const_data_ptr<float>(), reduction->out.mutable_data_ptr(), int(rows),
@@ -190,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_adaln(const Tensor& x_
 
 // ---- backward -----------------------------------------------------------------------------------------------------
 
-void run_backward(const OnDevice& device, const Tensor& x, const Tiling& tile, const Backward& arguments) {
+void run_backward(const OnDevice& device, const Tensor& x, const Tiling& tile, const GpuAdaLnBackward& arguments) {
   if (x.numel() == 0) return;
   const LaunchShape shape = launch_shape(tile.threads, arguments.partition);
   with_dtype(x, [&](auto zero) {
@@ -213,8 +214,8 @@ std::tuple<Tensor, Tensor, Tensor> adaln_layer_norm_backward(const Tensor& dy_in
   const Tiling tile = tiling(x, kBackwardElements, {&x_rows, &dy_rows, &scale_rows});
   const Partition partition = backward_partition(x, tile.threads, false);
   Tensor dx = device.empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
-  const Reduction dscale(device, x, scale.size(0), scale.size(1), partition);
-  const Reduction dshift(device, x, shift_per_sample ? x.size(0) : 1, shift_per_token ? x.size(1) : 1, partition);
+  const GpuReduction dscale(device, x, scale.size(0), scale.size(1), partition);
+  const GpuReduction dshift(device, x, shift_per_sample ? x.size(0) : 1, shift_per_token ? x.size(1) : 1, partition);
   run_backward(device, x, tile,
                {.dresidual = {}, .dy = dy_rows, .x = x_rows, .branch = {}, .gate = {}, .scale = scale_rows,
                 .mean = mean.const_data_ptr<float>(), .rstd = rstd.const_data_ptr<float>(),
@@ -242,9 +243,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_adaln_backward
   const Partition partition = backward_partition(x, tile.threads, true);
   Tensor dx = device.empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
   Tensor dbranch = device.empty({x.size(0), x.size(1), x.size(2)}, x.scalar_type());
-  const Reduction dgate(device, x, gate.size(0), gate.size(1), partition);
-  const Reduction dscale(device, x, scale.size(0), scale.size(1), partition);
-  const Reduction dshift(device, x, shift_per_sample ? x.size(0) : 1, shift_per_token ? x.size(1) : 1, partition);
+  const GpuReduction dgate(device, x, gate.size(0), gate.size(1), partition);
+  const GpuReduction dscale(device, x, scale.size(0), scale.size(1), partition);
+  const GpuReduction dshift(device, x, shift_per_sample ? x.size(0) : 1, shift_per_token ? x.size(1) : 1, partition);
   run_backward(device, x, tile,
                {.dresidual = dresidual_rows, .dy = dy_rows, .x = x_rows, .branch = branch_rows, .gate = gate_rows,
                 .scale = scale_rows, .mean = mean.const_data_ptr<float>(), .rstd = rstd.const_data_ptr<float>(),

@@ -10,26 +10,26 @@ namespace {
 
 // Where one modulation gradient goes: straight into the output if it has a row per token, else into rows of partial
 // sums.
-struct ModulationGrad {
+struct GpuModulationGrad {
   void* per_token;  // (B, L, C) dense, or null
   float* partial;   // (workers of all samples, C) dense, or null
 };
 
-struct Backward {
+struct GpuAdaLnBackward {
   Rows dresidual, dy;  // (B, L, C); null data means zeros; dresidual in the gated form only
   Rows x;              // (B, L, C): what was normalised; in the gated form, the saved residual
   Rows branch, gate;   // (B, L, C) or broadcast; in the gated form only
   Rows scale;
   const float *mean, *rstd;  // (B, L) dense
   void *dx, *dbranch;        // (B, L, C) dense
-  ModulationGrad dgate, dscale, dshift;
+  GpuModulationGrad dgate, dscale, dshift;
   Partition partition;
   int channels;
 };
 
 // Stores pack i of this token's gradient, or adds it to the worker's sum.
 template <class T>
-__device__ __forceinline__ void put_grad(const ModulationGrad& grad, float (&sum)[kPackWidth<T>], int row, int i,
+__device__ __forceinline__ void put_grad(const GpuModulationGrad& grad, float (&sum)[kPackWidth<T>], int row, int i,
                                          const float (&v)[kPackWidth<T>], int channels) {
   if (grad.per_token != nullptr) return store_pack<T>(grad.per_token, row, i, v, channels);
 #pragma unroll
@@ -37,7 +37,7 @@ __device__ __forceinline__ void put_grad(const ModulationGrad& grad, float (&sum
 }
 
 template <class T, int kPacks>
-__device__ __forceinline__ void store_sum(const ModulationGrad& grad, const float (&sum)[kPacks][kPackWidth<T>],
+__device__ __forceinline__ void store_sum(const GpuModulationGrad& grad, const float (&sum)[kPacks][kPackWidth<T>],
                                           int worker, int channels) {
   if (grad.partial == nullptr) return;
 #pragma unroll
@@ -53,7 +53,7 @@ __device__ __forceinline__ void store_sum(const ModulationGrad& grad, const floa
 }
 
 template <class T, bool kGated, int kPacks>
-__global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(Backward a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(GpuAdaLnBackward a) {
   constexpr int kWidth = kPackWidth<T>;
   __shared__ float exchange[2][kMaxWarps][2];
   const Work work = my_work(a.partition);
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) backward_kernel(Backward a) {
 
 // Does for one element what put_grad and store_sum do together: it keeps the sum in the worker's row of partial sums.
 template <class T>
-__device__ __forceinline__ void add_grad(const ModulationGrad& grad, int row, int worker, int channels, int c,
+__device__ __forceinline__ void add_grad(const GpuModulationGrad& grad, int row, int worker, int channels, int c,
                                          float v, bool first) {
   if (grad.per_token != nullptr) {
     static_cast<T*>(grad.per_token)[int64_t(row) * channels + c] = from_float<T>(v);
@@ -143,7 +143,7 @@ __device__ __forceinline__ float element(const Rows& rows, const T* row, int c) 
 }
 
 template <class T, bool kGated>
-__global__ void __launch_bounds__(kPlainThreads, 1) plain_backward_kernel(Backward a) {
+__global__ void __launch_bounds__(kPlainThreads, 1) plain_backward_kernel(GpuAdaLnBackward a) {
   __shared__ float exchange[2][kMaxWarps][2];
   const Work work = my_work(a.partition);
   const int channels = a.channels, step = int(blockDim.x);

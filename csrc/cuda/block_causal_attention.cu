@@ -29,15 +29,15 @@ using Lens = std::vector<int64_t>;
 
 int64_t stride_of(const Tensor& x, int64_t dim) { return x.size(dim) > 1 ? x.stride(dim) : 0; }
 
-HeadRows rows_of(const Tensor& x) {
+GpuHeadRows rows_of(const Tensor& x) {
   return {const_cast<void*>(x.const_data_ptr()), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2)};
 }
-HeadRows output_rows(const Tensor& x) {
+GpuHeadRows output_rows(const Tensor& x) {
   return {x.mutable_data_ptr(), stride_of(x, 0), stride_of(x, 1), stride_of(x, 2)};
 }
 
 // Whether rows consist of whole, aligned 16-byte chunks of `width` elements.
-bool chunks_fit(const HeadRows& x, int64_t dim, int64_t width = 8) {
+bool chunks_fit(const GpuHeadRows& x, int64_t dim, int64_t width = 8) {
   return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (x.batch | x.head | x.row | dim) % width == 0;
 }
 
@@ -85,7 +85,7 @@ Tensor write_schedule(const OnDevice& device, const std::vector<int32_t>& number
 // One launch over `tiles`, for each of the `heads` heads of every batch entry. `group` consecutive heads share a key
 // head.
 struct Grid {
-  AttentionProblem problem = {};
+  GpuAttentionProblem problem = {};
   Tensor memory;  // holds the schedule if it does not fit in the arguments
   unsigned blocks;
 
@@ -141,8 +141,8 @@ int most_parts(const OnDevice& device, const Grid& grid, int limit) {
 }
 
 template <class T, int kDim>
-void launch_parts(const OnDevice& device, const AttentionForward& arguments, const Grid& grid, int most) {
-  const AttentionProblem& p = arguments.problem;
+void launch_parts(const OnDevice& device, const GpuAttentionForward& arguments, const Grid& grid, int most) {
+  const GpuAttentionProblem& p = arguments.problem;
   Tensor sums = device.empty({most, p.pairs, p.queries, p.dim}, ScalarType::Float);
   Tensor statistics = device.empty({most, p.pairs, p.queries, 2}, ScalarType::Float);
   const AttentionParts parts = {most, sums.mutable_data_ptr<float>(),
@@ -154,7 +154,7 @@ void launch_parts(const OnDevice& device, const AttentionForward& arguments, con
 }
 
 template <class T>
-void launch_forward(const OnDevice& device, const AttentionForward& arguments, const Grid& grid, int limit,
+void launch_forward(const OnDevice& device, const GpuAttentionForward& arguments, const Grid& grid, int limit,
                     bool tensor_cores) {
   const int dim = arguments.problem.dim;
   if constexpr (sizeof(T) == 2) {
@@ -187,13 +187,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   const OnDevice device(q);
   Tensor out = empty_as(device, q), lse = device.empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
-  AttentionForward arguments = {rows_of(q), rows_of(k), rows_of(v), output_rows(out), lse.mutable_data_ptr<float>(),
+  GpuAttentionForward arguments = {rows_of(q), rows_of(k), rows_of(v), output_rows(out), lse.mutable_data_ptr<float>(),
                                 0.0f, softmax_scale < 0 ? 0x80008000u : 0u, {}};
   // Never zero, because an invisible score is -inf, and -inf times zero would be NaN.
   arguments.scale_log2 = std::max(float(std::abs(softmax_scale) * 1.4426950408889634), 1e-30f);
   const bool fp32 = q.scalar_type() == ScalarType::Float;
   bool tensor_cores = (!fp32 || allow_tf32) && q.size(3) <= kMaxTensorCoreDim;
-  for (const HeadRows* rows : {&arguments.q, &arguments.k, &arguments.v, &arguments.out})
+  for (const GpuHeadRows* rows : {&arguments.q, &arguments.k, &arguments.v, &arguments.out})
     tensor_cores &= chunks_fit(*rows, q.size(3), fp32 ? 4 : 8);
   const std::vector<AttentionTile> tiles =
       attention_tiles::of_queries(scale_lens, q_offset, q.size(2), tensor_cores ? kForwardRows : kPlainRows,
@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 // ---- backward -----------------------------------------------------------------------------------------------------
 
 template <class T>
-void launch_backward(const OnDevice& device, AttentionBackward arguments, const Grid& queries, const Grid& keys,
+void launch_backward(const OnDevice& device, GpuAttentionBackward arguments, const Grid& queries, const Grid& keys,
                      bool tensor_cores) {
   const int dim = queries.problem.dim;
   const auto both = [&](auto of_queries, auto of_keys, size_t queries_bytes, size_t keys_bytes) {
@@ -249,12 +249,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q,
     return {dq, dk, dv};
   }
   Tensor delta = device.empty({q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
-  const AttentionBackward arguments = {
+  const GpuAttentionBackward arguments = {
       rows_of(q), rows_of(k), rows_of(v), rows_of(out), rows_of(dout), output_rows(dq), output_rows(dk),
       output_rows(dv), lse.const_data_ptr<float>(), dlse_in ? dlse.const_data_ptr<float>() : nullptr,
       delta.mutable_data_ptr<float>(), float(softmax_scale), float(softmax_scale * 1.4426950408889634), {}};
   bool tensor_cores = q.scalar_type() != ScalarType::Float && q.size(3) <= kMaxTensorCoreDim;
-  for (const HeadRows* rows : {&arguments.q, &arguments.k, &arguments.v, &arguments.out, &arguments.dout,
+  for (const GpuHeadRows* rows : {&arguments.q, &arguments.k, &arguments.v, &arguments.out, &arguments.dout,
                                &arguments.dq, &arguments.dk, &arguments.dv})
     tensor_cores &= chunks_fit(*rows, q.size(3));
   const int64_t tile = tensor_cores ? kBackwardTile : kPlainTile;

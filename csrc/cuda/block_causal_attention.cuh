@@ -22,14 +22,14 @@
 namespace var_kernels {
 namespace {
 
-struct AttentionForward {
-  HeadRows q, k, v, out;
+struct GpuAttentionForward {
+  GpuHeadRows q, k, v, out;
   float* lse;  // (B, H, Lq) dense
   float scale_log2;   // > 0
   uint32_t sign;      // the sign bits of two elements of q if the softmax scale is negative, else 0
-  AttentionProblem problem;
+  GpuAttentionProblem problem;
 };
-static_assert(sizeof(AttentionForward) <= 4096);
+static_assert(sizeof(GpuAttentionForward) <= 4096);
 
 // ---- tensor cores -------------------------------------------------------------------------------------------------
 
@@ -93,8 +93,8 @@ __device__ __forceinline__ void sum_totals(SoftmaxRows<kDim>& rows) {
 
 // Stores lse of the thread's rows, `row` and `row` + 8 of the tile, and returns 1 / l.
 template <int kDim>
-__device__ __forceinline__ void store_lse(float (&inverse)[2], const SoftmaxRows<kDim>& rows, const AttentionForward& a,
-                                          const AttentionPlace& place, int row) {
+__device__ __forceinline__ void store_lse(float (&inverse)[2], const SoftmaxRows<kDim>& rows,
+                                          const GpuAttentionForward& a, const AttentionPlace& place, int row) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     inverse[half] = 1.0f / rows.total[half];
@@ -157,9 +157,9 @@ constexpr int forward_blocks(int dim) { return dim <= 64 ? 3 : 2; }
 // The softmax of a tile over the keys from block `begin` to key `limit`, which is the tile's own limit or a multiple of
 // kForwardKeys. Afterwards each thread has the `total` of its whole rows.
 template <class T, int kDim>
-__device__ __forceinline__ void attend_tile(SoftmaxRows<kDim>& rows, const AttentionForward& a,
+__device__ __forceinline__ void attend_tile(SoftmaxRows<kDim>& rows, const GpuAttentionForward& a,
                                             const AttentionPlace& place, T* keys, int begin, int limit) {
-  const AttentionProblem& p = a.problem;
+  const GpuAttentionProblem& p = a.problem;
   const AttentionTile tile = place.tile;
   const int batch = place.pair / p.heads, head = place.pair % p.heads;
   const int first_row = int(threadIdx.x) / 32 * 16, row = first_row + int(threadIdx.x) % 32 / 4;
@@ -196,7 +196,7 @@ __device__ __forceinline__ void attend_tile(SoftmaxRows<kDim>& rows, const Atten
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, forward_blocks(kDim))
-    attention_forward_kernel(const __grid_constant__ AttentionForward a) {
+    attention_forward_kernel(const __grid_constant__ GpuAttentionForward a) {
   VAR_DYN_SMEM(shared);
   T* const keys = reinterpret_cast<T*>(shared);
   const AttentionPlace place = my_place(a.problem);
@@ -265,9 +265,9 @@ __device__ __forceinline__ void plain_softmax_step(float (&s)[2][kPlainKeys / 8]
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads)
-    plain_attention_forward_kernel(const __grid_constant__ AttentionForward a) {
+    plain_attention_forward_kernel(const __grid_constant__ GpuAttentionForward a) {
   VAR_DYN_SMEM(shared);
-  const AttentionProblem& p = a.problem;
+  const GpuAttentionProblem& p = a.problem;
   const AttentionPlace place = my_place(p);
   const AttentionTile tile = place.tile;
   const int batch = place.pair / p.heads, head = place.pair % p.heads, dim = p.dim, pitch = plain_pitch(dim);

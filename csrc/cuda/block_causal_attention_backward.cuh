@@ -12,14 +12,14 @@
 namespace var_kernels {
 namespace {
 
-struct AttentionBackward {
-  HeadRows q, k, v, out, dout, dq, dk, dv;
+struct GpuAttentionBackward {
+  GpuHeadRows q, k, v, out, dout, dq, dk, dv;
   const float *lse, *dlse;  // (B, H, Lq) dense; dlse or null
   float* delta;             // (B, H, Lq) dense
   float softmax_scale, scale_log2;
-  AttentionProblem problem;
+  GpuAttentionProblem problem;
 };
-static_assert(sizeof(AttentionBackward) <= 4096);
+static_assert(sizeof(GpuAttentionBackward) <= 4096);
 
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr float kLog2ERest = 1.925963033500681e-08f;  // log2(e) minus its value in fp32
@@ -93,11 +93,11 @@ __device__ __forceinline__ void dot_rows(float (&delta)[2], const uint32_t (&dou
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
-    attention_backward_queries_kernel(const __grid_constant__ AttentionBackward a) {
+    attention_backward_queries_kernel(const __grid_constant__ GpuAttentionBackward a) {
   VAR_DYN_SMEM(shared);
   constexpr int kKeys = backward_keys(kDim);
   static_assert(2 * kKeys >= kBackwardTile);
-  const AttentionProblem& p = a.problem;
+  const GpuAttentionProblem& p = a.problem;
   const AttentionPlace place = my_place(p);
   const AttentionTile tile = place.tile;
   const int batch = place.pair / p.heads, head = place.pair % p.heads;
@@ -169,7 +169,7 @@ constexpr size_t backward_keys_shared_bytes(int dim) {
 template <class T, int kDim>
 struct RowStages {
   static constexpr int kRows = backward_rows(kDim), kTile = kRows * kDim;
-  const AttentionBackward& a;
+  const GpuAttentionBackward& a;
   T *queries, *douts;  // two tiles each
   RowStatistics<kRows>& statistics;
   int batch, kv_head, limit, blocks, steps;
@@ -178,7 +178,7 @@ struct RowStages {
   __device__ __forceinline__ T* dout_tile(int step) const { return douts + step % 2 * kTile; }
   __device__ __forceinline__ int head(int step) const { return kv_head * a.problem.group + step / blocks; }
   __device__ __forceinline__ int first(int step) const { return limit + step % blocks * kRows; }
-  __device__ __forceinline__ void start(T* tile, const HeadRows& x, int step) const {
+  __device__ __forceinline__ void start(T* tile, const GpuHeadRows& x, int step) const {
     if (step < steps)
       start_copy<T, kDim, kRows>(tile, head_of<const T>(x, batch, head(step)), x.row, first(step), a.problem.queries,
                                  a.problem.dim);
@@ -189,7 +189,7 @@ struct RowStages {
 
   // Each of the first threads loads lse of one row, each of the next threads delta, one step before it is needed.
   __device__ __forceinline__ float load_statistic(int step) const {
-    const AttentionProblem& p = a.problem;
+    const GpuAttentionProblem& p = a.problem;
     const int t = int(threadIdx.x), row = first(step) + t % kRows;
     if (step >= steps || t >= 2 * kRows) return 0.0f;
     if (row >= p.queries) return t < kRows ? INFINITY : 0.0f;  // p = 0 in rows that do not exist
@@ -260,10 +260,10 @@ __device__ __forceinline__ void add_dk_dv(float (&dk)[kDim / 8][4], float (&dv)[
 // rows), because pᵀ and dsᵀ are multiplied by dout and q.
 template <class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
-    attention_backward_keys_kernel(const __grid_constant__ AttentionBackward a) {
+    attention_backward_keys_kernel(const __grid_constant__ GpuAttentionBackward a) {
   VAR_DYN_SMEM(shared);
   constexpr int kRows = backward_rows(kDim);
-  const AttentionProblem& p = a.problem;
+  const GpuAttentionProblem& p = a.problem;
   const AttentionPlace place = my_place(p);
   const AttentionTile tile = place.tile;
   const int batch = place.pair / p.heads, head = place.pair % p.heads;

@@ -10,18 +10,18 @@ namespace {
 constexpr int kAttentionThreads = 128;
 
 // A (B, H, L, D) tensor: strides in elements, the last one is 1.
-struct HeadRows {
+struct GpuHeadRows {
   void* data;
   int64_t batch, head, row;
 };
 
 template <class T>
-__device__ __forceinline__ T* head_of(const HeadRows& x, int batch, int head) {
+__device__ __forceinline__ T* head_of(const GpuHeadRows& x, int batch, int head) {
   return static_cast<T*>(x.data) + batch * x.batch + head * x.head;
 }
 
 // What every kernel knows about the problem.
-struct AttentionProblem {
+struct GpuAttentionProblem {
   int heads, group;  // the number of query heads, and how many of them share a key head
   int queries, keys, dim, q_offset;
   int pairs, section;  // the pairs of batch and head that the grid covers, and how many of them share the L2 cache
@@ -42,7 +42,7 @@ struct AttentionPlace {
 // The table begins with the tiles that have the most work, so all heads start with those. The grid takes one section of
 // heads after another. Otherwise each of a thousand heads would read its keys from memory, not from the L2 cache, at
 // every tile.
-__device__ __forceinline__ AttentionPlace my_place(const AttentionProblem& p) {
+__device__ __forceinline__ AttentionPlace my_place(const GpuAttentionProblem& p) {
   const int block = int(blockIdx.x), tiles = p.schedule.tiles;
   const int first = block / (tiles * p.section) * p.section, width = min(p.section, p.pairs - first);
   const int within = block - first * tiles, row = within / width * 4;
@@ -67,7 +67,7 @@ __device__ __forceinline__ int visible_keys(const AttentionSchedule& schedule, i
 }
 
 // How many keys a row of a tile sees; 0 for rows that do not exist.
-__device__ __forceinline__ int visible_keys(const AttentionProblem& p, const AttentionTile& tile, int row) {
+__device__ __forceinline__ int visible_keys(const GpuAttentionProblem& p, const AttentionTile& tile, int row) {
   if (row >= tile.count) return 0;
   return tile.common == tile.limit ? tile.limit : visible_keys(p.schedule, p.q_offset + tile.first + row);
 }

@@ -19,7 +19,7 @@ struct AttentionParts {
   float* sums;
   float2* statistics;  // m and l
 };
-static_assert(sizeof(AttentionForward) + sizeof(AttentionParts) <= 4096);
+static_assert(sizeof(GpuAttentionForward) + sizeof(AttentionParts) <= 4096);
 
 // A part of fewer than 256 keys takes less time than the second kernel adds. With more than 32 parts, adding them up
 // takes the time that they save.
@@ -32,13 +32,14 @@ __host__ __device__ constexpr int parts_of(int limit, int most) {
 }
 
 // The index of row `row` of a tile, for this part, in the tensors of AttentionParts, without the column.
-__device__ __forceinline__ int64_t part_row(const AttentionProblem& p, const AttentionPlace& place, int part, int row) {
+__device__ __forceinline__ int64_t part_row(const GpuAttentionProblem& p, const AttentionPlace& place, int part,
+                                                      int row) {
   return (int64_t(part) * p.pairs + place.pair) * p.queries + place.tile.first + row;
 }
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, forward_blocks(kDim))
-    attention_part_kernel(const __grid_constant__ AttentionForward a, const __grid_constant__ AttentionParts to) {
+    attention_part_kernel(const __grid_constant__ GpuAttentionForward a, const __grid_constant__ AttentionParts to) {
   VAR_DYN_SMEM(shared);
   const AttentionPlace place = my_place(a.problem);
   const AttentionTile tile = place.tile;
@@ -66,8 +67,9 @@ __host__ __device__ constexpr int combine_blocks(int dim) {
 
 template <class T>
 __global__ void __launch_bounds__(kAttentionThreads)
-    attention_combine_kernel(const __grid_constant__ AttentionForward a, const __grid_constant__ AttentionParts from) {
-  const AttentionProblem& p = a.problem;
+    attention_combine_kernel(const __grid_constant__ GpuAttentionForward a,
+                             const __grid_constant__ AttentionParts from) {
+  const GpuAttentionProblem& p = a.problem;
   const AttentionPlace place = my_place(p);
   const int chunks = p.dim / 8, index = int(blockIdx.y) * kAttentionThreads + int(threadIdx.x);
   const int row = index / chunks, column = index % chunks * 8, parts = parts_of(place.tile.limit, from.most);

@@ -96,9 +96,9 @@ __device__ __forceinline__ float plain_delta(const T* out, const T* dout, bool e
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, 1)
-    plain_attention_backward_queries_kernel(const __grid_constant__ AttentionBackward a) {
+    plain_attention_backward_queries_kernel(const __grid_constant__ GpuAttentionBackward a) {
   VAR_DYN_SMEM(shared);
-  const AttentionProblem& p = a.problem;
+  const GpuAttentionProblem& p = a.problem;
   const AttentionPlace place = my_place(p);
   const AttentionTile tile = place.tile;
   const int batch = place.pair / p.heads, head = place.pair % p.heads, dim = p.dim, pitch = plain_pitch(dim);
@@ -151,9 +151,9 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, 1)
-    plain_attention_backward_keys_kernel(const __grid_constant__ AttentionBackward a) {
+    plain_attention_backward_keys_kernel(const __grid_constant__ GpuAttentionBackward a) {
   VAR_DYN_SMEM(shared);
-  const AttentionProblem& p = a.problem;
+  const GpuAttentionProblem& p = a.problem;
   const AttentionPlace place = my_place(p);
   const AttentionTile tile = place.tile;
   const int batch = place.pair / p.heads, kv_head = place.pair % p.heads, dim = p.dim, pitch = plain_pitch(dim);

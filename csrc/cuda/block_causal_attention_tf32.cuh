@@ -126,9 +126,9 @@ constexpr size_t tf32_forward_shared_bytes(int dim) {
 
 template <int kDim>
 __global__ void __launch_bounds__(kAttentionThreads, forward_blocks(kDim))
-    tf32_attention_forward_kernel(const __grid_constant__ AttentionForward a) {
+    tf32_attention_forward_kernel(const __grid_constant__ GpuAttentionForward a) {
   VAR_DYN_SMEM(shared);
-  const AttentionProblem& p = a.problem;
+  const GpuAttentionProblem& p = a.problem;
   const AttentionPlace place = my_place(p);
   const AttentionTile tile = place.tile;
   const int batch = place.pair / p.heads, head = place.pair % p.heads;

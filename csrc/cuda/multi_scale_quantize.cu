@@ -17,9 +17,9 @@ constexpr size_t kMostSharedBytes = (99 << 10) - sizeof(float) * kMapThreads / 3
 
 // Whether one block per image is less work for the busiest multiprocessor than launches over the whole GPU. It compares
 // counts of multiply-adds, with the start of a kernel counted in clocks. These are estimates; no GPU has been measured.
-bool resident_is_cheaper(const Quantize& a, const Schedule& schedule, const OnDevice& device) {
+bool resident_is_cheaper(const Quantize& a, const GpuSchedule& schedule, const OnDevice& device) {
   constexpr double kMultiplyAdds = 64, kStart = 4000, kStarts = 4;  // per clock; clocks; per scale
-  const MapShape& shape = a.shape;
+  const GpuMapShape& shape = a.shape;
   const double search = double(schedule.length) * a.codes * shape.channels;
   const double update = double(a.scales) * shape.pixels() * shape.channels * (9.0 * shape.channels + 16);
   const double clocks = (search + update) / kMultiplyAdds, processors = multiprocessors(device);
@@ -27,7 +27,7 @@ bool resident_is_cheaper(const Quantize& a, const Schedule& schedule, const OnDe
          clocks * a.images / processors + kStart * kStarts * a.scales;
 }
 
-void quantize_resident(const OnDevice& device, const Quantize& problem, const Schedule& schedule, bool vectors) {
+void quantize_resident(const OnDevice& device, const Quantize& problem, const GpuSchedule& schedule, bool vectors) {
   ResidentQuantize arguments = {problem, int(schedule.largest), {}};
   static_assert(sizeof arguments <= 4096);
   std::copy(schedule.scales.begin(), schedule.scales.end(), arguments.schedule);
@@ -37,8 +37,8 @@ void quantize_resident(const OnDevice& device, const Quantize& problem, const Sc
   });
 }
 
-void quantize_stepwise(const OnDevice& device, Quantize arguments, const Schedule& schedule, bool vectors) {
-  const MapShape& shape = arguments.shape;
+void quantize_stepwise(const OnDevice& device, Quantize arguments, const GpuSchedule& schedule, bool vectors) {
+  const GpuMapShape& shape = arguments.shape;
   const int64_t images = arguments.images, tiles = int64_t(shape.tiles()) * shape.channel_tiles();
   Tensor rest = device.empty({images, shape.floats()}, ScalarType::Float);
   Tensor z = device.empty({images, schedule.largest, shape.channels}, ScalarType::Float);
@@ -50,7 +50,7 @@ void quantize_stepwise(const OnDevice& device, Quantize arguments, const Schedul
   launch(device, "multi_scale_quantize load", load_maps_kernel, part_grid(shape.pixels() * (shape.pitch / 4), images),
          arguments.f, shape, int(images), arguments.rest);
   for (int k = 0; k < arguments.scales; ++k) {
-    const Scale& scale = schedule.scales[k];
+    const GpuScale& scale = schedule.scales[k];
     launch(device, "multi_scale_quantize pool", pool_kernel,
            part_grid(int64_t(scale.tokens()) * (shape.pitch / 4), images), arguments.rest, shape, int(images),
            scale.height, scale.width, pooled);
@@ -71,10 +71,10 @@ void quantize_stepwise(const OnDevice& device, Quantize arguments, const Schedul
 std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& f, const Tensor& codebook_in, const Tensor& phi_weight_in,
                                             const Tensor& phi_bias_in, Sizes heights, Sizes widths, Sizes phi_index,
                                             double phi_ratio, bool cosine) {
-  const MapShape shape = map_shape("f", f);
+  const GpuMapShape shape = map_shape("f", f);
   check_codebook(codebook_in, shape.channels);
   check_phi(phi_weight_in, phi_bias_in, shape.channels);
-  const Schedule schedule = make_schedule(shape, heights, widths, phi_index, phi_weight_in.size(0));
+  const GpuSchedule schedule = make_schedule(shape, heights, widths, phi_index, phi_weight_in.size(0));
   VAR_CHECK(codebook_in.size(0) <= kMostRows, "codebook", "at most 2^30 codes", codebook_in.size(0));
   const OnDevice device(f);
   const int64_t images = f.size(0), scales = int64_t(schedule.scales.size());
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> next_scale_input(const Tensor& f_hat, const Tensor& c
                                             const Tensor& phi_bias_in, int64_t phi_index, int64_t height,
                                             int64_t width, int64_t next_height, int64_t next_width,
                                             double phi_ratio) {
-  const MapShape shape = map_shape("f_hat", f_hat);
+  const GpuMapShape shape = map_shape("f_hat", f_hat);
   const int64_t images = f_hat.size(0), next_tokens = next_height * next_width;
   check_step(codes_in, images, shape.channels, height, width, next_height, next_width);
   check_phi(phi_weight_in, phi_bias_in, shape.channels);

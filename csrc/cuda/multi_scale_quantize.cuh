@@ -21,7 +21,7 @@ struct Quantize {
   float* out;             // (images, channels, height, width) dense
   int64_t* tokens;        // (images, length) dense
   float* errors;          // resident: (images, scales); stepwise: one for every tile, (images, scales, tiles)
-  MapShape shape;
+  GpuMapShape shape;
   int codes, images, length, scales;
   bool normalised;
 };
@@ -30,8 +30,8 @@ struct Quantize {
 // image's residual map. The last f_hat is written to `out`; it is NaN where f is not finite.
 template <bool kVectors, bool kAhead, class Code>
 __device__ __forceinline__ float update_tile(const Quantize& a, ConvolutionMemory& memory, int image, int k,
-                                             const Scale& scale, const MapTile& tile, float* map, const Code& code) {
-  const MapShape& shape = a.shape;
+                                             const GpuScale& scale, const MapTile& tile, float* map, const Code& code) {
+  const GpuMapShape& shape = a.shape;
   ConvolvedPixels h;
   convolve_tile<false, kAhead>(h, memory, shape, tile, weight_of(a.phi, scale.phi, shape), [&](int y, int x, int c) {
     return upsampled<kVectors>(shape, scale, y, x, c, code);
@@ -71,7 +71,7 @@ static_assert(ManyTokens::kThreads == kMapThreads && SomeTokens::kThreads == kMa
 __host__ __device__ constexpr int pooled_pitch(int channels) { return (channels + kChunk - 1) / kChunk * kChunk + 4; }
 
 // Shared memory holds the residual map, the tokens of a scale, and what the search or the convolution needs, in turn.
-inline size_t resident_shared_bytes(const MapShape& shape, int largest) {
+inline size_t resident_shared_bytes(const GpuMapShape& shape, int largest) {
   const size_t search =
       sizeof(SearchMemory<ManyTokens>) + sizeof(float) * ManyTokens::kRows * pooled_pitch(shape.channels);
   const size_t step = search > sizeof(ConvolutionMemory) ? search : sizeof(ConvolutionMemory);
@@ -81,12 +81,12 @@ inline size_t resident_shared_bytes(const MapShape& shape, int largest) {
 struct ResidentQuantize {
   Quantize problem;
   int largest;  // the largest number of tokens of a scale
-  Scale schedule[kMostScales];
+  GpuScale schedule[kMostScales];
 };
 
 template <class Tile, bool kVectors>
 __device__ __forceinline__ void search_tokens(const Quantize& a, unsigned char* shared, const float* rest,
-                                              const Scale& scale, int first, int image, int* tokens) {
+                                              const GpuScale& scale, int first, int image, int* tokens) {
   auto& memory = *reinterpret_cast<SearchMemory<Tile>*>(shared);
   float* const z = reinterpret_cast<float*>(&memory + 1);
   const int pitch = pooled_pitch(a.shape.channels), pieces = (pitch - 4) / 4;
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMapThreads, 1)
   VAR_DYN_SMEM(shared);
   __shared__ float exchange[kMapThreads / 32];
   const Quantize& a = resident.problem;
-  const MapShape& shape = a.shape;
+  const GpuMapShape& shape = a.shape;
   const int image = int(blockIdx.x);
   float* const rest = reinterpret_cast<float*>(shared);
   int* const tokens = reinterpret_cast<int*>(rest + shape.floats());
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kMapThreads, 1)
         a.f.load(image, pixel / shape.width, pixel % shape.width, c, shape.channels);
   }
   for (int k = 0; k < a.scales; ++k) {
-    const Scale& scale = resident.schedule[k];
+    const GpuScale& scale = resident.schedule[k];
     for (int first = 0; first < scale.tokens();) {
       __syncthreads();  // the residual is complete; all threads are done with the search and the convolution
       const int left = scale.tokens() - first;
@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(kMapThreads, 1)
 // ---- stepwise -----------------------------------------------------------------------------------------------------
 
 // Copies f to the images' maps, (images, pixels, pitch).
-__global__ void __launch_bounds__(kMapThreads) load_maps_kernel(ImageMaps f, MapShape shape, int images, float* maps) {
+__global__ void __launch_bounds__(kMapThreads) load_maps_kernel(ImageMaps f, GpuMapShape shape, int images,
+                                                               float* maps) {
   const ImagePart part = my_part(shape.pixels() * (shape.pitch / 4), images);
   if (!part.exists) return;
   const int pixel = part.index % shape.pixels(), c = part.index / shape.pixels() * 4;
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(kMapThreads) load_maps_kernel(ImageMaps f, Map
 
 // Pools maps to (height, width). `out` is (images, height · width, channels), dense.
 __global__ void __launch_bounds__(kMapThreads)
-    pool_kernel(const float* maps, MapShape shape, int images, int height, int width, float* out) {
+    pool_kernel(const float* maps, GpuMapShape shape, int images, int height, int width, float* out) {
   const int pieces = shape.pitch / 4;
   const ImagePart part = my_part(height * width * pieces, images);
   if (!part.exists) return;
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kMapThreads)
 // The grid is the tiles of all images by tiles of channels.
 template <bool kVectors>
 __global__ void __launch_bounds__(kMapThreads, 2)
-    quantize_update_kernel(const __grid_constant__ Quantize a, Scale scale, int k) {
+    quantize_update_kernel(const __grid_constant__ Quantize a, GpuScale scale, int k) {
   VAR_DYN_SMEM(shared);
   __shared__ float exchange[kMapThreads / 32];
   const int tiles = a.shape.tiles(), image = int(blockIdx.x) / tiles, tile = int(blockIdx.x) % tiles;
@@ -211,14 +212,14 @@ struct AddScale {
   Phi phi;
   float* out;  // (images, channels, height, width) dense
   float* map;  // (images) maps, or null
-  MapShape shape;
+  GpuMapShape shape;
 };
 
 // Computes f_hat + phi of the upsampled codes. The grid is the tiles of all images by tiles of channels.
 template <bool kVectors>
-__global__ void __launch_bounds__(kMapThreads, 2) add_scale_kernel(const __grid_constant__ AddScale a, Scale scale) {
+__global__ void __launch_bounds__(kMapThreads, 2) add_scale_kernel(const __grid_constant__ AddScale a, GpuScale scale) {
   VAR_DYN_SMEM(shared);
-  const MapShape& shape = a.shape;
+  const GpuMapShape& shape = a.shape;
   const int tiles = shape.tiles(), image = int(blockIdx.x) / tiles;
   const MapTile tile = tile_at(shape, int(blockIdx.x) % tiles, blockIdx.y);
   const float* const codes = a.codes + image * a.image_stride;

@@ -23,7 +23,7 @@ void check_tokens(const Tensor& tokens, int64_t images, int64_t length) {
 }
 
 void run(const OnDevice& device, const QuantizeBackward& a) {
-  const MapShape& shape = a.shape;
+  const GpuMapShape& shape = a.shape;
   const LaunchShape tiles = tile_grid(shape, int64_t(a.images) * a.scales);
   const int64_t parts = shape.channel_tiles(), tokens = int64_t(a.images) * a.length, warps = kMapThreads / 32;
   with_vectors(vectors_fit(Matrix{a.codebook, shape.channels, a.codes, shape.channels}), [&](auto fit) {
@@ -49,11 +49,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& f, const Tenso
                                                     const Tensor& phi_weight_in, const Tensor& phi_bias_in,
                                                     const Tensor& tokens_in, const Tensor& derrors, Sizes heights,
                                                     Sizes widths, Sizes phi_index, double phi_ratio) {
-  const MapShape shape = map_shape("f", f);
+  const GpuMapShape shape = map_shape("f", f);
   check_codebook(codebook_in, shape.channels);
   check_phi(phi_weight_in, phi_bias_in, shape.channels);
   const int64_t images = f.size(0), codes = codebook_in.size(0), convolutions = phi_weight_in.size(0);
-  const Schedule schedule = make_schedule(shape, heights, widths, phi_index, convolutions);
+  const GpuSchedule schedule = make_schedule(shape, heights, widths, phi_index, convolutions);
   const int64_t scales = int64_t(schedule.scales.size()), channels = shape.channels;
   check_float(derrors, "derrors", 2);
   VAR_CHECK(derrors.size(0) == images && derrors.size(1) == scales, "derrors", shape_text({images, scales}),

@@ -26,10 +26,10 @@ struct QuantizeBackward {
   float* dcodes;          // (images · length, pitch)
   float* partials;        // (slices, scales, 9 · channels² + channels)
   float *df, *dcodebook, *dweight, *dbias;
-  MapShape shape;
+  GpuMapShape shape;
   int codes, images, length, scales, convolutions;
   int slice_images, slices;
-  Scale schedule[kMostScales];
+  GpuScale schedule[kMostScales];
 
   __device__ __forceinline__ int phi_floats() const { return (9 * shape.channels + 1) * shape.channels; }
 };
@@ -47,7 +47,7 @@ __device__ __forceinline__ MapPlace my_map(const QuantizeBackward& a) {
 
 // Pixel (y, x), channels [c, c + 4) of u.
 template <bool kVectors>
-__device__ __forceinline__ float4 code_pixel(const QuantizeBackward& a, int image, const Scale& scale, int y, int x,
+__device__ __forceinline__ float4 code_pixel(const QuantizeBackward& a, int image, const GpuScale& scale, int y, int x,
                                              int c) {
   const int64_t* const tokens = a.tokens + int64_t(image) * a.length + scale.first_token;
   return upsampled<kVectors>(a.shape, scale, y, x, c,
@@ -68,7 +68,7 @@ template <bool kVectors>
 __global__ void __launch_bounds__(kMapThreads, 2) scale_maps_kernel(const __grid_constant__ QuantizeBackward a) {
   VAR_DYN_SMEM(shared);
   const MapPlace place = my_map(a);
-  const Scale& scale = a.schedule[place.k];
+  const GpuScale& scale = a.schedule[place.k];
   ConvolvedPixels h;
   convolve_tile<false, false>(h, *reinterpret_cast<ConvolutionMemory*>(shared), a.shape, place.tile,
                        weight_of(a.phi, scale.phi, a.shape),
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kMapThreads, 2) scale_maps_kernel(const __grid
 
 // Replaces h_k of every image by S_k, and stores df = -S_0. A thread has four channels of a pixel.
 __global__ void __launch_bounds__(kMapThreads) suffix_sums_kernel(const __grid_constant__ QuantizeBackward a) {
-  const MapShape& shape = a.shape;
+  const GpuMapShape& shape = a.shape;
   const ImagePart part = my_part(shape.pixels() * (shape.pitch / 4), a.images);
   if (!part.exists) return;
   const int pixel = part.index % shape.pixels(), c = part.index / shape.pixels() * 4;
@@ -114,11 +114,11 @@ template <bool kVectors>
 __global__ void __launch_bounds__(kMapThreads, 2) phi_gradients_kernel(const __grid_constant__ QuantizeBackward a) {
   VAR_DYN_SMEM(shared);
   auto& memory = *reinterpret_cast<PhiGradientMemory*>(shared);
-  const MapShape& shape = a.shape;
+  const GpuMapShape& shape = a.shape;
   const int parts = shape.channel_tiles(), k = int(blockIdx.y), slice = int(blockIdx.z);
   const int input = int(blockIdx.x) % parts * kTileChannels, output = int(blockIdx.x) / parts * kTileChannels;
   const int i = int(threadIdx.x) / kPieces, o = int(threadIdx.x) % kPieces * 4;
-  const Scale& scale = a.schedule[k];
+  const GpuScale& scale = a.schedule[k];
   const int last = min((slice + 1) * a.slice_images, a.images);
   float4 sums[9] = {}, total = {};
   for (int image = slice * a.slice_images; image < last; ++image) {
@@ -228,14 +228,14 @@ __device__ __forceinline__ Reach reach_of(int index, int size, int full) {
 // The adjoint of upsampling, which gives dcodes. There is a warp for each token: four lanes of rows of pixels by eight
 // lanes of four channels. The grid is the tokens of all images by tiles of channels.
 __global__ void __launch_bounds__(kMapThreads) downsample_kernel(const __grid_constant__ QuantizeBackward a) {
-  const MapShape& shape = a.shape;
+  const GpuMapShape& shape = a.shape;
   const int64_t token = int64_t(blockIdx.x) * (kMapThreads / 32) + threadIdx.x / 32;
   if (token >= int64_t(a.images) * a.length) return;  // the whole warp
   const int image = int(token / a.length), place = int(token % a.length);
   const int lane = int(threadIdx.x) % 32, c = int(blockIdx.y) * kTileChannels + lane % kPieces * 4;
   int k = 0;
   while (k + 1 < a.scales && a.schedule[k + 1].first_token <= place) ++k;
-  const Scale& scale = a.schedule[k];
+  const GpuScale& scale = a.schedule[k];
   const int i = (place - scale.first_token) / scale.width, j = (place - scale.first_token) % scale.width;
   const float* const map = a.dmaps + (int64_t(image) * a.scales + k) * shape.floats();
   const bool resized = scale.height != shape.height || scale.width != shape.width, exists = c < shape.channels;

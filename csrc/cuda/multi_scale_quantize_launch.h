@@ -20,12 +20,12 @@ inline LaunchShape map_grid(int64_t x, int64_t y = 1, size_t shared_bytes = 0) {
   VAR_CHECK(x <= std::numeric_limits<int>::max(), "f", "less than 2^31 tiles in all images", x);
   return {dim3(unsigned(x), unsigned(y)), dim3(kMapThreads), shared_bytes};
 }
-inline LaunchShape tile_grid(const MapShape& shape, int64_t maps) {
+inline LaunchShape tile_grid(const GpuMapShape& shape, int64_t maps) {
   return map_grid(maps * shape.tiles(), shape.channel_tiles(), sizeof(ConvolutionMemory));
 }
 inline LaunchShape part_grid(int64_t parts, int64_t images) { return map_grid(ceil_div(parts * images, kMapThreads)); }
 
-inline MapShape map_shape(const char* name, const Tensor& f) {
+inline GpuMapShape map_shape(const char* name, const Tensor& f) {
   check_float(f, name, 4);
   const int64_t channels = f.size(1), height = f.size(2), width = f.size(3);
   VAR_CHECK(channels > 0 && height > 0 && width > 0, name, "channels, height and width", "none");
@@ -39,22 +39,22 @@ inline ImageMaps image_maps(const Tensor& f) {
   return {f.const_data_ptr<float>(), f.stride(0), f.stride(1), f.stride(2), f.stride(3)};
 }
 
-inline Scale make_scale(const MapShape& shape, int64_t height, int64_t width, int64_t phi, int64_t first_token) {
+inline GpuScale make_scale(const GpuMapShape& shape, int64_t height, int64_t width, int64_t phi, int64_t first_token) {
   return {int(height), int(width), int(phi), int(first_token), float(height) / float(shape.height),
           float(width) / float(shape.width)};
 }
 
-struct Schedule {
-  std::vector<Scale> scales;
+struct GpuSchedule {
+  std::vector<GpuScale> scales;
   int64_t length = 0, largest = 0;  // tokens of all scales, and of the largest scale
 };
 
-inline Schedule make_schedule(const MapShape& shape, const Sizes& heights, const Sizes& widths, const Sizes& phi_index,
-                              int64_t convolutions) {
+inline GpuSchedule make_schedule(const GpuMapShape& shape, const Sizes& heights, const Sizes& widths,
+                                 const Sizes& phi_index, int64_t convolutions) {
   check_sizes(heights, widths, shape.height, shape.width);
   check_phi_index(phi_index, heights.size(), convolutions);
   VAR_CHECK(heights.size() <= size_t(kMostScales), "heights, widths", "at most 64 scales", heights.size());
-  Schedule schedule;
+  GpuSchedule schedule;
   for (size_t k = 0; k < heights.size(); ++k) {
     schedule.scales.push_back(make_scale(shape, heights[k], widths[k], phi_index[k], schedule.length));
     schedule.length += heights[k] * widths[k];

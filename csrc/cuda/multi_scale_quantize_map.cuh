@@ -21,7 +21,7 @@ constexpr int kPieces = kTileChannels / 4;  // pieces of 16 bytes in a pixel of 
 constexpr int kBorderedSide = kTileSide + 2;
 static_assert(kTileSide * kTileSide / kThreadPixels * kPieces == kMapThreads && kTileChannels == kChunk);
 
-struct MapShape {
+struct GpuMapShape {
   int channels, pitch, height, width;
 
   __host__ __device__ int pixels() const { return height * width; }
@@ -32,7 +32,7 @@ struct MapShape {
 };
 
 // A scale's map of codes. `ratio_y` and `ratio_x` are its sides divided by those of the full map, in fp32.
-struct Scale {
+struct GpuScale {
   int height, width, phi, first_token;
   float ratio_y, ratio_x;
 
@@ -51,7 +51,7 @@ struct Phi {
 struct MapTile {
   int y, x, channel;
 };
-__device__ __forceinline__ MapTile tile_at(const MapShape& shape, int index, int channel_tile) {
+__device__ __forceinline__ MapTile tile_at(const GpuMapShape& shape, int index, int channel_tile) {
   return {index / shape.tiles_across() * kTileSide, index % shape.tiles_across() * kTileSide,
           channel_tile * kTileChannels};
 }
@@ -79,10 +79,10 @@ __device__ __forceinline__ void add_scaled(float4& sum, float factor, const floa
   sum.w = fmaf(factor, v.w, sum.w);
 }
 
-__device__ __forceinline__ float4 load_bias(const Phi& phi, int convolution, const MapShape& shape, int c) {
+__device__ __forceinline__ float4 load_bias(const Phi& phi, int convolution, const GpuMapShape& shape, int c) {
   return load_channels<false>(phi.bias + int64_t(convolution) * shape.channels, c, shape.channels);
 }
-__device__ __forceinline__ const float* weight_of(const Phi& phi, int convolution, const MapShape& shape) {
+__device__ __forceinline__ const float* weight_of(const Phi& phi, int convolution, const GpuMapShape& shape) {
   return phi.weight + int64_t(convolution) * shape.channels * shape.channels * 9;
 }
 
@@ -107,7 +107,8 @@ struct ImageMaps {
 };
 
 // Stores channels [c, c + 4) of a pixel of a dense (C, H, W) map.
-__device__ __forceinline__ void store_channels(float* out, const MapShape& shape, int pixel, int c, const float4& v) {
+__device__ __forceinline__ void store_channels(float* out, const GpuMapShape& shape, int pixel, int c,
+                                               const float4& v) {
   const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -150,7 +151,7 @@ __device__ __forceinline__ CubicPosition cubic_position(int at, int size, float 
 
 // Channels [c, c + 4) of pixel (y, x) of a scale's code map at full size. code(q) is the row of code q of that map.
 template <bool kVectors, class Code>
-__device__ __forceinline__ float4 upsampled(const MapShape& shape, const Scale& scale, int y, int x, int c,
+__device__ __forceinline__ float4 upsampled(const GpuMapShape& shape, const GpuScale& scale, int y, int x, int c,
                                             const Code& code) {
   if (scale.height == shape.height && scale.width == shape.width)
     return load_channels<kVectors>(code(y * shape.width + x), c, shape.channels);
@@ -175,7 +176,7 @@ __device__ __forceinline__ float4 upsampled(const MapShape& shape, const Scale& 
 // Writes rows of pixels, (kBorderedSide, kTileChannels) each, from pixel (y, x) on. It calls pixel(y, x, c) for the
 // pixels that exist.
 template <class Pixel>
-__device__ __forceinline__ void fill_pixels(float* rows, int count, int across, const MapShape& shape, int y, int x,
+__device__ __forceinline__ void fill_pixels(float* rows, int count, int across, const GpuMapShape& shape, int y, int x,
                                             int channel, const Pixel& pixel) {
   for (int i = int(threadIdx.x); i < count * across * kPieces; i += kMapThreads) {
     const int place = i / kPieces, row = y + place / across, column = x + place % across;
@@ -186,7 +187,7 @@ __device__ __forceinline__ void fill_pixels(float* rows, int count, int across, 
   }
 }
 
-__device__ __forceinline__ float4 load_pixel(const float* map, const MapShape& shape, int y, int x, int c) {
+__device__ __forceinline__ float4 load_pixel(const float* map, const GpuMapShape& shape, int y, int x, int c) {
   return *reinterpret_cast<const float4*>(map + int64_t(y * shape.width + x) * shape.pitch + c);
 }
 
@@ -285,7 +286,7 @@ __device__ __forceinline__ void convolve_step(float (&sums)[kThreadPixels][kThre
 // before a step is computed. This hides their latency if the multiprocessor has no other block that would, and it takes
 // registers that two blocks do not have.
 template <bool kTransposed, bool kAhead, class Pixel>
-__device__ __forceinline__ void convolve_tile(ConvolvedPixels& out, ConvolutionMemory& memory, const MapShape& shape,
+__device__ __forceinline__ void convolve_tile(ConvolvedPixels& out, ConvolutionMemory& memory, const GpuMapShape& shape,
                                               const MapTile& tile, const float* weight, const Pixel& pixel) {
 #pragma unroll
   for (int p = 0; p < kThreadPixels; ++p)
@@ -314,7 +315,7 @@ __device__ __forceinline__ void convolve_tile(ConvolvedPixels& out, ConvolutionM
 
 // Calls f(pixel of the thread, index in the map) for those of a thread's pixels that exist, if its channels exist.
 template <class F>
-__device__ __forceinline__ void for_own_pixels(const MapShape& shape, const MapTile& tile, const F& f) {
+__device__ __forceinline__ void for_own_pixels(const GpuMapShape& shape, const MapTile& tile, const F& f) {
   const int y = tile.y + thread_row(), x = tile.x + thread_column();
   if (y >= shape.height || tile.channel + thread_channel() >= shape.channels) return;
 #pragma unroll
@@ -325,7 +326,7 @@ __device__ __forceinline__ void for_own_pixels(const MapShape& shape, const MapT
 // ---- area pooling -------------------------------------------------------------------------------------------------
 
 // Channels [c, c + 4) of a token, which are the mean over its window of the full map. Rows are `pitch` apart.
-__device__ __forceinline__ float4 pooled(const MapShape& shape, const float* map, int height, int width, int token,
+__device__ __forceinline__ float4 pooled(const GpuMapShape& shape, const float* map, int height, int width, int token,
                                          int c) {
   const int i = token / width, j = token % width;
   const int y0 = i * shape.height / height, y1 = ((i + 1) * shape.height + height - 1) / height;

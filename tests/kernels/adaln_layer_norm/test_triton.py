@@ -111,7 +111,11 @@ def test_compiled_code_is_accurate_in_small_tiles(op, forms):
     assert_triton_accurate(op, tensors, small(run_ptx))
 
 
-@pytest.mark.parametrize("dtype, execute", [(torch.float16, interpret), (torch.bfloat16, run_ptx)], ids=["fp16, interpreted", "bf16, PTX"])
+@pytest.mark.parametrize(
+    ("dtype", "execute"),
+    [(torch.float16, interpret), (torch.bfloat16, run_ptx)],
+    ids=["fp16, interpreted", "bf16, PTX"],
+)
 def test_branch_of_another_dtype(dtype, execute):
     for index, shape in enumerate([(2, 5, 20), (2, 3, 136), (19, 1, 8), (1, 3, 1024)]):
         tensors = mixed_inputs(shape, dtype, seed=index, forms=rotated_forms(index))
