@@ -12,8 +12,6 @@ from hypothesis import settings
 from tests import tiers
 from var_kernels.backends import unavailable_reason
 
-_LEFT_OUT = pytest.StashKey[int]()
-
 # Profiles of the randomised tests. With `--hypothesis-profile=long`, test_cpu_differential.py takes ten minutes.
 settings.register_profile("brief", max_examples=15, derandomize=True)
 settings.register_profile("long", max_examples=2000)
@@ -22,6 +20,17 @@ settings.load_profile("brief")
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run the tests of all tiers, not only what every edit needs")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """A run of all tests, which names none, uses two workers of pytest-xdist; `-n 0` uses none."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # a worker is called with the same arguments, and must not start workers of its own
+    option = config.option
+    whole = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not (option.collectonly or option.usepdb)
+    if whole and (os.cpu_count() or 1) > 1 and getattr(option, "numprocesses", 0) is None and option.capture != "no":
+        option.numprocesses, option.dist = 2, "worksteal"
 
 
 def pytest_configure(config):
@@ -38,23 +47,22 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     tiers.mark(items)
+    tiers.long_ones_first(items)
     if config.option.all or config.option.markexpr:
         return
     named = {(config.invocation_params.dir / argument.split("::")[0]).resolve() for argument in config.args}
     left_out = [item for item in items if tiers.is_left_out(item, named)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        config.stash[_LEFT_OUT] = len(left_out)
         kept = set(items) - set(left_out)
         items[:] = [item for item in items if item in kept]
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if count := config.stash.get(_LEFT_OUT, 0):
-        names = ", ".join(tiers.TIERS)
+    if config.args_source == pytest.Config.ArgsSource.TESTPATHS and not (config.option.all or config.option.markexpr):
         terminalreporter.write_line(
-            f"{count} tests of the tiers {names} were left out: `pytest --all` runs them too, `pytest -m emulated` one "
-            "tier, and a file that is named runs whole"
+            f"tests of the tiers {', '.join(tiers.TIERS)} were left out: `pytest --all` runs them too, "
+            "`pytest -m emulated` one tier, and a file that is named runs whole"
         )
 
 

@@ -34,6 +34,8 @@ _PATHS = {
     "gpu": ("tests/kernels/test_gpu.py",),
 }  # fmt: skip
 
+_LONG = ("test_lower_levels.py", "test_cpu_sanitizers.py", "test_cuda_library.py", "test_triton_mutants.py")
+
 
 def tiers_of(path: Path) -> list[str]:
     """The tiers of all tests in this file."""
@@ -47,6 +49,11 @@ def mark(items: Iterable[pytest.Item]) -> None:
         for tier in tiers_of(item.path):
             if tier != "emulated" or not item.get_closest_marker("evidence"):
                 item.add_marker(tier)
+
+
+def long_ones_first(items: list[pytest.Item]) -> None:
+    """Sorts the tests that take minutes to the front. At the end, they would leave all workers but one idle."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
 
 
 def is_left_out(item: pytest.Item, named: Iterable[Path]) -> bool:

@@ -16,20 +16,20 @@ from pathlib import Path
 import torch
 
 from var_kernels import _self_check, adaln_layer_norm, backends
-from var_kernels.native import build, load
+from var_kernels.native import build, library, load
 
 STREAM = "aoti_torch_get_current_cuda_stream"
 # Libraries that a library for every build of torch must not require.
 FORBIDDEN = ("libcudart", "libcuda.", "libc10_cuda", "libtorch_cuda")
 
 
-def file_faults(library: Path) -> Iterator[str]:
+def file_faults(path: Path) -> Iterator[str]:
     """Faults in the library's dependencies and symbols, as the loader sees them."""
     if shutil.which("readelf") is None:
         print("readelf is not installed: what the library needs is not checked")
         return
     dynamic, symbols = (
-        subprocess.run(["readelf", "-W", what, library], capture_output=True, text=True, check=True).stdout
+        subprocess.run(["readelf", "-W", what, path], capture_output=True, text=True, check=True).stdout
         for what in ("-d", "--dyn-syms")
     )
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
@@ -42,9 +42,9 @@ def file_faults(library: Path) -> Iterator[str]:
         yield f"expected {STREAM} to be weak and undefined"
 
 
-def kernel_faults(library: Path) -> Iterator[str]:
+def kernel_faults(path: Path) -> Iterator[str]:
     """Faults in the kernels that the loaded library registers."""
-    sources = "".join(path.read_text() for path in (build.CSRC / "cuda").glob("*.cu"))
+    sources = "".join(source.read_text() for source in (build.CSRC / "cuda").glob("*.cu"))
     expected = {"CPU": set(), "CUDA": set(re.findall(r'm\.impl\("(\w+)"', sources))}
     names = {name for op in backends.OPS for name in library.names(backends.page_of(op))}
     expected["CPU"] = names
@@ -53,7 +53,7 @@ def kernel_faults(library: Path) -> Iterator[str]:
         if found != wanted:
             yield f"kernels for {key}: expected {sorted(wanted)}, got {sorted(found)}"
     # Looked up through the library's own dependencies, as the loader binds the weak symbol.
-    if hasattr(ctypes.CDLL(str(library)), STREAM) != (torch.version.cuda is not None):
+    if hasattr(ctypes.CDLL(str(path)), STREAM) != (torch.version.cuda is not None):
         yield f"{STREAM}: expected with a CUDA build of torch, and with that only; this is {torch.__version__}"
 
 

@@ -112,7 +112,7 @@ def test_wheel_installs_elsewhere(project, tmp_path, no_compiler):
 def test_without_torch_the_wheel_builds_at_first_use(project, tmp_path):
     builder, user = Environment(tmp_path / "builder", torch=False), Environment(tmp_path / "user", torch=True)
     printed = builder.pip("wheel", *PIP_FLAGS, "-w", tmp_path, project)
-    assert "at first use: torch (>= 2.10) is not installed" in printed
+    assert "at their first use: torch (>= 2.10) is not installed" in printed
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == "var_kernels-0.1.0-py3-none-any.whl"
     user.pip("install", *PIP_FLAGS, wheel)
@@ -123,7 +123,7 @@ def test_without_torch_the_wheel_builds_at_first_use(project, tmp_path):
 def test_install_without_a_compiler(project, tmp_path, no_compiler):
     target = Environment(tmp_path / "venv", torch=True)
     missing = {"PATH": no_compiler, "CXX": ""}
-    assert "at first use: no C++ compiler found" in target.pip("install", *PIP_FLAGS, "-e", project, **missing)
+    assert "at their first use: no C++ compiler found" in target.pip("install", *PIP_FLAGS, "-e", project, **missing)
     assert target.load(tmp_path / "cache", **missing)["warnings"]
     target.pip("install", *PIP_FLAGS, "-e", project, VAR_KERNELS_BUILD="none", **missing)
     for mode in ("cpu", "cuda"):

@@ -136,7 +136,7 @@ def test_a_missing_compiler_is_one_warning(tiny, no_compiler):
     answer = tiny.load(PATH=no_compiler, CXX="")
     assert not answer["available"] and "no C++ compiler found" in answer["reason"]
     (message,) = answer["warnings"]
-    assert "plain PyTorch serves instead" in message and "g++ >= 11" in message and "set CXX" in message
+    assert "Plain PyTorch serves CPU tensors instead" in message and "g++ >= 11" in message and "set CXX" in message
     assert not answer["stderr"]
 
 
