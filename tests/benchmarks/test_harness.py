@@ -12,13 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import clock, fair_malloc, harness, plain_mode, table
+from benchmarks.peaks import Peak, Peaks
+from tests.helpers.processes import child_environment
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are not part of the installed package
-
-from benchmarks import clock, fair_malloc, harness, plain_mode, table  # noqa: E402
-from benchmarks.peaks import Peak, Peaks  # noqa: E402
-from tests.helpers.processes import child_environment  # noqa: E402
-
 MODULES = sorted(f"benchmarks.{path.stem}" for path in (ROOT / "benchmarks").glob("bench_*.py"))
 on_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings exist only in glibc's malloc")
 

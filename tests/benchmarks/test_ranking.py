@@ -10,15 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import harness, plugin, ranking, table
+from tests.helpers.processes import child_environment
+from var_kernels import backends
+from var_kernels.measured import speeds
+from var_kernels.measured.speeds import Speeds
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # the benchmarks are not part of the installed package
-
-from benchmarks import harness, plugin, ranking, table  # noqa: E402
-from tests.helpers.processes import child_environment  # noqa: E402
-from var_kernels import backends  # noqa: E402
-from var_kernels.measured import speeds  # noqa: E402
-from var_kernels.measured.speeds import Speeds  # noqa: E402
-
 NAME = "Stand-in GPU"
 
 STAND_IN = """

@@ -17,7 +17,7 @@ from tests.helpers.training import VAR_CONFIG, VQVAE_CONFIG, write_fashion_mnist
 from var.cli import demo, images, training
 from var.cli.labels import parse_labels
 from var.data import pictures
-from var.generation import batches
+from var.generation import batches, memory
 from var.model import opening
 
 SIZE = VQVAE_CONFIG.image_size
@@ -157,7 +157,7 @@ def test_bad_labels(text, message):
 
 def test_a_batch_fits_into_a_gibibyte():
     d16 = var.PRESETS["d16"][1]
-    assert batches.cache_bytes(d16) == 2 * 2 * 680 * 1024 * 16 * 4  # k and v, with and without the class, fp32
+    assert memory.cache_bytes(d16, 2, 4) == 2 * 2 * 680 * 1024 * 16 * 4  # k and v, with and without the class, fp32
     assert batches.default_batch_size(d16) == 6
     assert batches.default_batch_size(VAR_CONFIG) == 100
 

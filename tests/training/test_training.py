@@ -232,9 +232,7 @@ def test_time_limit_leaves_a_checkpoint(tmp_path, data):
 
 def test_sigint_of_a_process_leaves_a_usable_checkpoint(tmp_path, data):
     script = f"""
-        import sys
         from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
         from tests.helpers.training import tokenizer_options
         from var.training.tokenizer import train_tokenizer
         import torch

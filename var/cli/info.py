@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from ..generation import memory
-from ..generation.batches import cache_bytes, sampling_for
+from ..generation.batches import sampling_for
 from ..model.checkpoints import file_metadata
 from ..model.config import PRESETS, ScaleSchedule
 from ..model.opening import EMBEDDED, WEIGHTS, Pipeline, open_model
@@ -92,7 +92,7 @@ def _sizes(pipeline: Pipeline) -> Table:
     counts = {name: sum(map(_parameters, modules)) for name, modules in parts.items()}
     for name, count in (counts | {"together": sum(counts.values())}).items():
         table.add_row(name, f"{count:,}", f"{count * 4 / _MIB:,.1f}", f"{count * 2 / _MIB:,.1f}")
-    cache = cache_bytes(var.config) / _MIB
+    cache = memory.cache_bytes(var.config, 2, 4) / _MIB
     table.add_row("KV cache, per image with guidance", "", f"{cache:,.1f}", f"{cache / 2:,.1f}")
     packed, working = (
         [f"{size(itemsize) / _MIB:,.1f}" for itemsize in (4, 2)]

@@ -55,14 +55,9 @@ def sampling_for(model: OpenModel, **chosen: Any) -> Sampling:
     return Sampling(**(values | {name: value for name, value in chosen.items() if value is not None}))
 
 
-def cache_bytes(config: VARConfig, itemsize: int = 4) -> int:
-    """Bytes of the KV cache for one image with guidance: keys and values of all layers, with and without the class."""
-    return memory.cache_bytes(config, 2, itemsize)
-
-
 def default_batch_size(config: VARConfig) -> int:
-    """The largest number of images whose KV cache stays within 1 GiB, at most 100."""
-    return max(1, min(_LARGEST_BATCH, _CACHE_BYTES // cache_bytes(config)))
+    """The largest number of images whose KV cache, in fp32 and with guidance, stays within 1 GiB, at most 100."""
+    return max(1, min(_LARGEST_BATCH, _CACHE_BYTES // memory.cache_bytes(config, 2, 4)))
 
 
 def image_seeds(seed: int, numbers: Sequence[int]) -> list[int]:
