@@ -41,7 +41,7 @@ IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".
 
 FASHION_MNIST_HELP = (
     "data: Fashion-MNIST not found: `apt-get install dataset-fashion-mnist`, or without root `apt-get download "
-    "dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb DIR` and name DIR here"
+    "dataset-fashion-mnist && dpkg-deb -x dataset-fashion-mnist_*.deb DIR` and pass DIR as the data folder"
 )
 
 
