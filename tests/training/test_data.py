@@ -107,7 +107,8 @@ def test_fashion_mnist_search_order_and_help(tmp_path, monkeypatch):
     with pytest.raises(DataError) as caught:
         open_dataset()
     message = str(caught.value)
-    assert "apt-get install dataset-fashion-mnist" in message and "pass DIR as the data folder" in message and "\n" not in message
+    assert "apt-get install dataset-fashion-mnist" in message
+    assert "pass DIR as the data folder" in message and "\n" not in message
     write_fashion_mnist(tmp_path / "cache")
     assert find_fashion_mnist() == tmp_path / "cache"
     write_fashion_mnist(tmp_path / "debian")
