@@ -104,10 +104,7 @@ def _is_meta(model: nn.Module) -> bool:
 def without_init(kind: type, config, backend: str) -> nn.Module:
     """A model whose parameters are loaded next. It is built on the meta device, which computes no random values."""
     with torch.device("meta"):
-        model = kind(config, backend)
-    if isinstance(model, VAR):
-        model.levels = scale_of_token(config.schedule)
-    return model
+        return kind(config, backend)
 
 
 def official_state_dict(model: VAR | VQVAE) -> dict[str, Tensor]:
@@ -118,7 +115,7 @@ def official_state_dict(model: VAR | VQVAE) -> dict[str, Tensor]:
         weight = model.quantize.embedding.weight
         state["quantize.ema_vocab_hit_SV"] = weight.new_zeros(schedule.num_scales, model.config.vocab_size)
         return state
-    levels = model.levels[None]
+    levels = scale_of_token(schedule)[None].to(model.pos_1LC.device)
     state["lvl_1L"] = levels
     visible = levels[:, :, None] >= levels[:, None, :]
     bias = model.pos_1LC.new_zeros(1, 1, schedule.length, schedule.length)
