@@ -21,6 +21,7 @@ def only_writer(path: Path, *, folder: bool = False) -> Iterator[None]:
 
     file = path / ".lock" if folder else path.with_name(f".{path.name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()  # filelock would take some of the reasons why this fails for a lock of another process
     lock = filelock.FileLock(str(file))
     try:
         lock.acquire(timeout=0)

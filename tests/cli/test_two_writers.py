@@ -126,6 +126,11 @@ def test_a_file_system_without_locks_is_written_without_one(tmp_path, monkeypatc
     assert files_below(tmp_path) == ["a"]
 
 
+def test_a_folder_where_nothing_can_be_made_is_not_taken_for_one_that_another_process_writes(model):
+    message = refused("generate", "-m", model, *REFERENCE, "-l", "0", "-o", "/proc/set.npz")
+    assert "cannot write /proc/set.npz" in message and "another process" not in message
+
+
 def test_measurements_of_one_gpu_are_written_by_one_process(tmp_path, monkeypatch):
     monkeypatch.setenv("VAR_KERNELS_CACHE", str(tmp_path / "cache"))
     with device_file.only_measuring("tuned", "GPU"), device_file.only_measuring("backends", "GPU"):

@@ -91,6 +91,8 @@ def _explanation(error: Exception) -> str | None:
         return _os_explanation(error)
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return "out of memory: try a smaller --batch-size, or --precision bf16"
+    if isinstance(error, OverflowError) or (isinstance(error, RuntimeError) and "overflow" in str(error)):
+        return f"a number is too large: {' '.join(str(error).split())}"
     # Compared by name, because importing their modules would import torch.
     if isinstance(error, ValueError) or type(error).__name__ in ("TrainingError", "SafetensorError"):
         text = " ".join(str(error).split())

@@ -98,6 +98,8 @@ def open_model(model: str, path: str | None = None, backend: str = "auto", devic
         )
     if path is not None:
         path = os.path.expanduser(path)
+        if model not in PRESETS and not (Path(path) / "var.safetensors").is_file():
+            raise ValueError(f"model: expected one of {', '.join(PRESETS)} for the files of {path!r}, got {model!r}")
     elif model != EMBEDDED:
         path = str(_saved_folder(model))
     metadata = file_metadata(Path(path or WEIGHTS) / "var.safetensors")
