@@ -13,13 +13,14 @@ def only_writer(path: Path, *, folder: bool = False) -> Iterator[None]:
     """Hold a lock on the file `path` (or on the folder `path`, which is made if it is missing).
 
     The lock belongs to the process, so a process that is killed leaves none. Its file, ``.<name>.lock`` beside the file
-    or ``.lock`` in the folder, is removed at the end.
+    or ``.lock`` in the folder, is removed at the end, and so is a folder that was made for it and is empty.
 
     Raises BlockingIOError if another process holds the lock, and another OSError if nothing can be written there.
     """
     import filelock  # imported here, so that importing var_kernels loads only what the reference needs
 
     file = path / ".lock" if folder else path.with_name(f".{path.name}.lock")
+    is_new = not file.parent.exists()
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()  # filelock would take some of the reasons why this fails for a lock of another process
     lock = filelock.FileLock(str(file))
@@ -38,3 +39,6 @@ def only_writer(path: Path, *, folder: bool = False) -> Iterator[None]:
         with suppress(OSError):  # removed while the lock is held, so that it is not the lock of another process
             file.unlink()
         lock.release()
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                file.parent.rmdir()
