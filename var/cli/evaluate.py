@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich import box
 from rich.table import Table
+from torch import Tensor
 
 from var_kernels.native.build import write_atomically
 
@@ -46,6 +48,7 @@ def run(
     )
     batch_size = batch_size or default_batch_size(var.config)
     generate = generator_of(var, vqvae, batch_size=batch_size, precision=precision, **dataclasses.asdict(sampling))
+    generate = _with_labels_of(train, generate, var.config.class_names)
     report = evaluate(
         vqvae, generate, train, test, classifier=classifier, num_generated=images, held_out=held_out,
         batch_size=batch_size, seed=seed, progress=note,
@@ -60,6 +63,17 @@ def run(
     write_atomically(output, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
     _print(report, train)
     say(f"{output}: {opened.name} on {test.name}, {sampling}, seed {seed}, {precision}, {conditions['seconds']} s")
+
+
+def _with_labels_of(data: ImageData, generate: Callable[..., Tensor], names: Sequence[str]) -> Callable[..., Tensor]:
+    """`generate` for labels of the data set, whose classes may have another order than the `names` of the model's."""
+    if not names or tuple(names) == tuple(data.class_names):
+        return generate
+    if len(set(names)) < len(names) or set(names) != set(data.class_names):
+        note(f"the classes of {data.name} have other names than those of the model: class number n counts as number n")
+        return generate
+    numbers = torch.tensor([names.index(name) for name in data.class_names])
+    return lambda labels, seeds: generate(numbers[labels], seeds)
 
 
 def _print(report: QualityReport, data: ImageData) -> None:

@@ -105,12 +105,12 @@ def find_fashion_mnist(path: str | Path | None = None) -> Path:
     Raises `DataError` with one line that says how to get the files.
     """
     if path is not None:
-        directory = _idx_directory(Path(path).expanduser())
+        directory = _idx_directory(Path(os.path.expanduser(path)))
         if directory is None:
             raise DataError(f"{FASHION_MNIST_HELP} (no train-images-idx3-ubyte[.gz] below {path})")
         return directory
     for candidate in _IDX_SEARCH_PATH:
-        directory = _idx_directory(candidate.expanduser())
+        directory = _idx_directory(Path(os.path.expanduser(candidate)))
         if directory is not None:
             return directory
     raise DataError(FASHION_MNIST_HELP)
@@ -211,7 +211,7 @@ class ImageFolder:
         flip: bool = False,
         cache_bytes: int = 2 << 30,
     ) -> None:
-        root = Path(root).expanduser()
+        root = Path(os.path.expanduser(root))
         if not root.is_dir():
             raise DataError(f"{root}: not a directory: expected ROOT/<class name>/*.png|jpg|…")
         if image_size < 1:
@@ -327,7 +327,7 @@ def open_dataset(
     """
     if path is None:
         return FashionMNIST(None, split, image_size)
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     if not root.is_dir():
         raise DataError(f"{root}: not a directory: expected Fashion-MNIST's IDX files or ROOT/<class name>/*.png|jpg|…")
     if _idx_directory(root) is not None:

@@ -23,7 +23,7 @@ from ..evaluation.metrics import psnr, used_codes
 from ..model import checkpoints
 from ..model.config import VQVAEConfig
 from ..model.vqvae import VQVAE
-from .trainer import Trainer, TrainingOptions, TrainingResult, plain
+from .trainer import Trainer, TrainingOptions, TrainingResult, only_training, plain
 
 WEIGHTS_NAME = "vqvae.safetensors"
 _STREAM_AUGMENT, _STREAM_CODEBOOK = 2, 3
@@ -50,7 +50,7 @@ def train_tokenizer(options: TokenizerTraining) -> TrainingResult:
     Raises `var.data.DataError` for unusable data, and `var.training.trainer.TrainingError` if training cannot start or
     go on.
     """
-    with torch.random.fork_rng(devices=[]):
+    with only_training(options.output), torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         return _TokenizerRun(options).run()
 
