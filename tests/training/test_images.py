@@ -70,6 +70,7 @@ def test_a_large_turned_jpeg_is_decoded_small(tmp_path):
     assert picture.size == (1600, 1200) and picture.rgb.size == (200, 150)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"Exif\0\0junk", b"Exif\0\0II*\0\xff\xff\xff\xff", b"", b"\xff" * 40])
 def test_malformed_metadata_do_not_spoil_the_pixels(tmp_path, exif):
     upright().save(tmp_path / "a.png", exif=exif)
@@ -174,6 +175,31 @@ def test_sixteen_bits_in_a_format_that_does_not_say_what_is_white_are_refused(tm
         images.decode(tmp_path / "a.fits", 8)
 
 
+def test_a_palette_that_gets_lost_is_named(tmp_path):
+    red("P").save(tmp_path / "a.icns")  # of which Pillow reads the pixels without the palette
+    with pytest.raises(DataError, match="a.icns: not a readable image: colours of a palette that is missing"):
+        images.decode(tmp_path / "a.icns", 8)
+
+
+@pytest.mark.parametrize("suffix", ["avif", "jpg", "png", "webp", "gif", "tif", "bmp", "ppm", "jp2", "blp", "tga"])
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, suffix):
+    if f".{suffix}" not in images.image_suffixes():
+        pytest.skip(f"this Pillow does not read .{suffix}")
+    path = tmp_path / f"a.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    (picture.quantize() if suffix in ("gif", "blp") else picture).save(path)
+    whole, broken = path.read_bytes(), 0
+    for size in range(0, len(whole), len(whole) // 40):
+        path.write_bytes(whole[:size])
+        try:
+            images.decode(path, 8)
+        except DataError as error:
+            assert str(error).startswith(f"{path}: not a readable image: ")
+            broken += 1
+    assert broken >= 39
+
+
 # ------------------------------------------------------------------------------------------------------------- modes
 
 
@@ -260,17 +286,17 @@ def test_a_square_is_that_of_the_whole_image_resized(size):
 
 
 @pytest.mark.parametrize("options", ["", ", random_crop=True"])
-@pytest.mark.parametrize("size", [(2, 6000), (6000, 2), (1, 20_000)])
-def test_a_narrow_image_takes_no_gigabytes(tmp_path, peak_growth, size, options):
+def test_a_narrow_image_takes_no_gigabytes(tmp_path, peak_growth, options):
     (tmp_path / "a").mkdir()
-    Image.new("RGB", size, "red").save(tmp_path / "a" / "narrow.png")
+    for number, size in enumerate([(2, 6000), (6000, 2), (1, 20_000)]):
+        Image.new("RGB", size, "red").save(tmp_path / "a" / f"{number}.{'jpg' if number else 'png'}")
     prepare = f"""
 import torch
 from var.data import ImageFolder
 from var.data.interface import step_generator
 data = ImageFolder({str(tmp_path)!r}, 256{options})
 """
-    use = "for step in range(3): data.batch(torch.zeros(1, dtype=int), step_generator(0, step))"
+    use = "for step in range(4): data.batch(torch.arange(3), step_generator(0, step))"
     assert peak_growth(prepare, use) < 64 << 20
 
 

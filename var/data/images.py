@@ -7,7 +7,6 @@ not state (floats, 32-bit and signed integers) are refused, because any guess wo
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +16,6 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, features
 
 from .interface import DataError
-
-# What Pillow's decoders raise for files that are missing or broken.
-_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 # Pillow recognises these formats, but it cannot decode the first one, and it runs Ghostscript for the second one.
 _NOT_DECODED = frozenset({"MPEG", "EPS"})
@@ -39,7 +35,7 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 # Pillow opens images of more than 8 bits in these modes. In the formats listed, white is the largest number of 16 bits.
 _WIDE_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
-_SIXTEEN_BITS = {"PNG": ("I", "I;16", "I;16B"), "PPM": ("I", "I;16"), "JPEG2000": ("I;16", "I;16B")}
+_SIXTEEN_BITS = frozenset({"PNG", "PPM", "JPEG2000", "ICO", "ICNS"})  # the last two contain PNG files
 _TIFF_BITS, _TIFF_COLOURS, _TIFF_SIGNS = 258, 262, 339  # tags: BitsPerSample, PhotometricInterpretation, SampleFormat
 _WHITE_IS_ZERO, _SIGNED = 0, 2
 
@@ -89,8 +85,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with Image.open(path, formats=_readable_formats()) as image:
             _check_range(image)
             yield image
-    except _UNREADABLE as error:
-        raise DataError(f"{path}: not a readable image: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Each of Pillow's decoders has its own errors for broken files: OSError, SyntaxError, RuntimeError and others.
+        raise DataError(f"{path}: not a readable image: {str(error) or type(error).__name__}") from error
 
 
 def check_header(path: Path) -> None:
@@ -149,7 +148,7 @@ def _check_range(image: Image.Image) -> None:
 
 def _white(image: Image.Image) -> int:
     """The number that means white in an image of more than 8 bits."""
-    if image.mode in _SIXTEEN_BITS.get(image.format or "", ()):
+    if image.format in _SIXTEEN_BITS and image.mode != "F":
         return 2**16 - 1
     if image.format == "TIFF" and image.mode.startswith("I;16"):
         return 2 ** max(image.tag_v2.get(_TIFF_BITS, (16,))) - 1  # 12 bits also have this mode
@@ -165,6 +164,8 @@ def _to_rgb(image: Image.Image, raw_mode: str) -> Image.Image:
         largest, transparent = 2 ** int(raw_mode[-1]) - 1, image.info.get("transparency")
         if isinstance(transparent, int) and transparent <= largest:
             image.info["transparency"] = transparent * 255 // largest
+    if image.mode == "P" and image.palette is None:
+        raise ValueError("colours of a palette that is missing")
     if not image.has_transparency_data:
         return image.convert("RGB")
     if image.mode == "La":
