@@ -23,6 +23,11 @@ def losses(output):
     return {record["step"]: record["mse"] for record in read_log(output / "log.jsonl") if "mse" in record}
 
 
+def validations(output):
+    """The PSNR of the log by step."""
+    return {record["step"]: record["val_psnr"] for record in read_log(output / "log.jsonl") if "val_psnr" in record}
+
+
 def repaint(folder, seed=1):
     """Replaces the images of a folder, under the same names and in the same sizes."""
     rng = np.random.default_rng(seed)
@@ -172,11 +177,17 @@ def test_a_run_resumed_with_skipping_equals_one_that_always_skips(tmp_path, fold
 def test_a_truncated_image_among_those_held_out_leaves_a_checkpoint(tmp_path, folder):
     path = ImageFolder(folder, 32).paths[int(split_indices(12, 4)[1][0])]
     path.write_bytes(path.read_bytes()[:-800])
-    options = tokenizer_options(tmp_path / "run", folder, **EARLY)  # it validates after 4 and after 8 steps
-    with pytest.raises(DataError, match="stopped at step 4"):
-        train_tokenizer(options)
-    result = train_tokenizer(dataclasses.replace(options, resume=True, skip_broken=True))
-    assert result.reason == "finished" and "val_psnr" in result.validation
+    for val_every, step in ((4, 4), (0, 8)):
+        whole = tokenizer_options(tmp_path / f"whole{step}", folder, skip_broken=True, val_every=val_every, **EARLY)
+        train_tokenizer(whole)
+        options = tokenizer_options(tmp_path / f"halves{step}", folder, val_every=val_every, **EARLY)
+        with pytest.raises(DataError, match=f"stopped at step {step}"):
+            train_tokenizer(options)
+        result = train_tokenizer(dataclasses.replace(options, resume=True, skip_broken=True))
+        assert result.reason == "finished" and "val_psnr" in result.validation
+        assert losses(options.output) == losses(whole.output)
+        # The resumed run makes up for the validation that failed.
+        assert validations(options.output) == validations(whole.output) and step in validations(whole.output)
 
 
 def test_tokens_of_a_folder_with_a_broken_image(tmp_path, folder, tokenizer):

@@ -154,6 +154,7 @@ class Trainer:
         self.extra = extra if extra is not None else {}
         self.step, self.seconds = 0, 0.0
         self.validation: dict[str, float] = {}
+        self._validated = 0  # the step of the last validation
         self._window: dict[str, list[float]] = {}
         self._notes: list[str] = []  # what the user should know about this run
         self._shown: set[str] = set()
@@ -197,6 +198,7 @@ class Trainer:
             "extra": self.extra,
             "window": self._window,
             "validation": self.validation,
+            "validated": self._validated,
             "rng": torch.get_rng_state(),
         }
         write_checkpoint(self.checkpoint_path, payload)
@@ -226,7 +228,7 @@ class Trainer:
         for name, tensor in self.extra.items():
             tensor.copy_(state["extra"][name])
         self.step, self.seconds, self._window = state["step"], state["seconds"], state["window"]
-        self.validation = state["validation"]
+        self.validation, self._validated = state["validation"], state.get("validated", self.step)
         torch.set_rng_state(state["rng"])
 
     def _compare_files(self, saved: dict[str, Any]) -> None:
@@ -369,6 +371,8 @@ class Trainer:
         meter = StepMeter(self.step)
         started = last_save = time.monotonic()
         before = self.seconds
+        if validate is not None and self._validation_is_due() and self._validated != self.step:
+            self._validate(validate, log, display)  # which a broken image has prevented
         while self.step < options.max_steps:
             self._train_step(loss_fn)
             if after_step is not None:
@@ -380,7 +384,7 @@ class Trainer:
                 self._log(log, display, meter)
             elif self.step % 10 == 0:
                 display.advance(self.step)
-            if validate is not None and (last or (options.val_every and self.step % options.val_every == 0)):
+            if validate is not None and self._validation_is_due():
                 self._validate(validate, log, display)
             if last:
                 break
@@ -406,11 +410,16 @@ class Trainer:
             left = min(left, 60 * self.options.max_minutes - meter.total())
         display.update(self.step, means | rates, left)
 
+    def _validation_is_due(self) -> bool:
+        every = self.options.val_every
+        return self.step == self.options.max_steps or (self.step > 0 and every > 0 and self.step % every == 0)
+
     def _validate(self, validate: Callable[[], dict[str, float]], log: JsonLinesLog, display: TrainingDisplay) -> None:
         self.model.eval()
         with self.averaged_weights(), torch.no_grad():
             self.validation = validate()
         self.model.train()
+        self._validated = self.step
         log.write({"step": self.step, **self.validation})
         display.note(f"step {self.step} validation: " + "  ".join(f"{k} {v:.4g}" for k, v in self.validation.items()))
 
