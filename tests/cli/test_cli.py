@@ -359,7 +359,7 @@ def test_demo_writes_pictures_and_compares(model, tmp_path, monkeypatch):
 
 
 def test_demo_without_data_says_how_to_get_it(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("var.data.datasets._IDX_SEARCH_PATH", (tmp_path / "nowhere",))
+    monkeypatch.setattr("var.data.fashion_mnist._IDX_SEARCH_PATH", (tmp_path / "nowhere",))
     for name in ("_print_generation", "_print_ops"):
         monkeypatch.setattr(demo, name, lambda *arguments: None)
     result = invoke("demo", "-m", model, *REFERENCE, "-o", tmp_path, "-n", 1)

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 import var
-from tests.helpers.cli import REFERENCE, refused, run, save_model
-from tests.helpers.training import write_image_folder
+from tests.helpers.cli import REFERENCE, invoke, refused, run, save_model
+from tests.helpers.training import write_fashion_mnist, write_image_folder
 from var.cli import training
 from var.model import checkpoints
 from var.training.tokenizer import TokenizerTraining
@@ -89,6 +89,74 @@ def test_training_refuses_bad_input_in_one_line(tmp_path):
     evaluate = ("evaluate", "-m", model, "-d", tmp_path / "data", "-o", tmp_path / "quality.json")
     assert "expected the 10 classes" in refused(*evaluate)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_small_folder_trains_and_is_measured_with_default_options(tmp_path):
+    data, tokenizer, model = tmp_path / "data", tmp_path / "tokenizer", tmp_path / "model"
+    write_image_folder(data, {"cats": 15, "dogs": 15})
+    sizes = ("--vocab-size", 16, "--z-channels", 4, "--ch-mult", "1,1", "--patch-nums", "1 2 4", "--max-steps", 1)
+    assert "val_psnr" in run("train-tokenizer", "-o", tokenizer, "-d", data, *REFERENCE, *sizes)
+    sizes = ("--depth", 1, "--width", 32, "--heads", 2, "--max-steps", 1)
+    assert "val_loss" in run("train", "-o", model, "-t", tokenizer, "-d", data, *REFERENCE, *sizes)
+    run("evaluate", "-m", model, "-d", data, *REFERENCE, "-n", 2, "--epochs", 0.1, "-o", tmp_path / "quality.json")
+
+
+def test_messages_about_the_size_of_the_data_name_options_that_exist(tmp_path):
+    write_image_folder(tmp_path / "data", {"cats": 30})
+    model = save_model(tmp_path / "model")
+    for command in (("train-tokenizer",), ("train", "-t", model)):
+        command = (*command, "-o", tmp_path / "run", "-d", tmp_path / "data", *REFERENCE)
+        assert "--val-images: expected 0..29 of 30 images" in refused(*command, "--val-images", 30)
+        assert "--batch-size: expected 1..27 (the number" in refused(*command, "--batch-size", 28)
+    write_fashion_mnist(tmp_path / "fashion")
+    command = ("train-tokenizer", "-o", tmp_path / "run", "-d", tmp_path / "fashion", "--patch-nums", "1 2")
+    assert "a model's is its last patch_nums times" in refused(*command)
+    assert "--held-out: expected 0..39" in refused(
+        "evaluate", "-m", model, "-d", tmp_path / "fashion", "--held-out", 40, "-o", tmp_path / "q.json"
+    )
+
+
+def test_broken_images_are_skipped_and_reported_on_request(tmp_path):
+    data, tokenizer, model = tmp_path / "data", tmp_path / "tokenizer", tmp_path / "model"
+    write_image_folder(data, {"cats": 8, "dogs": 8})
+    for name in ("cats/3.png", "dogs/5.png"):
+        (data / name).write_bytes((data / name).read_bytes()[:-300])
+    (data / "cats" / "4.png").write_bytes(b"no image")
+    (data / "cats" / "notes.txt").write_text("")
+    common = (*REFERENCE, "-d", data, "--max-steps", 3)
+    assert "not a readable image" in refused("train-tokenizer", "-o", tokenizer, *common, *TINY_TOKENIZER)
+    sizes = ("--depth", 1, "--width", 32, "--heads", 2, "--batch-size", 4)
+    commands = (("train-tokenizer", "-o", tokenizer, *TINY_TOKENIZER), ("train", "-o", model, "-t", tokenizer, *sizes))
+    for command in commands:
+        result = invoke(*command, *common, "--skip-broken")
+        assert result.exit_code == 0, result.output
+        text = " ".join(result.stderr.split())
+        assert "3 broken of 16 images" in text and "left out: 1 .txt" in text
+    evaluate = ("evaluate", "-m", model, "-d", data, *REFERENCE, "-n", 4, "--epochs", 1, "-o", tmp_path / "q.json")
+    assert "not a readable image" in refused(*evaluate)
+    result = invoke(*evaluate, "--skip-broken")
+    assert result.exit_code == 0 and "3 broken of 16 images" in result.stderr
+
+
+def test_a_model_is_not_measured_on_classes_in_another_order(tmp_path):
+    model = save_model(tmp_path / "model")  # with the classes of Fashion-MNIST
+    names = var.load(path=model).class_names
+    evaluate = ("evaluate", "-m", model, *REFERENCE, "-o", tmp_path / "quality.json", "-n", 2, "--epochs", 0.1)
+    write_image_folder(tmp_path / "ordered", {name.replace("/", "-"): 3 for name in names})
+    # "T-shirt/top" cannot be the name of a folder, so these are other names and in another order.
+    result = invoke(*evaluate, "-d", tmp_path / "ordered")
+    assert result.exit_code == 0 and "'Ankle boot' for 'T-shirt/top'" in result.stderr
+    pair = tmp_path / "pair"
+    config = dataclasses.replace(var.load(path=model).var.config, num_classes=2, class_names=("10", "2"))
+    var.save(pair / "var.safetensors", var.VAR(config))
+    var.save(pair / "vqvae.safetensors", var.load(path=model).vqvae)
+    write_image_folder(tmp_path / "two", {"2": 3, "10": 3})
+    message = refused("evaluate", "-m", pair, "-d", tmp_path / "two", "-o", tmp_path / "quality.json")
+    assert "--data: expected the order of the classes" in message and "'2' in the place of '10'" in message
+    for split, classes in (("train", ("10", "2")), ("test", ("2",))):
+        write_image_folder(tmp_path / "splits" / split, {name: 3 for name in classes})
+    message = refused("evaluate", "-m", pair, "-d", tmp_path / "splits", "-o", tmp_path / "quality.json")
+    assert "--data: expected" in message
 
 
 def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Sets of generated images on disk: after a stop, finished images stay, and the same command makes the others."""
 
+import dataclasses
 import errno
 import os
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import var
 from tests.helpers.cli import REFERENCE, files_below, invoke, refused, run, save_model
 from var.cli import image_sets, images
 from var.data import pictures
@@ -110,6 +112,19 @@ def test_images_of_another_request_are_not_reused(model, tmp_path, monkeypatch, 
     sizes = stop_after(monkeypatch, -1, None)
     run("generate", "-m", model, *ARGUMENTS, *change, "-o", tmp_path / kind)
     assert sum(sizes) == COUNT
+
+
+def test_images_of_another_class_with_the_same_name_are_not_reused(model, tmp_path, monkeypatch):
+    pipeline = var.load(path=model)
+    names = tuple("crane" if label in (3, 7) else name for label, name in enumerate(pipeline.class_names))
+    same = tmp_path / "model"
+    pipeline.var.config = dataclasses.replace(pipeline.var.config, class_names=names)
+    var.save(same / "var.safetensors", pipeline.var)
+    var.save(same / "vqvae.safetensors", pipeline.vqvae)
+    run("generate", "-m", same, *REFERENCE, "-l", 3, "-o", tmp_path / "images")
+    sizes = stop_after(monkeypatch, -1, None)
+    run("generate", "-m", same, *REFERENCE, "-l", 7, "-o", tmp_path / "images")
+    assert sizes == [1] and files_below(tmp_path / "images") == ["000-crane.png"]
 
 
 def test_images_of_other_weights_are_not_reused(model, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Data sets: IDX files, image folders, deterministic batches; an error names every malformed input."""
+"""Fashion-MNIST and deterministic batches; an error names every malformed input."""
 
 import gzip
 import struct
@@ -6,15 +6,14 @@ import struct
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from tests.helpers.training import idx_bytes, write_fashion_mnist, write_image_folder
-from var.data import datasets as data_module
+from tests.helpers.training import idx_bytes, write_fashion_mnist
+from var.data import fashion_mnist
 from var.data.datasets import (
     DataError,
     FashionMNIST,
-    ImageFolder,
     batch_indices,
+    default_held_out,
     find_fashion_mnist,
     open_dataset,
     read_idx,
@@ -103,7 +102,7 @@ def test_fashion_mnist_is_found_below_a_directory(tmp_path, below):
 
 
 def test_fashion_mnist_search_order_and_help(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_module, "_IDX_SEARCH_PATH", (tmp_path / "debian", tmp_path / "cache"))
+    monkeypatch.setattr(fashion_mnist, "_IDX_SEARCH_PATH", (tmp_path / "debian", tmp_path / "cache"))
     with pytest.raises(DataError) as caught:
         open_dataset()
     message = str(caught.value)
@@ -136,106 +135,6 @@ def test_inconsistent_fashion_mnist(tmp_path):
         FashionMNIST(tmp_path, "test", 16)
     with pytest.raises(DataError, match="split: expected one of"):
         FashionMNIST(tmp_path, "validation")
-
-
-# --------------------------------------------------------------------------------------------------- image folders
-
-
-def test_folder_classes_are_sorted_and_nested_files_found(tmp_path):
-    write_image_folder(tmp_path, {"zebra": 2, "ant": 3})
-    (tmp_path / "ant" / "more").mkdir()
-    Image.new("L", (9, 9), 128).save(tmp_path / "ant" / "more" / "grey.JPG", format="jpeg")
-    (tmp_path / "ant" / "notes.txt").write_text("not an image, by its name")
-    data = ImageFolder(tmp_path, 8)
-    assert data.class_names == ("ant", "zebra")
-    assert data.labels.tolist() == [0, 0, 0, 0, 1, 1]
-    images, labels = data.batch(torch.arange(6))
-    assert images.shape == (6, 3, 8, 8) and labels.tolist() == data.labels.tolist()
-    assert images.min() >= -1 and images.max() <= 1
-
-
-def test_folder_centre_crop_keeps_the_middle(tmp_path):
-    (tmp_path / "a").mkdir()
-    pixels = np.zeros((10, 30, 3), np.uint8)
-    pixels[:, 10:20] = 255  # the middle third is white
-    Image.fromarray(pixels).save(tmp_path / "a" / "wide.png")
-    Image.fromarray(pixels.transpose(1, 0, 2)).save(tmp_path / "a" / "high.png")
-    images, _ = ImageFolder(tmp_path, 10).batch(torch.arange(2))
-    torch.testing.assert_close(images, torch.ones(2, 3, 10, 10))
-
-
-def test_folder_augmentation_is_reproducible_and_off_without_a_generator(tmp_path):
-    write_image_folder(tmp_path, {"a": 8}, size=(40, 32))
-    data = ImageFolder(tmp_path, 16, random_crop=True, flip=True)
-    everything = torch.arange(8)
-    first, second, other = (data.batch(everything, step_generator(0, step))[0] for step in (3, 3, 4))
-    assert torch.equal(first, second) and not torch.equal(first, other)
-    assert torch.equal(data.batch(everything)[0], data.batch(everything)[0])
-    uncached = ImageFolder(tmp_path, 16, random_crop=True, flip=True, cache_bytes=0)
-    assert torch.equal(uncached.batch(everything, step_generator(0, 3))[0], first)
-
-
-def test_folder_flip_mirrors_whole_images(tmp_path):
-    write_image_folder(tmp_path, {"a": 16}, size=(8, 8))
-    plain = ImageFolder(tmp_path, 8).batch(torch.arange(16))[0]
-    flipped = ImageFolder(tmp_path, 8, flip=True).batch(torch.arange(16), step_generator(0, 0))[0]
-    mirrored = [torch.equal(a.flip(-1), b) for a, b in zip(plain, flipped, strict=True)]
-    same = [torch.equal(a, b) for a, b in zip(plain, flipped, strict=True)]
-    assert any(mirrored) and any(same) and all(m != s for m, s in zip(mirrored, same, strict=True))
-
-
-def test_folder_converts_transparency_and_16_bit_grey(tmp_path):
-    (tmp_path / "a").mkdir()
-    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a" / "1.png")  # transparent: it becomes white
-    Image.fromarray(np.full((8, 8), 0x8000, np.uint16)).save(tmp_path / "a" / "2.png")
-    images, _ = ImageFolder(tmp_path, 8).batch(torch.arange(2))
-    assert (images[0] == 1).all()
-    torch.testing.assert_close(images[1], torch.full((3, 8, 8), 0x80 / 127.5 - 1))
-
-
-def test_broken_images_are_named(tmp_path):
-    write_image_folder(tmp_path, {"a": 2, "b": 1}, size=(64, 64))
-    broken = tmp_path / "a" / "0.png"
-    whole = broken.read_bytes()
-    broken.write_bytes(b"no image")
-    with pytest.raises(DataError, match="not a readable image") as caught:
-        ImageFolder(tmp_path, 8)
-    assert str(broken) in str(caught.value)
-    broken.write_bytes(whole[: len(whole) // 2])  # the header is fine, the pixels are cut short
-    data = ImageFolder(tmp_path, 8)
-    data.batch(torch.tensor([1, 2]))
-    with pytest.raises(DataError, match="not a readable image") as caught:
-        data.batch(torch.tensor([0]))
-    assert str(broken) in str(caught.value)
-
-
-def test_decompression_bombs_are_named(tmp_path, monkeypatch):
-    write_image_folder(tmp_path, {"a": 1}, size=(64, 64))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match="0.png: not a readable image: .*decompression bomb"):
-        ImageFolder(tmp_path, 8)
-
-
-def test_folders_without_images_are_refused(tmp_path):
-    with pytest.raises(DataError, match="not a directory"):
-        ImageFolder(tmp_path / "nowhere", 8)
-    with pytest.raises(DataError, match="no class directories"):
-        open_dataset(tmp_path)
-    (tmp_path / "a").mkdir()
-    with pytest.raises(DataError, match="no images of class a"):
-        ImageFolder(tmp_path, 8)
-    with pytest.raises(DataError, match="not a directory"):
-        open_dataset(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="image_size: expected a positive"):
-        ImageFolder(tmp_path, 0)
-
-
-def test_folder_splits(tmp_path):
-    for split, count in (("train", 3), ("val", 2)):
-        write_image_folder(tmp_path / split, {"a": count})
-    assert len(open_dataset(tmp_path, "train", 8)) == 3
-    assert len(open_dataset(tmp_path, "test", 8)) == 2
-    assert len(open_dataset(tmp_path / "val", "train", 8)) == 2
 
 
 # ---------------------------------------------------------------------------------------------- ranges and batches
@@ -280,8 +179,26 @@ def test_split_is_fixed_and_disjoint():
     train, held_out = split_indices(20, 5)
     assert len(held_out) == 5 and torch.equal(torch.cat([train, held_out]).sort().values, torch.arange(20))
     assert torch.equal(split_indices(20, 5)[1], held_out)
-    with pytest.raises(DataError, match=r"held_out: expected 0..19"):
-        split_indices(20, 20)
+    for name in ("held_out", "val_images"):
+        with pytest.raises(DataError, match=rf"{name}: expected 0..19 of 20 images, got 20"):
+            split_indices(20, 20, name)
+
+
+def test_a_tenth_is_held_out_by_default():
+    assert [default_held_out(count) for count in (1, 9, 10, 300, 60_000)] == [0, 0, 1, 30, 2000]
+    assert [default_held_out(count, least=2) for count in (3, 300)] == [2, 30]
+
+
+def test_the_fingerprint_of_fashion_mnist_is_that_of_its_pixels_and_labels(tmp_path):
+    write_fashion_mnist(tmp_path / "a")
+    write_fashion_mnist(tmp_path / "b", compressed=False)
+    assert FashionMNIST(tmp_path / "a").fingerprint() == FashionMNIST(tmp_path / "b").fingerprint()
+    assert FashionMNIST(tmp_path / "a", image_size=64).fingerprint() != FashionMNIST(tmp_path / "a").fingerprint()
+    for kind in ("images-idx3", "labels-idx1"):
+        write_fashion_mnist(tmp_path / "b", compressed=False)
+        path = tmp_path / "b" / f"train-{kind}-ubyte"
+        path.write_bytes(path.read_bytes()[:-1] + b"\1")
+        assert FashionMNIST(tmp_path / "a").fingerprint() != FashionMNIST(tmp_path / "b").fingerprint(), kind
 
 
 def test_step_generators_of_streams_and_steps_differ():

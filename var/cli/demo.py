@@ -17,7 +17,9 @@ import var_kernels
 from var_kernels import backends
 from var_kernels.testing import SHAPES, attention_inputs, modulation, randn
 
-from ..data.datasets import FASHION_MNIST_CLASSES, DataError, ImageData, open_dataset
+from ..data.datasets import open_dataset
+from ..data.fashion_mnist import FASHION_MNIST_CLASSES
+from ..data.interface import DataError, ImageData
 from ..data.pictures import comparison, grid_by_label, scale_strip, write_png
 from ..evaluation.metrics import psnr
 from ..generation.batches import (
@@ -90,12 +92,15 @@ def _test_images(opened: OpenModel, data: Path | None) -> ImageData | None:
         note("no reconstructions: name the data set of this model with --data")
         return None
     try:
-        return open_dataset(data, "test", opened.pipeline.vqvae.config.image_size)
+        test = open_dataset(data, "test", opened.pipeline.vqvae.config.image_size)
     except DataError as error:
         if data is not None:
             raise
         note(f"no reconstructions of real images: {error}")
         return None
+    for line in test.remarks():
+        note(line)
+    return test
 
 
 def _write_reconstructions(path: Path, opened: OpenModel, test: ImageData) -> None:

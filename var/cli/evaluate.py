@@ -16,11 +16,12 @@ from torch import Tensor
 
 from var_kernels.native.build import write_atomically
 
-from ..data.datasets import ImageData, describe, open_dataset, split_indices
+from ..data.datasets import open_dataset
+from ..data.interface import ImageData, default_held_out, describe, split_indices
 from ..evaluation.classifier import train_classifier
 from ..evaluation.quality import QualityReport, evaluate, generator_of
 from ..generation.batches import default_batch_size, sampling_for
-from ..model.opening import open_model
+from ..model.opening import OpenModel, open_model
 from .console import console, note, say
 
 _CLASSIFIER_BATCH = 128
@@ -28,18 +29,23 @@ _UNITS = {"psnr": "dB", "mse": "of values in [−1, 1]", "code_perplexity": "cod
 
 
 def run(
-    output: Path, model: str, path: str | None, data: Path | None, backend: str, images: int, held_out: int,
-    epochs: float, chosen: dict[str, Any], seed: int, precision: str, batch_size: int | None,
+    output: Path, model: str, path: str | None, data: Path | None, backend: str, images: int,
+    held_out: int | None, epochs: float, chosen: dict[str, Any], seed: int, precision: str, batch_size: int | None,
+    skip_broken: bool,
 ) -> None:
     """Measure the model, print a table and write `output`."""
     started = time.perf_counter()
     opened = open_model(model, path, backend)
     vqvae, var = opened.pipeline
     sampling = sampling_for(opened, **chosen)
-    train, test = (open_dataset(data, split, vqvae.config.image_size) for split in ("train", "test"))
-    if len(train.class_names) != var.config.num_classes:
-        expected = f"the {var.config.num_classes} classes of {opened.name}"
-        raise ValueError(f"--data: expected {expected}, got {describe(train)}")
+    size = vqvae.config.image_size
+    train, test = (open_dataset(data, split, size, skip_broken=skip_broken) for split in ("train", "test"))
+    _check_classes(opened, train)
+    if test.class_names != train.class_names:
+        got = f"{describe(train)} and {describe(test)}"
+        raise ValueError(f"--data: expected the same classes in both splits, got {got}")
+    if held_out is None:
+        held_out = default_held_out(len(train), least=2)
     fit = split_indices(len(train), held_out)[0]
     note(f"training a classifier to measure with, on {len(fit)} images of {train.name}")
     classifier = train_classifier(
@@ -61,8 +67,17 @@ def run(
     }
     text = json.dumps(conditions | {"quality": report.as_dict()}, indent=2) + "\n"
     write_atomically(output, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    for line in dict.fromkeys((*train.remarks(), *test.remarks())):
+        note(line)
     _print(report, train)
     say(f"{output}: {opened.name} on {test.name}, {sampling}, seed {seed}, {precision}, {conditions['seconds']} s")
+
+
+def _check_classes(opened: OpenModel, data: ImageData) -> None:
+    """Raise ValueError if the data have another number of classes than the model."""
+    if len(data.class_names) != opened.pipeline.var.config.num_classes:
+        expected = f"the {opened.pipeline.var.config.num_classes} classes of {opened.name}"
+        raise ValueError(f"--data: expected {expected}, got {describe(data)}")
 
 
 def _with_labels_of(data: ImageData, generate: Callable[..., Tensor], names: Sequence[str]) -> Callable[..., Tensor]:

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from var_kernels.native.build import write_atomically
 
-from ..data.datasets import to_uint8
+from ..data.interface import to_uint8
 from ..data.pictures import grid_by_label, to_pictures, write_png
 from ..generation.batches import Batch
 
@@ -59,17 +59,21 @@ class Folder:
     def _file(self, number: int) -> Path:
         return self.path / f"{number:0{self._digits}d}-{file_stem(self._names[self._labels[number]])}.png"
 
+    def _text(self, number: int) -> str:
+        # The name of the file does not identify the class: ImageNet has two classes "crane".
+        return f"{self._description}, class {self._labels[number]}"
+
     def _is_there(self, number: int) -> bool:
         try:
             with Image.open(self._file(number)) as image:
-                return image.info.get("Description") == self._description
+                return image.info.get("Description") == self._text(number)
         except (FileNotFoundError, UnidentifiedImageError, NotADirectoryError):
             return False
 
     def write(self, batches: Iterator[Batch]) -> None:
         for batch in batches:
             for number, picture in zip(batch.numbers, to_pictures(batch.images), strict=True):
-                write_png(self._file(number), picture, self._description)
+                write_png(self._file(number), picture, self._text(number))
                 self._written += 1
 
     def finished(self) -> int:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ..data.datasets import DataError, load_resized, to_unit_range
+from ..data.images import decode, resized_size, square
+from ..data.interface import to_unit_range
 from ..data.pictures import comparison, to_pictures, write_png
 from ..evaluation.metrics import psnr
 from ..model.vqvae import VQVAE
@@ -27,23 +27,17 @@ class Picture(NamedTuple):
 
 
 def read_image(path: Path, size: int) -> Picture:
-    """An image file as RGB: its shorter side is resized to `size` pixels and its centre is cut out.
+    """An image file as RGB, upright: its shorter side is resized to `size` pixels and its centre is cut out.
 
     If this changes the image, a line on stderr says so. Raises DataError, naming the file, if it is no image or broken.
     """
-    try:
-        with Image.open(path) as header:
-            width, height = header.size
-        pixels = load_resized(path, size)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: not a readable image: {error}") from error
+    rgb, (width, height) = decode(path, size)
     if (width, height) != (size, size):
-        steps = [] if min(width, height) == size else [f"resized to {pixels.shape[1]}×{pixels.shape[0]}"]
+        resized = "{}×{}".format(*resized_size((width, height), size))
+        steps = [] if min(width, height) == size else [f"resized to {resized}"]
         steps += [] if width == height else [f"cropped to its central {size}×{size} pixels"]
         note(f"{path}: {width}×{height} pixels, {' and '.join(steps)} for this model")
-    y, x = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    square = torch.from_numpy(pixels[y : y + size, x : x + size].copy())
-    return Picture(path, to_unit_range(square.permute(2, 0, 1)))
+    return Picture(path, to_unit_range(torch.from_numpy(square(rgb, size, size).copy()).permute(2, 0, 1)))
 
 
 def reconstruct(vqvae: VQVAE, images: Tensor, precision: str = "fp32") -> Tensor:

@@ -51,7 +51,8 @@ LogEvery = Annotated[int, _option("Steps between lines of log.jsonl.", _RUN)]
 ValEvery = Annotated[int, _option("Steps between validations; 0: at the end only.", _RUN, min=0)]
 TrainPrecision = Annotated[str, _option("fp32, or bf16 by autocast.", _RUN)]
 TrainSeed = Annotated[int, _option("Seed of initialisation, data order and dropout.", _RUN, min=0, max=2**32 - 1)]
-Images = Annotated[int, _option("Images per step.", _OPTIMIZER, "--batch-size")]
+Images = Annotated[int | None, _option("Images per step.", _OPTIMIZER, "--batch-size",
+                                       show_default="64, or all if there are fewer")]
 Lr = Annotated[float, _option("Peak learning rate of AdamW.", _OPTIMIZER)]
 MinLr = Annotated[float, _option("Learning rate at the last step, reached along half a cosine.", _OPTIMIZER)]
 Warmup = Annotated[int, _option("Steps of linear warm-up.", _OPTIMIZER)]
@@ -60,10 +61,14 @@ Beta1 = Annotated[float, _option("Decay of AdamW's first moment.", _OPTIMIZER, m
 Beta2 = Annotated[float, _option("Decay of AdamW's second moment.", _OPTIMIZER, min=0.0, max=1.0)]
 GradClip = Annotated[float, _option("Largest global norm of the gradient; 0: no clipping.", _OPTIMIZER)]
 Ema = Annotated[float, _option("Decay of the average of the weights that is exported; 0: no average.", _OPTIMIZER)]
-ValImages = Annotated[int, _option("Training images that are held out for validation.", _DATA)]
+ValImages = Annotated[int | None, _option("Training images that are held out for validation.", _DATA,
+                                          show_default="a tenth, at most 2000")]
 RandomCrop = Annotated[bool, _option(
     "Cut a random square, not the centre (image folders only).", _DATA, "--random-crop")]
 Flip = Annotated[bool, _option("Mirror half of the images (image folders only).", _DATA, "--flip")]
+SkipBroken = Annotated[bool, _option(
+    "Go on if an image cannot be read: the next readable image of its class takes its place, in this run and in a "
+    "resumed one. A line says which images these are (image folders only).", _DATA, "--skip-broken")]
 
 # Sizes of the tokenizer.
 VocabSize = Annotated[int, _option("Codes in the codebook.", _MODEL)]
@@ -104,13 +109,14 @@ EncodeBatch = Annotated[int, _option("Images tokenized at a time.", _DATA, min=1
 
 
 def train_tokenizer(
-    output: RunFolder, data: Data = None, resume: Resume = False, max_steps: MaxSteps = 10_000, batch_size: Images = 64,
-    lr: Lr = 1e-3, min_lr: MinLr = 1e-5, warmup_steps: Warmup = 200, weight_decay: Decay = 0.05, beta1: Beta1 = 0.9,
-    beta2: Beta2 = 0.95, grad_clip: GradClip = 1.0, ema_decay: Ema = 0.999, precision: TrainPrecision = "fp32",
-    device: Device = "cpu", seed: TrainSeed = 0, val_images: ValImages = 2000, val_every: ValEvery = 1000,
-    log_every: LogEvery = 50, checkpoint_minutes: CheckpointMinutes = 5.0, max_minutes: MaxMinutes = None,
-    backend: Backend = "auto", l1_weight: L1 = 0.2, vq_weight: Vq = 1.0, random_crop: RandomCrop = False,
-    flip: Flip = False, init_images: InitImages = 256, restart_every: RestartEvery = 50,
+    output: RunFolder, data: Data = None, resume: Resume = False, max_steps: MaxSteps = 10_000,
+    batch_size: Images = None, lr: Lr = 1e-3, min_lr: MinLr = 1e-5, warmup_steps: Warmup = 200,
+    weight_decay: Decay = 0.05, beta1: Beta1 = 0.9, beta2: Beta2 = 0.95, grad_clip: GradClip = 1.0,
+    ema_decay: Ema = 0.999, precision: TrainPrecision = "fp32", device: Device = "cpu", seed: TrainSeed = 0,
+    val_images: ValImages = None, val_every: ValEvery = 1000, log_every: LogEvery = 50,
+    checkpoint_minutes: CheckpointMinutes = 5.0, max_minutes: MaxMinutes = None, backend: Backend = "auto",
+    l1_weight: L1 = 0.2, vq_weight: Vq = 1.0, random_crop: RandomCrop = False, flip: Flip = False,
+    skip_broken: SkipBroken = False, init_images: InitImages = 256, restart_every: RestartEvery = 50,
     restart_until: RestartUntil = 0.7, restart_threshold: RestartBelow = 0.1, vocab_size: VocabSize = 512,
     z_channels: ZChannels = 16, ch: Ch = 32, ch_mult: ChMult = "1,2,2", patch_nums: PatchNums = "1,2,3,4,6,8",
     num_res_blocks: ResBlocks = 1, num_phi: NumPhi = 4, phi_ratio: PhiRatio = 0.5, beta: Beta = 0.25,
@@ -141,15 +147,15 @@ def train_tokenizer(
 
 def train(
     output: RunFolder, tokenizer: Tokenizer, data: Data = None, resume: Resume = False, max_steps: MaxSteps = 10_000,
-    batch_size: Images = 64, lr: Lr = 1e-3, min_lr: MinLr = 1e-5, warmup_steps: Warmup = 200,
+    batch_size: Images = None, lr: Lr = 1e-3, min_lr: MinLr = 1e-5, warmup_steps: Warmup = 200,
     weight_decay: Decay = 0.05, beta1: Beta1 = 0.9, beta2: Beta2 = 0.95, grad_clip: GradClip = 1.0,
     ema_decay: Ema = 0.999, precision: TrainPrecision = "fp32", device: Device = "cpu", seed: TrainSeed = 0,
-    val_images: ValImages = 2000, val_every: ValEvery = 1000, log_every: LogEvery = 50,
+    val_images: ValImages = None, val_every: ValEvery = 1000, log_every: LogEvery = 50,
     checkpoint_minutes: CheckpointMinutes = 5.0, max_minutes: MaxMinutes = None, backend: Backend = "auto",
-    label_dropout: LabelDropout = 0.1,
-    random_crop: RandomCrop = False, flip: Flip = False, views: Views = 1, encode_batch: EncodeBatch = 128,
-    depth: Depth = 6, width: Width = None, heads: Heads = None, mlp_ratio: MlpRatio = 4.0,
-    shared_aln: SharedAln = False, attn_l2_norm: L2Norm = True, num_classes: NumClasses = None,
+    label_dropout: LabelDropout = 0.1, random_crop: RandomCrop = False, flip: Flip = False,
+    skip_broken: SkipBroken = False, views: Views = 1, encode_batch: EncodeBatch = 128, depth: Depth = 6,
+    width: Width = None, heads: Heads = None, mlp_ratio: MlpRatio = 4.0, shared_aln: SharedAln = False,
+    attn_l2_norm: L2Norm = True, num_classes: NumClasses = None,
 ) -> None:
     """Train the transformer on the tokens of a trained tokenizer, for next-scale prediction.
 
@@ -172,7 +178,7 @@ def train(
 
     config = work.load_tokenizer(Path(os.path.expanduser(tokenizer)), backend).config
     if num_classes is None:
-        num_classes = len(open_dataset(data, "train", config.image_size).class_names)
+        num_classes = len(open_dataset(data, "train", config.image_size, skip_broken=skip_broken).class_names)
     values |= {"num_classes": num_classes, "patch_nums": config.patch_nums}
     values |= {"vocab_size": config.vocab_size, "z_channels": config.z_channels}
     _finish(work.train_transformer(_build(work.TransformerTraining, VARConfig, values)), "train")
@@ -201,12 +207,12 @@ def evaluate(
     model: Model = "fashion", path: ModelPath = None, data: Data = None, backend: Backend = "auto",
     images: Annotated[int, typer.Option("--images", "-n", min=2, max=10_000_000,
                                         help="Number of images to generate.")] = 2000,
-    held_out: Annotated[int, typer.Option(
-        "--held-out", min=2,
-        help="Training images that the classifier does not see, for the floor of the distance.")] = 2000,
+    held_out: Annotated[int | None, typer.Option(
+        "--held-out", min=2, show_default="a tenth, at most 2000",
+        help="Training images that the classifier does not see, for the floor of the distance.")] = None,
     epochs: Annotated[float, typer.Option("--epochs", min=0.0, help="Epochs of the classifier's training.")] = 4.0,
     cfg: Cfg = None, top_k: TopK = None, top_p: TopP = None, seed: Seed = 0, precision: Precision = "fp32",
-    batch_size: BatchSize = None,
+    batch_size: BatchSize = None, skip_broken: SkipBroken = False,
 ) -> None:
     """Measure the quality of a model on its data set. Takes a few minutes, most of them to train a classifier.
 
@@ -225,7 +231,9 @@ def evaluate(
 
     check_precision(precision)
     sampling = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
-    evaluate.run(output, model, path, data, backend, images, held_out, epochs, sampling, seed, precision, batch_size)
+    evaluate.run(
+        output, model, path, data, backend, images, held_out, epochs, sampling, seed, precision, batch_size, skip_broken
+    )
 
 
 def plot(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from var_kernels.native.build import write_atomically
 
-from .datasets import to_uint8
+from .interface import to_uint8
 
 _CELL = 96  # pixels; smaller images are enlarged by a whole factor to about this side
 _GAP = 4

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.datasets import ImageData, batch_indices, step_generator
+from ..data.interface import ImageData, batch_indices, step_generator
 
 
 class Classifier(nn.Module):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..data.datasets import ImageData, split_indices
+from ..data.interface import ImageData, default_held_out, split_indices
 from ..generation.batches import image_seeds
 from ..generation.generator import Generator
 from .classifier import Classifier, classify, train_classifier
@@ -57,7 +57,7 @@ def evaluate(
     *,
     classifier: Classifier | None = None,
     num_generated: int = 2000,
-    held_out: int = 2000,
+    held_out: int | None = None,
     batch_size: int = 100,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
@@ -67,9 +67,12 @@ def evaluate(
     The labels of the generated images cycle through the classes. If no classifier is given, one is trained on `train`
     without the held-out images. The floor is the Fréchet distance of min(held_out, num_generated) held-out images: the
     distance is biased upwards for small sets, and equal sizes make the two distances comparable. If `held_out` equals
-    the `val_images` of the trainings, the split is the same, and no model has seen these images.
+    the `val_images` of the trainings, the split is the same, and no model has seen these images. From 20 images on
+    the defaults are equal.
     """
     say = progress or (lambda message: None)
+    if held_out is None:
+        held_out = default_held_out(len(train), least=2)
     fit_indices, held_indices = split_indices(len(train), held_out)
     if classifier is None:
         say("training the measuring classifier")

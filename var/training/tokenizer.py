@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.datasets import batch_indices, describe, open_dataset, split_indices, step_generator
+from ..data.interface import batch_indices, describe, step_generator
 from ..evaluation.metrics import psnr, used_codes
 from ..model import checkpoints
 from ..model.config import VQVAEConfig
 from ..model.vqvae import VQVAE
-from .trainer import Trainer, TrainingOptions, TrainingResult, only_training, plain
+from .data import open_training_data
+from .options import TrainingOptions, TrainingResult
+from .trainer import Trainer, only_training, plain
 
 WEIGHTS_NAME = "vqvae.safetensors"
 _STREAM_AUGMENT, _STREAM_CODEBOOK = 2, 3
@@ -47,7 +49,7 @@ class TokenizerTraining(TrainingOptions):
 def train_tokenizer(options: TokenizerTraining) -> TrainingResult:
     """Trains a tokenizer and writes ``checkpoint.pt``, ``log.jsonl`` and ``vqvae.safetensors`` to `options.output`.
 
-    Raises `var.data.DataError` for unusable data, and `var.training.trainer.TrainingError` if training cannot start or
+    Raises `var.data.DataError` for unusable data, and `var.training.options.TrainingError` if training cannot start or
     go on.
     """
     with only_training(options.output), torch.random.fork_rng(devices=[]):
@@ -57,21 +59,19 @@ def train_tokenizer(options: TokenizerTraining) -> TrainingResult:
 
 class _TokenizerRun:
     def __init__(self, options: TokenizerTraining) -> None:
-        self.options = options
         config = options.model
-        self.data = open_dataset(
-            options.data, "train", config.image_size, random_crop=options.random_crop, flip=options.flip
-        )
-        self.train_indices, self.val_indices = split_indices(len(self.data), options.val_images)
+        (self.data, self.train_indices, self.val_indices), options = open_training_data(options, config.image_size)
+        self.options = options
         self.vqvae = VQVAE(config, options.backend).to(options.device)
         hits = torch.zeros(config.vocab_size, device=options.device)
         self.trainer = Trainer(
             self.vqvae,
             options,
             title="tokenizer",
-            config=plain(config.to_dict()) | {"data": describe(self.data)},
+            config=plain(config.to_dict()),
             tokens_per_image=config.schedule.length,
             extra={"code_hits": hits},
+            data=self.data,
         )
         self.care = CodebookCare(self.vqvae, self.trainer, hits)
         self.images: Tensor | None = None  # those of the newest step, which the revival of codes looks at

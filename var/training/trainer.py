@@ -10,6 +10,7 @@ everything else.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import signal
@@ -17,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from var_kernels._only_writer import only_writer
 from var_kernels.native.build import write_atomically
 
+from ..data.interface import DataError, ImageData, describe
+from .options import TrainingError, TrainingOptions, TrainingResult
 from .progress import JsonLinesLog, StepMeter, TrainingDisplay
 
 CHECKPOINT_NAME = "checkpoint.pt"
@@ -40,71 +42,6 @@ _FREE_ON_RESUME = frozenset({
     "output", "data", "resume", "device", "backend", "val_every", "log_every", "checkpoint_minutes", "max_minutes",
     "model", "tokenizer", "encode_batch",
 })  # fmt: skip
-
-
-class TrainingError(RuntimeError):
-    """Training cannot start or go on. The message says why, and what is left on disk."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """Options common to both trainings. Steps are optimizer steps. The learning-rate schedule spans `max_steps`."""
-
-    output: Path  # run directory: checkpoint.pt, log.jsonl and the exported weights
-    data: Path | None = None  # see var.data.open_dataset
-    max_steps: int = 10_000
-    batch_size: int = 64
-    lr: float = 1e-3  # peak learning rate
-    min_lr: float = 1e-5  # learning rate of the last step
-    warmup_steps: int = 200
-    weight_decay: float = 0.05  # for the weights of Linear and convolution layers only
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0  # largest global norm of the gradient; 0 = no clipping
-    ema_decay: float = 0.999  # 0 = no average, so the weights themselves are exported
-    precision: str = "fp32"  # "fp32" or "bf16" (autocast)
-    device: str = "cpu"
-    seed: int = 0
-    val_images: int = 2000  # training images that are held out for validation
-    val_every: int = 1000  # steps between validations; 0 = at the end only
-    log_every: int = 50
-    checkpoint_minutes: float = 5.0
-    max_minutes: float | None = None  # stop after this time and write a checkpoint; `resume` continues from it
-    resume: bool = False
-    backend: str = "auto"  # of the var_kernels ops
-
-    def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "output", Path(self.output).expanduser())
-        except RuntimeError as error:  # there is no home, and a folder named "~" is not what is meant
-            raise ValueError(f"output: expected a folder, got {str(self.output)!r} ({error})") from error
-        _require(self.max_steps >= 1, "max_steps", "a positive number", self.max_steps)
-        _require(self.batch_size >= 1, "batch_size", "a positive number", self.batch_size)
-        _require(self.lr > 0 and math.isfinite(self.lr), "lr", "a positive number", self.lr)
-        _require(0 <= self.min_lr <= self.lr, "min_lr", f"0..lr ({self.lr})", self.min_lr)
-        _require(0 <= self.warmup_steps, "warmup_steps", "zero or more", self.warmup_steps)
-        _require(0 <= self.ema_decay < 1, "ema_decay", "0 <= ema_decay < 1", self.ema_decay)
-        _require(self.grad_clip >= 0, "grad_clip", "zero or more", self.grad_clip)
-        _require(self.log_every >= 1, "log_every", "a positive number", self.log_every)
-        _require(self.precision in ("fp32", "bf16"), "precision", "'fp32' or 'bf16'", self.precision)
-        _require(self.seed >= 0, "seed", "zero or more", self.seed)
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """How a training ended: `reason` is "finished", "interrupted" or "time limit"."""
-
-    step: int
-    reason: str
-    checkpoint: Path
-    weights: Path
-    seconds: float
-    validation: dict[str, float]  # results of the last validation
-
-
-def _require(holds: bool, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
 def learning_rate(step: int, options: TrainingOptions) -> float:
@@ -209,7 +146,8 @@ class Trainer:
     """Trains `model` for `options.max_steps` steps.
 
     `config` (a dict of plain values) identifies the model: a checkpoint with another configuration is refused. `extra`
-    holds further tensors of the run. They are changed in place, and the checkpoint contains them.
+    holds further tensors of the run. They are changed in place, and the checkpoint contains them. `data` is the data
+    set of the run: a resumed run must have as many images of the same classes.
     """
 
     def __init__(
@@ -221,14 +159,19 @@ class Trainer:
         config: dict[str, Any],
         tokens_per_image: int,
         extra: dict[str, Tensor] | None = None,
+        data: ImageData | None = None,
     ) -> None:
-        self.model, self.options, self.title, self.config = model, options, title, config
+        self.model, self.options, self.title, self.data = model, options, title, data
+        self.config = config | ({"data": describe(data)} if data is not None else {})
+        self._files = {"classes": list(data.class_names), "files": data.fingerprint()} if data is not None else {}
         self.tokens_per_image = tokens_per_image
         self.extra = extra if extra is not None else {}
         self.step, self.seconds = 0, 0.0
         self.validation: dict[str, float] = {}
+        self._validated = 0  # the step of the last validation
         self._window: dict[str, list[float]] = {}
-        self._changed: list[str] = []  # the options that differ from those of the resumed run
+        self._notes: list[str] = []  # what the user should know about this run
+        self._shown: set[str] = set()
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         betas = (options.beta1, options.beta2)
         groups = parameter_groups(model, options.weight_decay)
@@ -260,6 +203,7 @@ class Trainer:
             "title": self.title,
             "config": self.config,
             "options": options,
+            "data": self._files,
             "step": self.step,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
@@ -268,6 +212,7 @@ class Trainer:
             "extra": self.extra,
             "window": self._window,
             "validation": self.validation,
+            "validated": self._validated,
             "rng": torch.get_rng_state(),
         }
         write_checkpoint(self.checkpoint_path, payload)
@@ -278,11 +223,14 @@ class Trainer:
         state = read_checkpoint(path, self.title)
         options = dataclasses.asdict(self.options)
         wanted = {k: options[k] for k in _FIXED_ON_RESUME}
-        self._changed = [
-            f"{k} {v!r} (so far {state['options'].get(k)!r})"
+        changed = [
+            f"{k} {v!r} (so far {state['options'][k]!r})"
             for k, v in options.items()
-            if k not in _FREE_ON_RESUME and v != state["options"].get(k)
+            if k not in _FREE_ON_RESUME and v != state["options"].get(k, v)
         ]
+        if changed:
+            self._notes.append(f"resumed with other options: {', '.join(changed)}")
+        self._compare_files(state.get("data", {}))
         for kind, new, old in (("model", self.config, state["config"]), ("option", wanted, state["options"])):
             changed = [f"{k}: checkpoint {old.get(k)!r}, now {v!r}" for k, v in new.items() if old.get(k) != v]
             if changed:
@@ -294,8 +242,22 @@ class Trainer:
         for name, tensor in self.extra.items():
             tensor.copy_(state["extra"][name])
         self.step, self.seconds, self._window = state["step"], state["seconds"], state["window"]
-        self.validation = state["validation"]
+        self.validation, self._validated = state["validation"], state.get("validated", self.step)
         torch.set_rng_state(state["rng"])
+
+    def _compare_files(self, saved: dict[str, Any]) -> None:
+        """Compares the data with those of the checkpoint, `saved`; an older checkpoint does not say what they were."""
+        now = self._files.get("classes")
+        classes = saved.get("classes", now)
+        if classes != now:
+            label, (was, is_now) = next(
+                (i, pair) for i, pair in enumerate(itertools.zip_longest(classes, now)) if pair[0] != pair[1]
+            )
+            raise TrainingError(
+                f"resume: the classes differ from {self.checkpoint_path}: class {label} was {was!r}, now {is_now!r}"
+            )
+        if saved.get("files", self._files.get("files")) != self._files.get("files"):
+            self._notes.append("these are not the images of the checkpoint: files were replaced, or have other times")
 
     def _last_checkpoint(self) -> str:
         exists = self.checkpoint_path.exists()
@@ -367,23 +329,47 @@ class Trainer:
         evaluation mode and sees the averaged weights. `export(weights)` writes the model to that path, while it holds
         the averaged weights.
         """
+        first_step = self.step
         try:
             with TrainingDisplay(self.title, self.options.max_steps) as display, StopSignal() as stop:
                 self.model.train()
-                if self._changed:
-                    display.note(f"resumed with other options: {', '.join(self._changed)}")
+                self._show_notes(display)
                 reason = self._loop(loss_fn, display, stop, after_step, validate)
+                self._show_notes(display)
                 self.save()
                 self.model.eval()
                 with self.averaged_weights():
                     export(weights)
                 display.note(f"{reason} at step {self.step}; checkpoint {self.checkpoint_path}, weights {weights}")
+        except DataError as error:
+            raise self._after_checkpoint(error, first_step) from error
         except OSError as error:
             where = error.filename or self.options.output
             raise TrainingError(
                 f"training stopped at step {self.step}: {where}: {error.strerror or error}; {self._last_checkpoint()}"
             ) from error
         return TrainingResult(self.step, reason, self.checkpoint_path, weights, self.seconds, self.validation)
+
+    def _show_notes(self, display: TrainingDisplay) -> None:
+        """Shows what is new of what the user should know about the run and its data."""
+        for line in [*self._notes, *(self.data.remarks() if self.data is not None else ())]:
+            if line not in self._shown:
+                self._shown.add(line)
+                display.note(line)
+
+    def _after_checkpoint(self, error: DataError, first_step: int) -> DataError:
+        """What to raise for an unreadable image, after a checkpoint of the steps that this run has taken.
+
+        The weights are those of the last whole step, because images are read before anything changes.
+        """
+        if self.step == first_step:
+            return error
+        try:
+            self.save()
+            left = f"checkpoint {self.checkpoint_path}: put the file right and resume, or resume with skip_broken"
+        except TrainingError as failure:
+            left = str(failure)
+        return DataError(f"{error}; stopped at step {self.step}; {left}")
 
     def _loop(
         self,
@@ -399,6 +385,8 @@ class Trainer:
         meter = StepMeter(self.step)
         started = last_save = time.monotonic()
         before = self.seconds
+        if validate is not None and self._validation_is_due() and self._validated != self.step:
+            self._validate(validate, log, display)  # which a broken image has prevented
         while self.step < options.max_steps:
             self._train_step(loss_fn)
             if after_step is not None:
@@ -410,7 +398,7 @@ class Trainer:
                 self._log(log, display, meter)
             elif self.step % 10 == 0:
                 display.advance(self.step)
-            if validate is not None and (last or (options.val_every and self.step % options.val_every == 0)):
+            if validate is not None and self._validation_is_due():
                 self._validate(validate, log, display)
             if last:
                 break
@@ -426,6 +414,7 @@ class Trainer:
     def _log(self, log: JsonLinesLog, display: TrainingDisplay, meter: StepMeter) -> None:
         means = {name: sum(values) / len(values) for name, values in self._window.items()}
         self._window = {}
+        self._show_notes(display)
         steps_per_second = meter.rate(self.step)
         images = steps_per_second * self.options.batch_size
         rates = {"images/s": images, "tokens/s": images * self.tokens_per_image}
@@ -435,11 +424,16 @@ class Trainer:
             left = min(left, 60 * self.options.max_minutes - meter.total())
         display.update(self.step, means | rates, left)
 
+    def _validation_is_due(self) -> bool:
+        every = self.options.val_every
+        return self.step == self.options.max_steps or (self.step > 0 and every > 0 and self.step % every == 0)
+
     def _validate(self, validate: Callable[[], dict[str, float]], log: JsonLinesLog, display: TrainingDisplay) -> None:
         self.model.eval()
         with self.averaged_weights(), torch.no_grad():
             self.validation = validate()
         self.model.train()
+        self._validated = self.step
         log.write({"step": self.step, **self.validation})
         display.note(f"step {self.step} validation: " + "  ".join(f"{k} {v:.4g}" for k, v in self.validation.items()))
 

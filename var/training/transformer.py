@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,17 @@ from torch import Tensor
 
 from var_kernels.native.build import write_atomically
 
-from ..data.datasets import ImageData, batch_indices, describe, open_dataset, split_indices, step_generator
+from ..data.interface import ImageData, batch_indices, describe, step_generator
 from ..model import checkpoints
 from ..model.config import VARConfig
 from ..model.transformer import VAR
 from ..model.vqvae import VQVAE
 from ..model.weights import weights_hash
+from .data import open_training_data
+from .options import TrainingError, TrainingOptions, TrainingResult
 from .progress import TrainingDisplay
 from .tokenizer import WEIGHTS_NAME as TOKENIZER_NAME
-from .trainer import Trainer, TrainingError, TrainingOptions, TrainingResult, only_training, plain
+from .trainer import Trainer, only_training, plain
 
 WEIGHTS_NAME = "var.safetensors"
 _STREAM_INIT, _STREAM_BATCH, _STREAM_VIEWS = 4, 5, 6
@@ -68,14 +71,12 @@ def train_transformer(options: TransformerTraining) -> TrainingResult:
 
 class _TransformerRun:
     def __init__(self, options: TransformerTraining) -> None:
-        self.options = options
         self.vqvae = load_tokenizer(options.tokenizer, options.backend).to(options.device).eval().requires_grad_(False)
         _check_match(options.model, self.vqvae)
-        self.data = open_dataset(
-            options.data, "train", self.vqvae.config.image_size, random_crop=options.random_crop, flip=options.flip
-        )
+        image_size = self.vqvae.config.image_size
+        (self.data, self.train_indices, self.val_indices), options = open_training_data(options, image_size)
+        self.options = options
         config = _with_class_names(options.model, self.data)
-        self.train_indices, self.val_indices = split_indices(len(self.data), options.val_images)
         self.model = VAR(config, options.backend)
         self.model.init_weights(step_generator(options.seed, 0, _STREAM_INIT))
         self.model.to(options.device)
@@ -83,8 +84,9 @@ class _TransformerRun:
             self.model,
             options,
             title="transformer",
-            config=plain(config.to_dict()) | {"tokenizer": weights_hash(self.vqvae), "data": describe(self.data)},
+            config=plain(config.to_dict()) | {"tokenizer": weights_hash(self.vqvae)},
             tokens_per_image=config.schedule.length,
+            data=self.data,
         )
 
     def run(self) -> TrainingResult:
@@ -165,17 +167,12 @@ def _check_match(config: VARConfig, vqvae: VQVAE) -> None:
 def cached_tokens(vqvae: VQVAE, data: ImageData, options: TransformerTraining) -> np.ndarray:
     """Tokens (views, N, L) of the whole data set, uint16 or int32. If the run directory has them, they are read.
 
-    The name of the file contains a hash of the tokenizer's weights, the data set and the augmentation, so that tokens
-    of another tokenizer or data set are never used.
+    The name of the file contains a hash of all that the tokens depend on: the tokenizer, the images and the
+    augmentation. So tokens of another tokenizer, or of images that were replaced since, are never used.
     """
-    vocab_size, length = vqvae.config.vocab_size, vqvae.config.schedule.length
-    dtype = np.uint16 if vocab_size <= 2**16 else np.int32
-    shape = (options.views, len(data), length)
-    augmented = options.random_crop or options.flip
-    identity = f"{weights_hash(vqvae)} {data.name} {len(data)} {options.random_crop} {options.flip} {options.seed}"
-    labels_digest = hashlib.sha256(data.labels.numpy().tobytes()).hexdigest()
-    key = hashlib.sha256(f"{identity} {shape} {labels_digest}".encode()).hexdigest()[:16]
-    path = options.output / f"tokens-{key}.npy"
+    dtype = np.uint16 if vqvae.config.vocab_size <= 2**16 else np.int32
+    shape = (options.views, len(data), vqvae.config.schedule.length)
+    path = options.output / f"tokens-{_tokens_key(vqvae, data, options)}.npy"
     if path.exists():
         try:
             tokens = np.load(path, allow_pickle=False)
@@ -183,18 +180,33 @@ def cached_tokens(vqvae: VQVAE, data: ImageData, options: TransformerTraining) -
             tokens = None
         if tokens is not None and tokens.shape == shape and tokens.dtype == dtype:
             return tokens
-    tokens = np.empty(shape, dtype)
-    batches = torch.arange(len(data)).split(options.encode_batch)
-    total = options.views * len(batches)
-    with TrainingDisplay("tokenizing", total) as display, torch.no_grad():
-        for number in range(total):
-            view, position = divmod(number, len(batches))
-            generator = step_generator(options.seed, number, _STREAM_VIEWS) if augmented else None
-            images = data.batch(batches[position], generator)[0].to(options.device)
-            tokens[view, batches[position].numpy()] = vqvae.encode(images).cpu().numpy().astype(dtype)
-            if (number + 1) % 50 == 0 or number + 1 == total:
-                display.update(number + 1, {"images": min((number + 1) * options.encode_batch, shape[0] * shape[1])})
+    tokens = _tokenize(vqvae, data, options, np.empty(shape, dtype))
     _save_array(path, tokens)
+    return tokens
+
+
+def _tokens_key(vqvae: VQVAE, data: ImageData, options: TransformerTraining) -> str:
+    tokenizer = {"weights": weights_hash(vqvae), "config": vqvae.config.to_dict()}
+    augmentation = {name: getattr(options, name) for name in ("views", "random_crop", "flip", "seed", "skip_broken")}
+    images = {"name": data.name, "files": data.fingerprint(), "images": len(data)}
+    return hashlib.sha256(json.dumps([tokenizer, images, augmentation]).encode()).hexdigest()[:16]
+
+
+def _tokenize(vqvae: VQVAE, data: ImageData, options: TransformerTraining, tokens: np.ndarray) -> np.ndarray:
+    """Fills `tokens` (views, N, L)."""
+    augmented = options.random_crop or options.flip
+    batches = torch.arange(len(data)).split(options.encode_batch)
+    total, number = options.views * len(batches), 0
+    with TrainingDisplay("tokenizing", total) as display, torch.no_grad():
+        for view in range(options.views):
+            # One generator for all batches of a view, so that their size does not change the crops and flips.
+            generator = step_generator(options.seed, view, _STREAM_VIEWS) if augmented else None
+            for indices in batches:
+                images = data.batch(indices, generator)[0].to(options.device)
+                tokens[view, indices.numpy()] = vqvae.encode(images).cpu().numpy().astype(tokens.dtype)
+                number += 1
+                if number % 50 == 0 or number == total:
+                    display.update(number, {"images": min(number * options.encode_batch, tokens[..., 0].size)})
     return tokens
 
 
