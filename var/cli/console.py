@@ -110,8 +110,8 @@ def _os_explanation(error: OSError) -> str | None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    reasons = ("can't allocate memory", "out of memory", "size calculation overflowed")
-    return isinstance(error, RuntimeError) and any(reason in str(error) for reason in reasons)
+    reasons = ("can't allocate memory", "out of memory", "size calculation overflowed", "array is too big")
+    return isinstance(error, RuntimeError | ValueError) and any(reason in str(error) for reason in reasons)
 
 
 def say(message: str) -> None:
