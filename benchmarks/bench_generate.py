@@ -1,4 +1,5 @@
-"""Whole generations, from labels to images, with guidance, top-k and top-p: `var.Generator` beside plain PyTorch."""
+"""Whole generations, from labels to images, with guidance, top-k and top-p: `var.Generator` and `VAR.generate` beside
+plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 import var
 from var.model.opening import WEIGHTS
 
-from .harness import Call, Case, Judge, Unavailable, compiled, judge_floats, our_providers
+from .harness import Call, Case, Judge, Provider, Unavailable, compiled, judge_floats, our_providers
 from .plain_var import NearTies, PlainVAR
 from .table import Work
 
@@ -59,10 +60,34 @@ def _engine(inputs: Inputs, backend: str, precision: str = "fp32") -> Call:
     generator = var.Generator(
         pipeline.var, pipeline.vqvae, batch_size=len(inputs.labels), precision=precision
     )
+    seeds = _seeds(inputs, precision)
+    return lambda: tuple(generator(inputs.labels, **seeds, **_OPTIONS))
+
+
+def _seeds(inputs: Inputs, precision: str) -> dict:
     # In fp32 one seed reproduces the tokens of plain PyTorch. In bf16 the tokens need not be the same, so each image
     # has its own seed, as on the command line, and the kernel draws its own numbers.
-    seeds = {"seed": _SEED} if precision == "fp32" else {"seeds": range(len(inputs.labels))}
-    return lambda: tuple(generator(inputs.labels, **seeds, **_OPTIONS))
+    return {"seed": _SEED} if precision == "fp32" else {"seeds": range(len(inputs.labels))}
+
+
+def _generate(inputs: Inputs, precision: str, first: bool) -> Call:
+    """`VAR.generate`, the call that people write. With `first`, each call prepares the weights, as on a new model."""
+    vqvae, transformer = load(inputs.model, "auto", inputs.labels.device)
+    options = {"precision": precision, **_seeds(inputs, precision), **_OPTIONS}
+
+    def call():
+        if first:
+            var.release(transformer, vqvae)
+        return tuple(transformer.generate(vqvae, inputs.labels, **options))
+
+    return call
+
+
+def _calls(precision: str) -> dict[str, Provider]:
+    return {
+        "generate(), first call": functools.partial(_generate, precision=precision, first=True),
+        "generate(), again": functools.partial(_generate, precision=precision, first=False),
+    }
 
 
 def _plain(inputs: Inputs, autocast: bool = False, compile_it: bool = False) -> Call:
@@ -90,9 +115,10 @@ def compiled_autocast(inputs: Inputs) -> Call:
 
 
 _FP32, _BF16 = "plain PyTorch", "plain PyTorch, bf16 autocast"
-FP32_PROVIDERS = {**our_providers(_engine, *_OPS), _FP32: plain_fp32}
+FP32_PROVIDERS = {**our_providers(_engine, *_OPS), **_calls("fp32"), _FP32: plain_fp32}
 BF16_PROVIDERS = {
     **our_providers(functools.partial(_engine, precision="bf16"), *_OPS),
+    **_calls("bf16"),
     _BF16: plain_autocast,
     "the same, compiled": compiled_autocast,
     f"{_FP32}, fp32": plain_fp32,

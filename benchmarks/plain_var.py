@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import var
+from var.model.transformer import scale_of_token
 
 BlockCache = tuple[Tensor, Tensor] | None
 
@@ -111,7 +112,7 @@ class PlainVAR:
         batch, generator = len(labels), torch.Generator(labels.device).manual_seed(seed)
         cond = transformer.class_emb(torch.cat((labels, torch.full_like(labels, config.num_classes))))
         shared = transformer.shared_ada_lin(cond).view(-1, 1, 6, config.width) if config.shared_aln else cond
-        positions = transformer.lvl_embed(transformer.levels) + transformer.pos_1LC
+        positions = transformer.lvl_embed(scale_of_token(config.schedule).to(labels.device)) + transformer.pos_1LC
         x = cond.unsqueeze(1) + transformer.pos_start
         f_hat = self.vqvae.quantize.empty_features(batch)
         caches: list[BlockCache] = [None] * config.depth

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from var_kernels import backends
-from var_kernels.measured import speeds
+from var_kernels.measured import device_file, speeds
 from var_kernels.measured.speeds import MARGIN, Speeds
 
 from .harness import Case, by_backend
@@ -48,12 +48,13 @@ def record(ranked: Mapping[str, Speeds]) -> str:
     """Adds the speeds to the file of this GPU. Returns a sentence that says so, or why it was not possible."""
     device = torch.cuda.get_device_name()
     try:
-        known = speeds.read(device, backends.GPU_BACKENDS)
-    except ValueError:  # the file is damaged and will be replaced
-        known = {}
-    try:
-        path = speeds.write(device, known | ranked)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        with device_file.only_measuring("backends", device):
+            try:
+                known = speeds.read(device, backends.GPU_BACKENDS)
+            except ValueError:  # the file is damaged and will be replaced
+                known = {}
+            path = speeds.write(device, known | ranked)
+    except OSError as error:
         return f"not recorded: {error}"
     return f'recorded in {path}: later processes on this kind of GPU follow it in "auto" until it is deleted'
 

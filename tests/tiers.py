@@ -30,7 +30,9 @@ _PATHS = {
         "tests/kernels/*/test_cuda*.py", "tests/kernels/*/test_triton*.py", "tests/model/test_cuda_model.py",
         "tests/emulation/*",
     ),
-    "packaging": ("tests/packaging/test_installation.py", "tests/packaging/test_packaging.py"),
+    "packaging": (
+        "tests/packaging/test_installation.py", "tests/packaging/test_packaging.py", "tests/packaging/test_cache.py",
+    ),
     "gpu": ("tests/kernels/test_gpu.py",),
 }  # fmt: skip
 

@@ -95,4 +95,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    build.replace_unprintable()
     sys.exit(main(sys.argv[1:]))

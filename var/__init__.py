@@ -4,6 +4,7 @@ from .generation import memory
 from .generation.editing import edit
 from .generation.generator import Generator, generate
 from .generation.memory import keep_freed_memory
+from .generation.prepared import release
 from .generation.request import Generated
 from .model import checkpoints
 from .model.checkpoints import official_state_dict, save
@@ -18,5 +19,5 @@ VAR.generate = generate
 
 __all__ = [
     "PRESETS", "VAR", "VQVAE", "Generated", "Generator", "Pipeline", "ScaleSchedule", "VARConfig", "VQVAEConfig",
-    "checkpoints", "edit", "generate", "keep_freed_memory", "load", "memory", "official_state_dict", "save",
+    "checkpoints", "edit", "generate", "keep_freed_memory", "load", "memory", "official_state_dict", "release", "save",
 ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated
 
 import typer
+
+from var_kernels.native.build import replace_unprintable
 
 from .cli import images, training
 from .cli.console import Commands, help_text
@@ -32,5 +35,7 @@ images.register(app)
 training.register(app)
 
 if __name__ == "__main__":
+    replace_unprintable()
+    warnings.formatwarning = lambda message, *where, **options: f"warning: {message}\n"
     keep_freed_memory()
     app(prog_name="python -m var")

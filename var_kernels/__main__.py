@@ -141,4 +141,5 @@ def _table(title: str, *columns: str) -> Table:
 
 
 if __name__ == "__main__":
+    build.replace_unprintable()
     sys.exit(main())

@@ -16,14 +16,6 @@ VAR_INLINE Vec load_pairs(const bf16* p, int64_t count) {  // lanes beyond `coun
 
 VAR_INLINE void store(Pair* p, Vec v) { memcpy(p, &v, sizeof v); }
 
-// Two rows as pairs: lane i holds (low[i], high[i]).
-VAR_INLINE Vec interleave(Vec low, Vec high) {
-  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)both);
-}
-
 // dst (rows up to the next multiple of 16, padded / 2) = src (rows, dim). padded is dim rounded up to whole steps.
 inline void copy_rows(const bf16* src, int64_t src_row, int64_t rows, int64_t dim, Pair* dst) {
   const int64_t words = round_up(dim, kStep) / 2;

@@ -46,6 +46,13 @@ VAR_INLINE Vec load(const Pair* p) {
   memcpy(&v, p, sizeof v);
   return v;
 }
+// Two rows as pairs: lane i holds (low[i], high[i]).
+VAR_INLINE Vec interleave(Vec low, Vec high) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(order), (__m512i)both);
+}
 VAR_INLINE Vec broadcast(const Pair* p) { return as_float(UVec{} + p->bits); }
 VAR_INLINE Vec multiply_add(Vec a, Vec b, Vec sum, const Pair*) {
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);

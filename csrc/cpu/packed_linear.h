@@ -34,6 +34,9 @@ struct PackedLinearTable {
   // Computes rows [first, first + count) of one strip. Scratch is (count, strip) floats. The entries are for float and
   // for bf16; the latter is null if this level has no product of bf16.
   void (*strip[2])(const PackedLinear&, int64_t first, int64_t count, int64_t column, int64_t strip, float* scratch);
+  // Packs one strip of a weight (outputs, inputs), whose dtype is the first index, to the dtype that is the second:
+  // 0 for float, 1 for bf16. Columns from `outputs` on, and in bf16 the second number of a last pair, are zero.
+  void (*pack[2][2])(const void* weight, int64_t outputs, int64_t inputs, int64_t column, int64_t strip, void* packed);
 };
 
 }  // namespace var_kernels

@@ -47,15 +47,60 @@ void strip(const PackedLinear& a, int64_t first, int64_t count, int64_t column, 
   }
 }
 
+template <class T>
+VAR_INLINE Vec some(const T* p, int64_t count) {
+  return count >= kWidth ? load(p) : load_tail(p, count);
+}
+
+// kWidth scalars of the packed type from elements of the weight, of which `count` > 0 are left.
+template <class T>
+VAR_INLINE Vec scalars_from(const T* p, int64_t count, const float*) {
+  return some(p, count);
+}
+#if defined(__AVX512BF16__)
+template <class T>
+VAR_INLINE Vec scalars_from(const T* p, int64_t count, const Pair*) {
+  const Vec low = some(p, count), high = count > kWidth ? some(p + kWidth, count - kWidth) : Vec{};
+  return (Vec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+#endif
+
+// Memory is the limit. Sixteen rows of the weight are read at a time, as streams that the processor prefetches, and
+// each line of the strip is written once, past the caches.
+template <class T, class S>
+void pack(const void* weight, int64_t outputs, int64_t inputs, int64_t column, int64_t width, void* packed) {
+  constexpr int64_t kLine = 64 / sizeof(float), kElements = kWidth * kPerScalar<S>;
+  const int64_t scalars = (inputs + kPerScalar<S> - 1) / kPerScalar<S>;
+  float* const strip = (float*)packed + column * scalars;
+  for (int64_t line = 0; line < width; line += kLine)
+    for (int64_t k = 0; k < inputs; k += kElements)
+      for (int64_t part = line; part < line + kLine; part += kWidth) {
+        Vec block[kWidth];
+        for (int i = 0; i < kWidth; ++i) {
+          const int64_t row = column + part + i;
+          block[i] = row < outputs ? scalars_from((const T*)weight + row * inputs + k, inputs - k, (const S*)nullptr)
+                                   : Vec{};
+        }
+        transpose_step<kWidth / 2>(block);
+        float* to = strip + k / kPerScalar<S> * width + part;
+        const int64_t count = min_i(kWidth, scalars - k / kPerScalar<S>);
+        for (int i = 0; i < kWidth; ++i)
+          if (i < count) stream(to + i * width, block[i]);
+      }
+  stream_fence();
+}
+
 #if defined(__AVX512BF16__)
 #define VAR_PAIRS strip<Pair>
+#define VAR_PACK(T) {pack<T, float>, pack<T, Pair>}
 #else
 #define VAR_PAIRS nullptr
+#define VAR_PACK(T) {pack<T, float>, nullptr}
 #endif
 
 }  // namespace
 
 extern const PackedLinearTable packed_linear_table;
-const PackedLinearTable packed_linear_table = {{strip<float>, VAR_PAIRS}};
+const PackedLinearTable packed_linear_table = {{strip<float>, VAR_PAIRS}, {VAR_PACK(float), VAR_PACK(bf16)}};
 
 }  // namespace var_kernels::VAR_ISA

@@ -1,4 +1,5 @@
-// The C++ entry of winograd_conv on CPUs: checks, and the division of blocks of tiles over threads.
+// The C++ entries of winograd_conv on CPUs, for convolutions and for packing: checks, and the division of work over
+// threads.
 #include "winograd_conv.h"
 
 #include <torch/csrc/stable/library.h>
@@ -80,7 +81,39 @@ void winograd_conv(const Tensor& x, const Tensor& packed, const Tensor& bias, co
   });
 }
 
+// weight is (C_out, C_in, 3, 3) and transform (points, 3), dense. `packed` is written.
+void pack_winograd(const Tensor& weight, const Tensor& transform, const Tensor& packed) {
+  VAR_CHECK(weight.scalar_type() == ScalarType::Float && weight.dim() == 4 && weight.is_contiguous() &&
+                weight.numel() > 0 && weight.size(2) == 3 && weight.size(3) == 3,
+            "weight", "a dense float32 tensor (C_out, C_in, 3, 3)", weight.numel(), " elements");
+  VAR_CHECK(transform.scalar_type() == ScalarType::Double && transform.dim() == 2 && transform.is_contiguous() &&
+                transform.size(0) <= 6 && transform.size(1) == 3,
+            "transform", "a dense float64 tensor (at most 6, 3)", transform.numel(), " elements");
+  const bool pairs = packed.scalar_type() == ScalarType::BFloat16;
+  VAR_CHECK(pairs || packed.scalar_type() == ScalarType::Float, "packed", "float32 or bfloat16",
+            torch::headeronly::toString(packed.scalar_type()));
+  const int64_t out_channels = weight.size(0), channels = weight.size(1), points = transform.size(0);
+  const WinogradFilters filters{weight.const_data_ptr<float>(), transform.const_data_ptr<double>(),
+                                packed.mutable_data_ptr(), out_channels, channels,
+                                round_up(channels, kWinogradDepth), round_up(out_channels, kWinogradColumns),
+                                int(points)};
+  const int64_t elements = points * points * filters.depth * filters.columns;
+  VAR_CHECK(packed.is_contiguous() && packed.numel() == elements, "packed", elements, packed.numel());
+  VAR_CHECK(reinterpret_cast<uintptr_t>(filters.packed) % 64 == 0, "packed", "an address that 64 divides",
+            "another one");
+  const auto kernel = winograd_conv_table().pack[pairs];
+  VAR_CHECK(kernel != nullptr, "packed", "float32: this instruction set has no product of bfloat16", "bfloat16");
+  const int64_t blocks = filters.depth / kWinogradDepth;
+  parallel_tasks(blocks * ceil_div(filters.columns, kWinogradStrip), 8 * elements, [&](int64_t task) {
+    const int64_t first = task % blocks * kWinogradDepth;
+    kernel(filters, task / blocks * kWinogradStrip, first, first + kWinogradDepth);
+  });
+}
+
 }  // namespace
 }  // namespace var_kernels
 
-STABLE_TORCH_LIBRARY_IMPL(var_kernels, CPU, m) { m.impl("_winograd_conv", TORCH_BOX(&var_kernels::winograd_conv)); }
+STABLE_TORCH_LIBRARY_IMPL(var_kernels, CPU, m) {
+  m.impl("_winograd_conv", TORCH_BOX(&var_kernels::winograd_conv));
+  m.impl("_pack_winograd", TORCH_BOX(&var_kernels::pack_winograd));
+}

@@ -38,12 +38,23 @@ struct WinogradConv {
   bool stream;  // whether to store y past the caches; its rows then have whole, aligned 64-byte lines
 };
 
+struct WinogradFilters {
+  const float* weight;      // (C_out, C_in, 3, 3), dense
+  const double* transform;  // (points, 3)
+  void* packed;             // strips of columns, each (points², depth, strip), or in bf16 (points², depth / 2, strip, 2)
+  int64_t out_channels, in_channels, depth, columns;
+  int points;
+};
+
 struct WinogradConvTable {
   // Computes output channels [column, end) of tiles [first, first + count) of one image, which are counted row by row.
   // `column` is a multiple of the strip. `scratch` is for `count` tiles, rounded up to a multiple of 16. An entry is
   // null if this level has no such product.
   void (*tiles[3][kWinogradTypes])(const WinogradConv&, int64_t image, int64_t first, int64_t count, int64_t column,
                                    int64_t end, float* scratch);
+  // Transforms and packs the filters of input channels [first, end) for the strip of output channels that begins at
+  // `column`; the two borders are multiples of kWinogradDepth. The table is indexed by whether bf16 is packed, as pairs.
+  void (*pack[2])(const WinogradFilters&, int64_t column, int64_t first, int64_t end);
 };
 
 }  // namespace var_kernels

@@ -192,10 +192,62 @@ void tiles(const WinogradConv& a, int64_t image, int64_t first, int64_t count, i
   if (a.stream) stream_fence();
 }
 
+// The filters from one input channel to kWinogradColumns output channels, transformed in fp64: point after point.
+struct TransformedFilters {
+  static constexpr int kLanes = kWinogradColumns, kMost = 6;
+  float points[kMost * kMost][kLanes];
+
+  // Channels that do not exist have zeros.
+  void read(const WinogradFilters& f, int64_t column, int64_t channel) {
+    double taps[3][3][kLanes], rows[kMost][3][kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const bool exists = column + lane < f.out_channels && channel < f.in_channels;
+      const float* w = f.weight + ((column + lane) * f.in_channels + channel) * 9;
+      for (int t = 0; t < 9; ++t) taps[t / 3][t % 3][lane] = exists ? w[t] : 0;
+    }
+    for (int p = 0; p < f.points; ++p)
+      for (int j = 0; j < 3; ++j)
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const double* g = f.transform + 3 * p;
+          rows[p][j][lane] = g[0] * taps[0][j][lane] + g[1] * taps[1][j][lane] + g[2] * taps[2][j][lane];
+        }
+    for (int p = 0; p < f.points; ++p)
+      for (int q = 0; q < f.points; ++q)
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const double* g = f.transform + 3 * q;
+          points[p * f.points + q][lane] =
+              float(g[0] * rows[p][0][lane] + g[1] * rows[p][1][lane] + g[2] * rows[p][2][lane]);
+        }
+  }
+};
+
+template <class S>
+void pack(const WinogradFilters& f, int64_t column, int64_t first, int64_t end) {
+  const int64_t strip = min_i(kWinogradStrip, f.columns - column), scalars = f.depth / kPerScalar<S>;
+  const int points = f.points * f.points;
+  float* const to = (float*)f.packed + points * scalars * column;
+  for (int64_t c = first; c < end; c += kPerScalar<S>)
+    for (int64_t n = 0; n < strip; n += kWinogradColumns) {
+      TransformedFilters filters[kPerScalar<S>];
+      for (int i = 0; i < kPerScalar<S>; ++i) filters[i].read(f, column + n, c + i);
+      for (int p = 0; p < points; ++p)
+        for (int lane = 0; lane < kWinogradColumns; lane += kWidth) {
+          Vec v = load(filters[0].points[p] + lane);
+#if defined(__AVX512BF16__)
+          if constexpr (kPerScalar<S> == 2) v = interleave(v, load(filters[1].points[p] + lane));
+#endif
+          stream(to + (p * scalars + c / kPerScalar<S>) * strip + n + lane, v);
+        }
+    }
+  stream_fence();
+}
+
 #if defined(__AVX512BF16__)
 #define VAR_PAIRS(F) tiles<F, bf16, Pair>
+#define VAR_PACK_PAIRS pack<Pair>
 #else
 #define VAR_PAIRS(F) nullptr
+#define VAR_PACK_PAIRS nullptr
 #endif
 #define VAR_TYPES(F) {tiles<F, float, float>, VAR_PAIRS(F), tiles<F, bf16, float>}
 
@@ -203,6 +255,6 @@ void tiles(const WinogradConv& a, int64_t image, int64_t first, int64_t count, i
 
 extern const WinogradConvTable winograd_conv_table;
 const WinogradConvTable winograd_conv_table = {
-    {VAR_TYPES(TwoOutputs), VAR_TYPES(FourOutputs), VAR_TYPES(DoubledOutputs)}};
+    {VAR_TYPES(TwoOutputs), VAR_TYPES(FourOutputs), VAR_TYPES(DoubledOutputs)}, {pack<float>, VAR_PACK_PAIRS}};
 
 }  // namespace var_kernels::VAR_ISA

@@ -179,7 +179,7 @@ def test_a_batch_fits_into_a_gibibyte():
         (("--backend", "tpu"), "--backend: expected one of auto, "),
         (("--model", "d99"), "--model: expected one of fashion, d16,"),
         (("--model", "d16"), "--path"),
-        (("--model", "d16", "--path", "nowhere"), "expected an existing folder or a Hub id"),
+        (("--model", "d16", "--path", "nowhere"), "expected an existing folder, a file or a Hub id"),
         (("--precision", "fp8"), "--precision: expected fp32 or bf16, got 'fp8'"),
         (("--device", "abacus"), "--device"),
         (("-o", "file.jpg"), "--output: expected a folder or a .png file or a .npz file, got file.jpg"),

@@ -70,6 +70,12 @@ def generators(**options):
     return eager, captured, captures
 
 
+def twice(generator, labels, **options):
+    """The result of the second of two calls, which captures."""
+    generator(labels, **options)
+    return generator(labels, **options)
+
+
 def assert_same(one, other):
     assert torch.equal(one.tokens, other.tokens) and torch.equal(one.images, other.images)
 
@@ -95,7 +101,7 @@ def test_what_a_graph_cannot_vary_is_captured_again():
 
 def test_the_next_replay_does_not_change_earlier_results():
     _, captured, _ = generators()
-    first = captured(LABELS, seed=1, **OPTIONS)
+    first = twice(captured, LABELS, seed=1, **OPTIONS)
     tokens, images = first.tokens.clone(), first.images.clone()
     captured(LABELS, seed=2, **OPTIONS)
     assert torch.equal(first.tokens, tokens) and torch.equal(first.images, images)
@@ -103,6 +109,7 @@ def test_the_next_replay_does_not_change_earlier_results():
 
 def test_callbacks_see_each_scale():
     eager, captured, _ = generators()
+    captured(LABELS, seed=1, **OPTIONS)
     seen = [[], []]
     for generator, images in zip((eager, captured), seen, strict=True):
         generator(LABELS, seed=1, on_scale=lambda k, partial, images=images: images.append(partial()), **OPTIONS)
@@ -111,9 +118,18 @@ def test_callbacks_see_each_scale():
         assert torch.equal(one, other)
 
 
+def test_one_call_captures_nothing():
+    """A capture costs several generations, and the call that people write was captured for one image."""
+    eager, captured, captures = generators()
+    assert_same(captured(LABELS, seed=1, **OPTIONS), eager(LABELS, seed=1, **OPTIONS))
+    assert captures.count == 0
+    captured(LABELS, seed=2, **OPTIONS)
+    assert captures.count == 5
+
+
 def test_editing_and_smooth_codes_are_not_captured():
     eager, captured, captures = generators()
-    assert_same(captured(LABELS, seed=1, more_smooth=True), eager(LABELS, seed=1, more_smooth=True))
+    assert_same(twice(captured, LABELS, seed=1, more_smooth=True), eager(LABELS, seed=1, more_smooth=True))
     assert captures.count == 0
 
 
@@ -134,7 +150,7 @@ def test_a_failed_capture_warns_once_and_runs_without_graphs():
 
     captured._capture = refuse
     with pytest.warns(RuntimeWarning, match="not permitted when stream is capturing"):
-        first = captured(LABELS, seed=1, **OPTIONS)
+        first = twice(captured, LABELS, seed=1, **OPTIONS)
     assert_same(first, eager(LABELS, seed=1, **OPTIONS))
     assert_same(captured(LABELS, seed=2, **OPTIONS), eager(LABELS, seed=2, **OPTIONS))  # no second warning
 

@@ -60,7 +60,7 @@ def trained(transformer, vqvae):
 
 _GENERATION = {"_adaln_layer_norm", "_gated_residual_adaln", "_block_causal_attention", "_qk_norm_cache",
                "_sample_tokens", "_next_scale_input"}  # fmt: skip
-_PACKED = {"_packed_linear", "_winograd_conv", "_group_norm_silu"}
+_PACKED = {"_packed_linear", "_pack_linear", "_winograd_conv", "_pack_winograd", "_group_norm_silu"}
 _TRAINING = {"_adaln_layer_norm", "_gated_residual_adaln", "_block_causal_attention", "_multi_scale_quantize",
              "_next_scale_input"}  # fmt: skip
 _TRAINING |= {f"{name}_backward" for name in _TRAINING - {"_next_scale_input"}}
@@ -108,7 +108,8 @@ def test_cpu_never_enters_the_reference(work, monkeypatch):
     with Called() as called:
         function(*pair)
     # Where oneDNN's packed products are faster, this backend uses them.
-    optional = {"_packed_linear"} if "bf16" in work or load.native_library().isa == "portable" else set()
+    onednn = "bf16" in work or load.native_library().isa == "portable"
+    optional = {"_packed_linear", "_pack_linear"} if onednn else set()
     assert expected - optional <= called.ours <= expected
 
 

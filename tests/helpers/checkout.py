@@ -87,7 +87,7 @@ class Checkout:
         self.package, self.csrc = self.root / "var_kernels", self.root / "csrc"
         self.package.mkdir(parents=True)
         (self.package / "native").mkdir()
-        for name in ("__init__.py", "build.py", "load.py"):
+        for name in ("__init__.py", "build.py", "cache.py", "load.py"):
             shutil.copy(ROOT / "var_kernels/native" / name, self.package / "native" / name)
         (self.package / "__init__.py").touch()
         (self.csrc / "cpu").mkdir(parents=True)

@@ -3,7 +3,7 @@
 import torch
 
 from var import VAR, VQVAE, VARConfig, VQVAEConfig
-from var.generation.transformer import InferenceTransformer
+from var.generation.transformer import InferenceTransformer, TransformerWeights
 
 PATCH_NUMS = (1, 2, 3)
 
@@ -19,6 +19,11 @@ def tiny_var(**overrides) -> VAR:
     model = VAR(VARConfig(**{**fields, **overrides})).eval()
     model.init_weights(torch.Generator().manual_seed(0), gamma=0.5, head=1.0)
     return model
+
+
+def inference_transformer(model: VAR, rows: int, dtype: torch.dtype = torch.float32) -> InferenceTransformer:
+    """The engine of a transformer, for `rows` sequences."""
+    return InferenceTransformer(TransformerWeights(model, dtype), rows)
 
 
 def stepwise_logits(transformer: InferenceTransformer, labels, inputs) -> torch.Tensor:

@@ -66,7 +66,7 @@ def test_load_from_a_folder_of_released_files(tmp_path, monkeypatch):
     pipeline = var.load("d16", path=tmp_path)
     assert same_state(pipeline.vqvae, vqvae) and same_state(pipeline.var, transformer)
     assert not pipeline.var.training and pipeline.class_names == ("0", "1", "2", "3", "4")
-    assert torch.equal(pipeline.var.levels, transformer.levels)
+    assert torch.equal(pipeline.var.positions(), transformer.positions())
 
 
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "misshaped"])

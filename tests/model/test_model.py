@@ -126,9 +126,12 @@ def test_generate_refuses_bad_options(options, name):
 @pytest.mark.parametrize(
     "labels", [torch.tensor([6]), torch.tensor([-1]), torch.tensor([[0]]), torch.tensor([0.5]), torch.tensor([True])]
 )
-def test_generate_refuses_bad_labels(labels):
+def test_bad_labels_are_refused(labels):
+    transformer = tiny_var()
+    with pytest.raises((TypeError, ValueError), match="labels"):
+        generate(transformer, tiny_vqvae(), labels, seed=0)
     with pytest.raises(ValueError, match="labels"):
-        generate(tiny_var(), tiny_vqvae(), labels, seed=0)
+        transformer(labels, torch.zeros(1, 13, 8))
 
 
 def test_generate_refuses_a_tokenizer_of_another_schedule():

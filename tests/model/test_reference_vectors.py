@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from tests.helpers.models import stepwise_logits
+from tests.helpers.models import inference_transformer, stepwise_logits
 from tests.model.golden import (
     Golden,
     assert_near,
@@ -16,7 +16,6 @@ from tests.model.golden import (
 )
 from var import edit
 from var.generation.editing import box_mask
-from var.generation.transformer import InferenceTransformer
 from var_kernels import backends
 
 
@@ -83,4 +82,4 @@ def test_cached_steps_equal_the_masked_forward(golden):
     """The logits of steps with a KV cache equal those of one forward over all tokens with the block-causal mask."""
     var, labels, inputs = golden.var, golden.labels, golden["teacher_forcing_input"]
     with torch.inference_mode():
-        assert_near(stepwise_logits(InferenceTransformer(var, len(labels)), labels, inputs), var(labels, inputs))
+        assert_near(stepwise_logits(inference_transformer(var, len(labels)), labels, inputs), var(labels, inputs))

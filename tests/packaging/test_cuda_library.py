@@ -13,13 +13,13 @@ import pytest
 
 from tests.helpers.checkout import ROOT, environment, needs_compiler
 from tools import check_cuda_library
-from var_kernels.native import build
+from var_kernels.native import build, cache
 
 needs_readelf = pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess:
-    changes = {"PYTHONPATH": str(ROOT), "VAR_KERNELS_CACHE": str(build.cache_root())}
+    changes = {"PYTHONPATH": str(ROOT), "VAR_KERNELS_CACHE": str(cache.cache_root())}
     return subprocess.run(
         [sys.executable, *arguments], env=environment(**changes), cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

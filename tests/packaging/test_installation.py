@@ -89,6 +89,25 @@ def test_editable_install_builds_ahead_of_time(project, tmp_path):
     assert (answer["origin"], answer["value"]) == ("ahead of time", 5)
 
 
+def test_an_editable_install_is_found_before_a_directory_of_the_same_name(project, tmp_path):
+    """A program starts in / in many containers, and /var is a directory there."""
+    target = Environment(tmp_path / "venv", torch=True)
+    target.pip("install", *PIP_FLAGS, "-e", project, VAR_KERNELS_BUILD="none")
+    for name in ("var", "var_kernels"):
+        (tmp_path / "here" / name).mkdir(parents=True)
+    code = "import var, var_kernels; print(var.load.__module__, var.__file__, var_kernels.__file__)"
+    for directory in (tmp_path / "here", "/"):
+        for arguments in (["-c", code], ["-m", "var", "--help"]):
+            answer = subprocess.run(
+                [str(target.python), *arguments], env=environment(), cwd=directory, timeout=120, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            assert answer.returncode == 0, answer.stdout
+            if "-c" in arguments:
+                files = [str(project / name / "__init__.py") for name in ("var", "var_kernels")]
+                assert answer.stdout.split() == ["var.model.opening", *files]
+
+
 @needs_compiler
 def test_wheel_installs_elsewhere(project, tmp_path, no_compiler):
     builder, user = (Environment(tmp_path / name, torch=True) for name in ("builder", "user"))

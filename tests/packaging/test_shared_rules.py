@@ -27,14 +27,14 @@ STATEMENTS = {
     "kHighestKey": "cuda/sample_tokens.cuh",
 }
 NUMBERS = (
-    "kLinearStrip", "kLinearGroup", "kLinearColumns", "kWinogradStrip", "kWinogradColumns", "kWinogradDepth",
+    "kLinearColumns", "kWinogradColumns", "kWinogradDepth",
     "a", "b", *(name for name in STATEMENTS if name not in ("kNames", "a")), "kLowestKey",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def cpp(tmp_path_factory):
-    """A library with `strip`, `scheme` and `level`, and with `number`, which returns a constant of C++ by its name."""
+    """A library with `scheme` and `level`, and with `number`, which returns a constant of C++ by its name."""
     includes = "".join(f'#include "{header}"\n' for header in HEADERS)
     statements = "".join(f"{host_code.constant_statement(path, name)}\n" for name, path in STATEMENTS.items())
     numbers = "".join(f'  if (!std::strcmp(name, "{name}")) return double({name});\n' for name in NUMBERS)
@@ -50,7 +50,6 @@ extern "C" {{
 double number(const char* name) {{
 {numbers}  return 0.0 / 0.0;
 }}
-int64_t strip(int64_t column, int64_t columns) {{ return linear_strip(column, columns); }}
 int scheme(int index, int field) {{
   const WinogradScheme& s = kWinogradSchemes[index];
   return field == 0 ? s.outputs : field == 1 ? s.points : s.scale;
@@ -62,8 +61,7 @@ const char* level(int index) {{ return index < int(sizeof(kNames) / sizeof(*kNam
         tmp_path_factory.mktemp("shared_rules"),
     )
     library.number.restype, library.level.restype = ctypes.c_double, ctypes.c_char_p
-    library.strip.restype = ctypes.c_int64
-    library.number.argtypes, library.strip.argtypes = [ctypes.c_char_p], [ctypes.c_int64] * 2
+    library.number.argtypes = [ctypes.c_char_p]
     return library
 
 
@@ -74,23 +72,12 @@ def number(cpp, name: str) -> float:
 
 
 def test_packed_linear(cpp):
-    ours = packed_linear._STRIP, packed_linear._GROUP, packed_linear._COLUMNS
-    assert ours == tuple(number(cpp, name) for name in ("kLinearStrip", "kLinearGroup", "kLinearColumns"))
-
-
-def test_strips_of_packed_linear(cpp):
-    step = packed_linear._COLUMNS
-    for columns in (*range(step, 3 * packed_linear._GROUP, step), 6144, 9216):
-        widths, column = [], 0
-        while column < columns:
-            widths.append(cpp.strip(column, columns))
-            column += widths[-1]
-        assert packed_linear._strips(columns) == widths, columns
+    assert packed_linear._COLUMNS == number(cpp, "kLinearColumns")
 
 
 def test_winograd_conv(cpp):
-    ours = winograd_conv._STRIP, winograd_conv._COLUMNS, winograd_conv._DEPTH
-    assert ours == tuple(number(cpp, name) for name in ("kWinogradStrip", "kWinogradColumns", "kWinogradDepth"))
+    ours = winograd_conv._COLUMNS, winograd_conv._DEPTH
+    assert ours == tuple(number(cpp, name) for name in ("kWinogradColumns", "kWinogradDepth"))
     assert len(winograd_conv.SCHEMES) == cpp.schemes()
     for index, scheme in enumerate(winograd_conv.SCHEMES):
         theirs = [cpp.scheme(index, field) for field in range(3)]

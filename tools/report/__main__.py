@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from var_kernels.native.build import replace_unprintable, write_atomically
 from var_kernels.triton.problems import PROBLEMS, Problem
 from var_kernels.triton.targets import TARGETS
 
@@ -121,7 +122,8 @@ def _report(
     console = Console(highlight=False)
     say = functools.partial(console.print, markup=False, soft_wrap=True)
     if options.json is not None:
-        options.json.write_text(json.dumps(_as_json(options, results, missing), indent=1))
+        text = json.dumps(_as_json(options, results, missing), indent=1)
+        write_atomically(options.json, lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
     if options.write_tables is not None:
         tables.write(options.write_tables, tables.files(options.problems, options.targets, results))
     complete = options.backends if options.complete else ()
@@ -190,4 +192,5 @@ def _as_json(options: argparse.Namespace, results: list[Row | Failure], missing:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     sys.exit(main())

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from var_kernels.native.build import write_atomically
 from var_kernels.triton.problems import Problem
 from var_kernels.triton.targets import TARGETS
 
@@ -194,4 +195,4 @@ def write(folder: Path, texts: Mapping[str, str]) -> None:
         if path.name not in texts and path.read_text(encoding="utf-8").startswith(WRITTEN):
             path.unlink()
     for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_atomically(folder / name, lambda path, text=text: Path(path).write_text(text, encoding="utf-8"))

@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import errno
 import inspect
+import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 # Depending on its version, typer has its own copy of click or uses the installed one. This base class exists in both.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 _LONGEST_MESSAGE = 1000
+_LARGEST = 2**63 - 1
 _FILE_WIDTH = 120  # columns of tables in a file or a pipe, where rich would use only 80
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; the second is the shell's 128 + SIGINT
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+# A program can be started without stdout, which is None then.
+console = Console(highlight=False, width=None if sys.stdout and sys.stdout.isatty() else _FILE_WIDTH)
 errors = Console(highlight=False, stderr=True)
+_outputs = ExitStack()  # the locks of the outputs that this command writes
 
 
 class Commands(TyperGroup):
@@ -48,6 +52,24 @@ class Commands(TyperGroup):
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             note(f"error: {_with_option_name(message, command.params if command else ())}")
             raise typer.Exit(BAD_INPUT) from None
+        finally:
+            _outputs.close()
+
+
+class Command(TyperCommand):
+    """A command. For every option it refuses nan and infinity, which the ranges of options let pass, and integers that
+    torch cannot take."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise typer.BadParameter(f"expected a finite number, got {number}", ctx, parameter)
+                if isinstance(number, int) and abs(number) > _LARGEST:
+                    raise typer.BadParameter(f"expected a number within ±{_LARGEST}, got {number}", ctx, parameter)
+        return rest
 
 
 def _with_option_name(message: str, parameters: Sequence[Any]) -> str:
@@ -69,6 +91,8 @@ def _explanation(error: Exception) -> str | None:
         return _os_explanation(error)
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return "out of memory: try a smaller --batch-size, or --precision bf16"
+    if isinstance(error, OverflowError) or (isinstance(error, RuntimeError) and "overflow" in str(error)):
+        return f"a number is too large: {' '.join(str(error).split())}"
     # Compared by name, because importing their modules would import torch.
     if isinstance(error, ValueError) or type(error).__name__ in ("TrainingError", "SafetensorError"):
         text = " ".join(str(error).split())
@@ -86,7 +110,8 @@ def _os_explanation(error: OSError) -> str | None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+    reasons = ("can't allocate memory", "out of memory", "size calculation overflowed")
+    return isinstance(error, RuntimeError) and any(reason in str(error) for reason in reasons)
 
 
 def say(message: str) -> None:
@@ -130,18 +155,19 @@ def prepare_output(path: Path, *suffixes: str, folder: bool = False) -> None:
     """Raise ValueError for an output that cannot be written, before the work begins. Missing folders are made.
 
     `suffixes` are the suffixes of the files that may be written. With `folder`, a path without a suffix, or the path of
-    an existing folder, is a folder for several files.
+    an existing folder, is a folder for several files. The output is locked until the command ends, so that two commands
+    do not mix their images.
     """
     is_folder = folder and (path.is_dir() or not path.suffix)
     if not is_folder and (path.suffix.lower() not in suffixes or path.is_dir()):
         expected = " or ".join((*(["a folder"] if folder else []), *(f"a {suffix} file" for suffix in suffixes)))
         raise ValueError(f"--output: expected {expected}, got {path}{' (a folder)' if path.is_dir() else ''}")
-    from var_kernels.native.build import write_atomically
+    from var_kernels._only_writer import only_writer
 
-    probe = (path if is_folder else path.parent) / f".{path.name}.probe"
     try:
-        write_atomically(probe, lambda temporary: None)
-        probe.unlink()
+        _outputs.enter_context(only_writer(path, folder=is_folder))
+    except BlockingIOError as error:
+        raise ValueError(f"--output: cannot write {path}: another process is writing to it") from error
     except OSError as error:
         raise ValueError(f"--output: cannot write {path}: {error.strerror or error}") from error
 
@@ -169,7 +195,7 @@ def check_device(device: str) -> str:
     import torch
 
     try:
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).cpu()  # a tensor of the device "meta" has no values
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

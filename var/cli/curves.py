@@ -34,7 +34,12 @@ def run(runs: Sequence[Path], output: Path) -> None:
 
 def _read(path: Path) -> list[dict[str, float]]:
     file = path / LOG_NAME if path.is_dir() else path
-    records = [record for record in read_log(file) if isinstance(record, dict) and "step" in record]
+    try:
+        rows = [record for record in read_log(file) if isinstance(record, dict)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected the log of a training, got no text ({error})") from error
+    numbers = [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in rows]
+    records = [record for record in numbers if "step" in record]
     if not records:
         got = "no record in it" if file.exists() else "no such file"
         raise ValueError(f"{file}: expected the log of a training, got {got}")

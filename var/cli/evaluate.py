@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich import box
 from rich.table import Table
+from torch import Tensor
 
 from var_kernels.native.build import write_atomically
 
@@ -19,7 +21,7 @@ from ..data.interface import ImageData, default_held_out, describe, split_indice
 from ..evaluation.classifier import train_classifier
 from ..evaluation.quality import QualityReport, evaluate, generator_of
 from ..generation.batches import default_batch_size, sampling_for
-from ..model.opening import OpenModel, open_model
+from ..model.opening import open_model
 from .console import console, note, say
 
 _CLASSIFIER_BATCH = 128
@@ -38,7 +40,9 @@ def run(
     sampling = sampling_for(opened, **chosen)
     size = vqvae.config.image_size
     train, test = (open_dataset(data, split, size, skip_broken=skip_broken) for split in ("train", "test"))
-    _check_classes(opened, train)
+    if len(train.class_names) != var.config.num_classes:
+        expected = f"the {var.config.num_classes} classes of {opened.name}"
+        raise ValueError(f"--data: expected {expected}, got {describe(train)}")
     if test.class_names != train.class_names:
         got = f"{describe(train)} and {describe(test)}"
         raise ValueError(f"--data: expected the same classes in both splits, got {got}")
@@ -52,6 +56,7 @@ def run(
     )
     batch_size = batch_size or default_batch_size(var.config)
     generate = generator_of(var, vqvae, batch_size=batch_size, precision=precision, **dataclasses.asdict(sampling))
+    generate = _with_labels_of(train, generate, var.config.class_names)
     report = evaluate(
         vqvae, generate, train, test, classifier=classifier, num_generated=images, held_out=held_out,
         batch_size=batch_size, seed=seed, progress=note,
@@ -70,22 +75,15 @@ def run(
     say(f"{output}: {opened.name} on {test.name}, {sampling}, seed {seed}, {precision}, {conditions['seconds']} s")
 
 
-def _check_classes(opened: OpenModel, data: ImageData) -> None:
-    """Raise ValueError if the data have other classes than the model, or the same ones in another order.
-
-    Other names may mean the same classes: the folders of a copy of Fashion-MNIST may be 0 to 9. A note says so.
-    """
-    count, names = opened.pipeline.var.config.num_classes, opened.pipeline.var.config.class_names
-    if len(data.class_names) != count:
-        raise ValueError(f"--data: expected the {count} classes of {opened.name}, got {describe(data)}")
-    differing = [pair for pair in zip(names, data.class_names, strict=True) if len(set(pair)) > 1] if names else []
-    if not differing:
-        return
-    ours, theirs = differing[0]
-    if sorted(names) == sorted(data.class_names):
-        raise ValueError(f"--data: expected the order of the classes of {opened.name}, got {theirs!r} in the place of "
-                         f"{ours!r}")
-    note(f"{data.name}: its classes are taken for those of {opened.name} in their order, {theirs!r} for {ours!r}")
+def _with_labels_of(data: ImageData, generate: Callable[..., Tensor], names: Sequence[str]) -> Callable[..., Tensor]:
+    """`generate` for labels of the data set, whose classes may have another order than the `names` of the model's."""
+    if not names or tuple(names) == tuple(data.class_names):
+        return generate
+    if len(set(names)) < len(names) or set(names) != set(data.class_names):
+        note(f"the classes of {data.name} have other names than those of the model: class number n counts as number n")
+        return generate
+    numbers = torch.tensor([names.index(name) for name in data.class_names])
+    return lambda labels, seeds: generate(numbers[labels], seeds)
 
 
 def _print(report: QualityReport, data: ImageData) -> None:

@@ -11,7 +11,17 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import check_backend, check_device, check_precision, help_text, note, prepare_output, progress, say
+from .console import (
+    Command,
+    check_backend,
+    check_device,
+    check_precision,
+    help_text,
+    note,
+    prepare_output,
+    progress,
+    say,
+)
 
 Model = Annotated[str, typer.Option(
     "--model", "-m", metavar="NAME|FOLDER",
@@ -19,9 +29,10 @@ Model = Annotated[str, typer.Option(
          "models, which need --path), or a folder with var.safetensors and vqvae.safetensors.",
 )]
 ModelPath = Annotated[str | None, typer.Option(
-    "--path", metavar="FOLDER|HUB-ID",
+    "--path", metavar="FOLDER|FILE|HUB-ID",
     help="Where the files of a released model are: a folder with var_d16.pth and vae_ch160v4096z32.pth (or the same as "
-         ".safetensors), or a Hub id such as FoundationVision/var, from which they are downloaded once.",
+         ".safetensors), a Hub id such as FoundationVision/var, from which they are downloaded once, or one file with "
+         "both networks, such as a checkpoint of the official training.",
 )]
 Backend = Annotated[str, typer.Option(
     "--backend", "-b",
@@ -95,7 +106,8 @@ def generate(
     labels: Annotated[str | None, typer.Option(
         "--labels", "-l", metavar="LIST", show_default="all of a model with up to 20 classes",
         help="Classes separated by commas: numbers, ranges, names or all. *N after an item asks for N images, as in "
-             "'0,3-5,sandal*4'.",
+             "'0,3-5,sandal*4'. Numbers count the classes from 0; of a model whose classes all have numbers as names, "
+             "they are these names.",
     )] = None,
     number: Annotated[int, typer.Option(
         "--number", "-n", min=1, help="Images per class for items of --labels without *N.")] = 1,
@@ -275,5 +287,5 @@ def info(
 def register(app: typer.Typer) -> None:
     """Add these commands to the program."""
     for command in (demo, generate, profile, reconstruct, info):
-        app.command(rich_help_panel="Images", help=help_text(command))(command)
+        app.command(cls=Command, rich_help_panel="Images", help=help_text(command))(command)
 

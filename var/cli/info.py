@@ -19,6 +19,7 @@ from ..model.opening import EMBEDDED, WEIGHTS, Pipeline, open_model
 from ..model.transformer import VAR
 from ..model.vqvae import VQVAE
 from .console import console, say
+from .labels import are_numbers
 
 _MIB = 1 << 20
 _STORED = ("model", "config")  # metadata that the table of the configuration shows already
@@ -40,8 +41,9 @@ def run(model: str, path: str | None) -> None:
     console.print(_schedule(pipeline.var.config.schedule))
     console.print(_sizes(pipeline))
     if pipeline.var.config.class_names:
-        names = ", ".join(f"{label} {name}" for label, name in enumerate(pipeline.class_names))
-        say(f"classes: {names}")
+        # Of classes with numbers as names, --labels takes the names, so their places would mislead.
+        numbered = [f"{label} {name}" for label, name in enumerate(pipeline.class_names)]
+        say(f"classes: {', '.join(pipeline.class_names if are_numbers(pipeline.class_names) else numbered)}")
     if sampling is not None:
         say(f"sampling by default: {sampling}")
     if folder is not None:

@@ -7,12 +7,23 @@ configuration; a test compares the two lists.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .console import INTERRUPTED, check_backend, check_device, check_precision, help_text, integers, prepare_output, say
+from .console import (
+    INTERRUPTED,
+    Command,
+    check_backend,
+    check_device,
+    check_precision,
+    help_text,
+    integers,
+    prepare_output,
+    say,
+)
 from .images import Backend, BatchSize, Cfg, Data, Device, Model, ModelPath, Precision, Seed, TopK, TopP
 
 _RUN, _OPTIMIZER, _MODEL, _DATA = "Run", "Optimization", "Model", "Data"
@@ -33,20 +44,21 @@ RunFolder = Annotated[Path, _option(
 Resume = Annotated[bool, _option(
     "Continue from the checkpoint in --output. The result is that of an uninterrupted run.", _RUN, "--resume")]
 MaxSteps = Annotated[int, _option("Optimizer steps. The learning rate falls to its minimum at the last one.", _RUN)]
-MaxMinutes = Annotated[float | None, _option("Stop after this time, with a checkpoint.", _RUN, show_default="no limit")]
-CheckpointMinutes = Annotated[float, _option("Minutes between checkpoints.", _RUN)]
+MaxMinutes = Annotated[float | None, _option(
+    "Stop after this time, with a checkpoint.", _RUN, min=0.0, show_default="no limit")]
+CheckpointMinutes = Annotated[float, _option("Minutes between checkpoints.", _RUN, min=0.0)]
 LogEvery = Annotated[int, _option("Steps between lines of log.jsonl.", _RUN)]
-ValEvery = Annotated[int, _option("Steps between validations; 0: at the end only.", _RUN)]
+ValEvery = Annotated[int, _option("Steps between validations; 0: at the end only.", _RUN, min=0)]
 TrainPrecision = Annotated[str, _option("fp32, or bf16 by autocast.", _RUN)]
-TrainSeed = Annotated[int, _option("Seed of initialisation, data order and dropout.", _RUN)]
+TrainSeed = Annotated[int, _option("Seed of initialisation, data order and dropout.", _RUN, min=0, max=2**32 - 1)]
 Images = Annotated[int | None, _option("Images per step.", _OPTIMIZER, "--batch-size",
                                        show_default="64, or all if there are fewer")]
 Lr = Annotated[float, _option("Peak learning rate of AdamW.", _OPTIMIZER)]
 MinLr = Annotated[float, _option("Learning rate at the last step, reached along half a cosine.", _OPTIMIZER)]
 Warmup = Annotated[int, _option("Steps of linear warm-up.", _OPTIMIZER)]
-Decay = Annotated[float, _option("Weight decay of the weights of linear and convolution layers.", _OPTIMIZER)]
-Beta1 = Annotated[float, _option("Decay of AdamW's first moment.", _OPTIMIZER)]
-Beta2 = Annotated[float, _option("Decay of AdamW's second moment.", _OPTIMIZER)]
+Decay = Annotated[float, _option("Weight decay of the weights of linear and convolution layers.", _OPTIMIZER, min=0.0)]
+Beta1 = Annotated[float, _option("Decay of AdamW's first moment.", _OPTIMIZER, min=0.0, max=1.0)]
+Beta2 = Annotated[float, _option("Decay of AdamW's second moment.", _OPTIMIZER, min=0.0, max=1.0)]
 GradClip = Annotated[float, _option("Largest global norm of the gradient; 0: no clipping.", _OPTIMIZER)]
 Ema = Annotated[float, _option("Decay of the average of the weights that is exported; 0: no average.", _OPTIMIZER)]
 ValImages = Annotated[int | None, _option("Training images that are held out for validation.", _DATA,
@@ -67,15 +79,18 @@ PatchNums = Annotated[Any, _integers("Sides of the token maps. The side of an im
                                      "2^(number of --ch-mult - 1).", _MODEL)]
 ResBlocks = Annotated[int, _option("Residual blocks per resolution.", _MODEL)]
 NumPhi = Annotated[int, _option("Number of convolutions φ, which the scales share.", _MODEL)]
-PhiRatio = Annotated[float, _option("Share of the convolution in φ; the rest is the identity.", _MODEL)]
-Beta = Annotated[float, _option("Weight of the commitment loss within the quantizer's loss.", _MODEL)]
+PhiRatio = Annotated[float, _option(
+    "Share of the convolution in φ; the rest is the identity.", _MODEL, min=0.0, max=1.0)]
+Beta = Annotated[float, _option("Weight of the commitment loss within the quantizer's loss.", _MODEL, min=0.0)]
 Znorm = Annotated[bool, _option("Find the nearest code by cosine instead of distance.", _MODEL, "--using-znorm")]
-L1 = Annotated[float, _option("Weight of the absolute error; the squared error has 1.", _OPTIMIZER)]
-Vq = Annotated[float, _option("Weight of the quantizer's loss.", _OPTIMIZER)]
-InitImages = Annotated[int, _option("Images whose features are clustered into the first codebook.", _OPTIMIZER)]
-RestartEvery = Annotated[int, _option("Steps between revivals of unused codes.", _OPTIMIZER)]
-RestartUntil = Annotated[float, _option("Share of the steps after which no code is revived.", _OPTIMIZER)]
-RestartBelow = Annotated[float, _option("A code counts as unused below this share of the average use.", _OPTIMIZER)]
+L1 = Annotated[float, _option("Weight of the absolute error; the squared error has 1.", _OPTIMIZER, min=0.0)]
+Vq = Annotated[float, _option("Weight of the quantizer's loss.", _OPTIMIZER, min=0.0)]
+InitImages = Annotated[int, _option("Images whose features are clustered into the first codebook.", _OPTIMIZER, min=1)]
+RestartEvery = Annotated[int, _option("Steps between revivals of unused codes.", _OPTIMIZER, min=1)]
+RestartUntil = Annotated[float, _option(
+    "Share of the steps after which no code is revived.", _OPTIMIZER, min=0.0, max=1.0)]
+RestartBelow = Annotated[float, _option(
+    "A code counts as unused below this share of the average use.", _OPTIMIZER, min=0.0)]
 
 # Sizes of the transformer.
 Tokenizer = Annotated[Path, _option("The tokenizer: a folder of train-tokenizer, or its vqvae.safetensors.", _DATA,
@@ -83,13 +98,14 @@ Tokenizer = Annotated[Path, _option("The tokenizer: a folder of train-tokenizer,
 Depth = Annotated[int, _option("Number of blocks.", _MODEL)]
 Width = Annotated[int | None, _option("Channels.", _MODEL, show_default="64 times the depth")]
 Heads = Annotated[int | None, _option("Attention heads.", _MODEL, show_default="one per 64 channels")]
-MlpRatio = Annotated[float, _option("Hidden channels of the feed-forward layers, divided by the channels.", _MODEL)]
+MlpRatio = Annotated[float, _option(
+    "Hidden channels of the feed-forward layers, divided by the channels.", _MODEL, min=0.0, max=1000.0)]
 SharedAln = Annotated[bool, _option("One AdaLN projection for all blocks, as in d36.", _MODEL, "--shared-aln")]
 L2Norm = Annotated[bool, _option("Normalise queries and keys, as in all released models.", _MODEL)]
 NumClasses = Annotated[int | None, _option("Classes.", _MODEL, show_default="counted in the data set")]
 LabelDropout = Annotated[float, _option("Share of labels that 'no class' replaces, for guidance (--cfg).", _OPTIMIZER)]
 Views = Annotated[int, _option("Tokenized copies of the training set, each with other crops and flips.", _DATA)]
-EncodeBatch = Annotated[int, _option("Images tokenized at a time.", _DATA)]
+EncodeBatch = Annotated[int, _option("Images tokenized at a time.", _DATA, min=1)]
 
 
 def train_tokenizer(
@@ -160,7 +176,7 @@ def train(
     from ..model.config import VARConfig
     from ..training import transformer as work
 
-    config = work.load_tokenizer(tokenizer.expanduser(), backend).config
+    config = work.load_tokenizer(Path(os.path.expanduser(tokenizer)), backend).config
     if num_classes is None:
         num_classes = len(open_dataset(data, "train", config.image_size, skip_broken=skip_broken).class_names)
     values |= {"num_classes": num_classes, "patch_nums": config.patch_nums}
@@ -189,7 +205,8 @@ def evaluate(
     output: Annotated[Path, typer.Option(
         "--output", "-o", metavar="FILE.json", help="The file for the results.")] = Path("quality.json"),
     model: Model = "fashion", path: ModelPath = None, data: Data = None, backend: Backend = "auto",
-    images: Annotated[int, typer.Option("--images", "-n", min=2, help="Number of images to generate.")] = 2000,
+    images: Annotated[int, typer.Option("--images", "-n", min=2, max=10_000_000,
+                                        help="Number of images to generate.")] = 2000,
     held_out: Annotated[int | None, typer.Option(
         "--held-out", min=2, show_default="a tenth, at most 2000",
         help="Training images that the classifier does not see, for the floor of the distance.")] = None,
@@ -241,4 +258,4 @@ def plot(
 def register(app: typer.Typer) -> None:
     """Add these commands to the program."""
     for command in (train_tokenizer, train, evaluate, plot):
-        app.command(rich_help_panel="Training", help=help_text(command))(command)
+        app.command(cls=Command, rich_help_panel="Training", help=help_text(command))(command)

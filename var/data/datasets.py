@@ -7,6 +7,7 @@ names.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from .fashion_mnist import FASHION_MNIST_CLASSES, FashionMNIST, find_fashion_mnist, holds_idx_files, read_idx
@@ -49,7 +50,7 @@ def open_dataset(
     """
     if path is None:
         return FashionMNIST(None, split, image_size)
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     if not root.is_dir():
         raise DataError(f"{root}: not a directory: expected Fashion-MNIST's IDX files or {EXPECTED}")
     if holds_idx_files(root):

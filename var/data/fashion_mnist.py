@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
+import os
 import struct
 import zlib
 from collections.abc import Mapping
@@ -75,12 +76,12 @@ def find_fashion_mnist(path: str | Path | None = None) -> Path:
     Raises `DataError` with one line that says how to get the files.
     """
     if path is not None:
-        directory = _idx_directory(Path(path).expanduser())
+        directory = _idx_directory(Path(os.path.expanduser(path)))
         if directory is None:
             raise DataError(f"{FASHION_MNIST_HELP} (no train-images-idx3-ubyte[.gz] below {path})")
         return directory
     for candidate in _IDX_SEARCH_PATH:
-        directory = _idx_directory(candidate.expanduser())
+        directory = _idx_directory(Path(os.path.expanduser(candidate)))
         if directory is not None:
             return directory
     raise DataError(FASHION_MNIST_HELP)

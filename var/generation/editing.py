@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..model.config import ScaleSchedule
+from ..model.modules import dtype_of
 from ..model.transformer import VAR
 from ..model.vqvae import VQVAE
 from .generator import generate
@@ -51,4 +52,5 @@ def edit(var: VAR, vqvae: VQVAE, images: Tensor, mask: Tensor, labels: Tensor | 
     masks = tuple(part.to(images.device) for part in kept_masks(var.config.schedule, mask))
     if labels is None:
         labels = torch.full((len(images),), var.config.num_classes, device=images.device)
-    return generate(var, vqvae, labels, keep=Kept(vqvae.encode(images, backend), masks), backend=backend, **options)
+    tokens = vqvae.encode(images.to(dtype_of(vqvae.encoder)), backend)
+    return generate(var, vqvae, labels, keep=Kept(tokens, masks), backend=backend, **options)

@@ -35,16 +35,19 @@ def load(name: str = EMBEDDED, *, path: str | os.PathLike | None = None, backend
     """Load the embedded model (`"fashion"`), or a released one (`"d16"` … `"d36"`) from `path`, ready to generate.
 
     `path` is a folder with `var_<name>.pth` (or .safetensors) and the tokenizer's `vae_ch160v4096z32.pth` (or
-    .safetensors), or a Hub id such as `"FoundationVision/var"`, whose files huggingface_hub downloads once. It can also
-    be a folder with `var.safetensors` and `vqvae.safetensors`, written by `var.save`; `name` is then ignored.
+    .safetensors), or a Hub id such as `"FoundationVision/var"`, whose files huggingface_hub downloads once. Or it is
+    one file with both networks, such as the checkpoint of the official training; see `checkpoints.load_weights` for
+    what is taken from it. It can also be a folder with `var.safetensors` and `vqvae.safetensors`, written by
+    `var.save`; `name` is then ignored.
 
     Raises ValueError for an unknown name, for a file with missing, unexpected or misshaped entries (the message names
     them), and for a pickle that carries code. Raises FileNotFoundError for a missing file.
     """
     if path is None:
         if name != EMBEDDED:
-            raise ValueError(f"path: expected a folder or a Hub id with the files of {name!r}, got None")
+            raise ValueError(f"path: expected a folder, a file or a Hub id with the weights of {name!r}, got None")
         path = WEIGHTS
+    path = os.path.expanduser(path)  # which leaves "~" as it is where a user has no home
     folder = Path(path)
     if (folder / "var.safetensors").is_file():
         vqvae, var = load_model(folder / "vqvae.safetensors", backend), load_model(folder / "var.safetensors", backend)
@@ -58,15 +61,21 @@ def load(name: str = EMBEDDED, *, path: str | os.PathLike | None = None, backend
 
 
 def _locate(path: str | os.PathLike, filename: str) -> Path:
-    """Path of the file `filename` (or the same as .safetensors) in the folder `path`, else downloaded from the Hub."""
+    """Path of the file `filename` (or the same as .safetensors) in the folder `path`, else downloaded from the Hub.
+
+    If `path` is a file, it is this one.
+    """
     folder = Path(path)
+    if folder.is_file():
+        return folder
     if folder.is_dir():
         for candidate in (folder / filename, (folder / filename).with_suffix(".safetensors")):
             if candidate.is_file():
                 return candidate
         raise FileNotFoundError(f"{folder}: expected {filename} (or .safetensors) in this folder")
     if str(path).count("/") != 1 or folder.is_absolute():
-        raise FileNotFoundError(f"path: expected an existing folder or a Hub id 'owner/name', got {str(path)!r}")
+        expected = "an existing folder, a file or a Hub id 'owner/name'"
+        raise FileNotFoundError(f"path: expected {expected}, got {str(path)!r}")
     from huggingface_hub import hf_hub_download  # imported here because it takes a second and only a download needs it
 
     return Path(hf_hub_download(repo_id=str(path), filename=filename))
@@ -87,14 +96,18 @@ def open_model(model: str, path: str | None = None, backend: str = "auto", devic
             f"path: the weights of {model} are not part of this package: name a folder with var_{model}.pth and "
             f"{RELEASED_VAE}, or a Hub id such as FoundationVision/var to download them"
         )
-    if path is None and model != EMBEDDED:
+    if path is not None:
+        path = os.path.expanduser(path)
+        if model not in PRESETS and not (Path(path) / "var.safetensors").is_file():
+            raise ValueError(f"model: expected one of {', '.join(PRESETS)} for the files of {path!r}, got {model!r}")
+    elif model != EMBEDDED:
         path = str(_saved_folder(model))
     metadata = file_metadata(Path(path or WEIGHTS) / "var.safetensors")
     return OpenModel(model, load(model, path=path, backend=backend, device=device), metadata)
 
 
 def _saved_folder(model: str) -> Path:
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))  # Path.expanduser raises an error for a user without a home
     if folder.name == "var.safetensors":
         folder = folder.parent
     if not (folder / "var.safetensors").is_file():

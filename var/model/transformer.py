@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from var_kernels import adaln_layer_norm, block_causal_attention, gated_residual_adaln
 
 from .config import ScaleSchedule, VARConfig
+from .modules import dtype_of, is_plain
+
+_INITIAL_FACTOR = math.log(4.0)  # logarithm of the factor of normalised queries, before training
 
 
 class Modulation(NamedTuple):
@@ -23,34 +26,73 @@ class Modulation(NamedTuple):
     shift2: Tensor
 
 
+class GatedBranch(NamedTuple):
+    """The output (B, L, C) of attention or FFN, and its gate (B, 1, C)."""
+
+    output: Tensor
+    gate: Tensor
+
+
+class KVCache(NamedTuple):
+    """Memory for the keys and values (B, H, L, D) of all tokens of one block. Those before `start` are there."""
+
+    k: Tensor
+    v: Tensor
+    start: int
+
+    def extended(self, k_BHLD: Tensor, v_BHLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of the tokens from `start` on, and return those of all tokens so far."""
+        end = self.start + k_BHLD.shape[2]
+        for memory, new in ((self.k, k_BHLD), (self.v, v_BHLD)):
+            memory[:, :, self.start : end] = new
+        return self.k[:, :, :end].to(k_BHLD.dtype), self.v[:, :, :end].to(v_BHLD.dtype)
+
+
 class SelfAttention(nn.Module):
     """Block-causal multi-head attention. With attn_l2_norm, q and k are unit vectors, and q has a learned factor per
-    head."""
+    head.
+
+    With a `cache`, x holds the tokens of the last of the scales `scale_lens`, and sees the earlier ones in the cache.
+    """
 
     def __init__(self, config: VARConfig, backend: str) -> None:
         super().__init__()
         self.config = config
         self.backend = backend
         if config.attn_l2_norm:
-            self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.heads, 1, 1), math.log(4.0)))
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, config.heads, 1, 1), _INITIAL_FACTOR))
         self.mat_qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(config.width))
         self.v_bias = nn.Parameter(torch.zeros(config.width))
         self.proj = nn.Linear(config.width, config.width)
 
-    def forward(self, x_BLC: Tensor, scale_lens: tuple[int, ...]) -> Tensor:
+    def forward(self, x_BLC: Tensor, scale_lens: tuple[int, ...], cache: KVCache | None = None) -> Tensor:
         B, L, C = x_BLC.shape
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))  # k has no bias
-        qkv = F.linear(x_BLC, self.mat_qkv.weight, bias)
+        qkv = self._projected(x_BLC)
         q, k, v = qkv.view(B, L, 3, self.config.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         if self.config.attn_l2_norm:
-            factor = self.scale_mul_1H11.clamp_max(math.log(100.0)).exp()
-            q = (F.normalize(q.float(), dim=-1) * factor).to(v.dtype)
+            q = (F.normalize(q.float(), dim=-1) * self.q_factor()).to(v.dtype)
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
+        if cache is not None:
+            k, v = cache.extended(k, v)
         out_BHLD = block_causal_attention(
             q, k, v, scale_lens, softmax_scale=self.config.softmax_scale, backend=self.backend
         )
         return self.proj(out_BHLD.transpose(1, 2).reshape(B, L, C))
+
+    def q_factor(self) -> Tensor:
+        """The factor (1, H, 1, 1) of the normalised queries."""
+        return self.scale_mul_1H11.float().clamp_max(math.log(100.0)).exp()
+
+    def qkv_bias(self) -> Tensor:
+        """The bias (3C,) of queries, keys and values. Keys have none."""
+        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+
+    def _projected(self, x_BLC: Tensor) -> Tensor:
+        if is_plain(self.mat_qkv, nn.Linear) and self.mat_qkv.bias is None:
+            return F.linear(x_BLC, self.mat_qkv.weight, self.qkv_bias())
+        qkv = self.mat_qkv(x_BLC)
+        return qkv + self.qkv_bias().to(qkv.dtype)
 
 
 class FFN(nn.Module):
@@ -66,11 +108,26 @@ class FFN(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+def add_and_norm(
+    x_BLC: Tensor, branch: GatedBranch | None, scale: Tensor, shift: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """x plus the gated branch, and LayerNorm with AdaLN of that sum."""
+    if branch is None:
+        return x_BLC, adaln_layer_norm(x_BLC, scale, shift, backend=backend)
+    return gated_residual_adaln(x_BLC, *branch, scale, shift, backend=backend)
+
+
 class Block(nn.Module):
-    """Attention, FFN and the source of the six AdaLN parameters. `VAR._blocks` fuses the norms between them."""
+    """Attention and FFN, each between a norm with AdaLN and a gate.
+
+    The sum of x and the last gated branch is left to the norm that follows, in the next block or before the head: gate,
+    sum and norm are one op. So x and that branch with its gate go from block to block; before the first block there is
+    no branch. `condition` is what the AdaLN parameters are computed from, see `VAR.condition`.
+    """
 
     def __init__(self, config: VARConfig, backend: str) -> None:
         super().__init__()
+        self.backend = backend
         self.attn = SelfAttention(config, backend)
         self.ffn = FFN(config)
         if config.shared_aln:
@@ -78,12 +135,23 @@ class Block(nn.Module):
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
 
-    def modulation(self, cond_BD: Tensor, shared_B16C: Tensor | None) -> Modulation:
-        """The AdaLN parameters: computed from the class embedding, or the shared ones plus this block's offset."""
-        if shared_B16C is not None:
-            parameters = self.ada_gss + shared_B16C
+    def forward(
+        self, x_BLC: Tensor, branch: GatedBranch | None, condition: Tensor, scale_lens: tuple[int, ...],
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, GatedBranch]:  # fmt: skip
+        m = self.modulation(condition)
+        x_BLC, y_BLC = add_and_norm(x_BLC, branch, m.scale1, m.shift1, self.backend)
+        attended = GatedBranch(self.attn(y_BLC, scale_lens, cache), m.gamma1)
+        x_BLC, y_BLC = add_and_norm(x_BLC, attended, m.scale2, m.shift2, self.backend)
+        return x_BLC, GatedBranch(self.ffn(y_BLC), m.gamma2)
+
+    def modulation(self, condition: Tensor) -> Modulation:
+        """The AdaLN parameters: computed from the class embedding (B, C), or the shared ones (B, 1, 6, C) plus this
+        block's offset."""
+        if condition.dim() == 4:
+            parameters = self.ada_gss + condition
         else:
-            parameters = self.ada_lin(cond_BD).view(len(cond_BD), 1, 6, -1)
+            parameters = self.ada_lin(condition).view(len(condition), 1, 6, -1)
         return Modulation(*parameters.unbind(2))
 
 
@@ -122,7 +190,6 @@ class VAR(nn.Module):
         self.head_nm = AdaLNBeforeHead(width)
         self.head = nn.Linear(width, config.vocab_size)
         self.backend = backend
-        self.register_buffer("levels", scale_of_token(schedule), persistent=False)
         self.register_load_state_dict_pre_hook(_drop_derived_buffers)
 
     def forward(self, labels: Tensor, teacher_forcing_input: Tensor) -> Tensor:
@@ -137,46 +204,34 @@ class VAR(nn.Module):
             raise ValueError(
                 f"teacher_forcing_input: expected shape {expected}, got {tuple(teacher_forcing_input.shape)}"
             )
-        cond_BD = self.condition(labels)
-        x_BLC = torch.cat((self.start(cond_BD), self.word_embed(teacher_forcing_input).to(cond_BD.dtype)), dim=1)
-        return self._blocks(x_BLC + self.positions(), self.modulations(cond_BD), schedule.lengths)
+        cond_BD = self.class_emb(checked_labels(labels, self.config.num_classes))
+        first_BLC = cond_BD.unsqueeze(1) + self.pos_start
+        x_BLC = torch.cat((first_BLC, self.word_embed(teacher_forcing_input).to(cond_BD.dtype)), dim=1)
+        x_BLC, branch, condition = x_BLC + self.positions(), None, self.condition(cond_BD)
+        for block in self.blocks:
+            x_BLC, branch = block(x_BLC, branch, condition, schedule.lengths)
+        _, y_BLC = add_and_norm(x_BLC, branch, *self.head_nm(cond_BD), self.backend)
+        return self.logits(y_BLC)
 
-    def condition(self, labels: Tensor) -> Tensor:
-        """Class embeddings (B, C) of the labels, which are checked."""
-        if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise ValueError(f"labels: expected a 1-D integer tensor, got shape {tuple(labels.shape)} {labels.dtype}")
-        if not torch.compiler.is_compiling() and labels.numel():
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high > self.config.num_classes:
-                raise ValueError(f"labels: expected values in [0, {self.config.num_classes}], got [{low}, {high}]")
-        return self.class_emb(labels)
-
-    def start(self, cond_BD: Tensor) -> Tensor:
-        """Input of the first scale, without positions: the class embedding at every token of the map."""
-        return cond_BD.unsqueeze(1) + self.pos_start
+    def condition(self, cond_BD: Tensor) -> Tensor:
+        """What the blocks compute their AdaLN parameters from: the class embedding (B, C), or with `shared_aln` the
+        parameters (B, 1, 6, C) that all blocks share."""
+        if not self.config.shared_aln:
+            return cond_BD
+        return self.shared_ada_lin(cond_BD).view(len(cond_BD), 1, 6, -1)
 
     def positions(self) -> Tensor:
         """Level and position embeddings (1, L, C)."""
-        return self.lvl_embed(self.levels) + self.pos_1LC
+        lengths = self.config.schedule.lengths
+        levels = self.lvl_embed(torch.arange(len(lengths), device=self.pos_1LC.device))
+        return torch.cat([level.expand(n, -1) for level, n in zip(levels, lengths, strict=True)]) + self.pos_1LC
 
-    def modulations(self, cond_BD: Tensor) -> tuple[list[Modulation], tuple[Tensor, Tensor]]:
-        """AdaLN parameters of all blocks and of the head. They depend on the class, not on the scale."""
-        shared = None
-        if self.config.shared_aln:
-            shared = self.shared_ada_lin(cond_BD).view(len(cond_BD), 1, 6, -1)
-        return [block.modulation(cond_BD, shared) for block in self.blocks], self.head_nm(cond_BD)
-
-    def _blocks(self, x_BLC: Tensor, modulations, scale_lens: tuple[int, ...]) -> Tensor:
-        """The blocks and the head. Each gate, residual sum and following norm is one op, also between two blocks."""
-        blocks, (head_scale, head_shift) = modulations
-        following = [*((m.scale1, m.shift1) for m in blocks[1:]), (head_scale, head_shift)]
-        y_BLC = adaln_layer_norm(x_BLC, blocks[0].scale1, blocks[0].shift1, backend=self.backend)
-        for block, m, (scale, shift) in zip(self.blocks, blocks, following, strict=True):
-            branch = block.attn(y_BLC, scale_lens)
-            x_BLC, y_BLC = gated_residual_adaln(x_BLC, branch, m.gamma1, m.scale2, m.shift2, backend=self.backend)
-            x_BLC, y_BLC = gated_residual_adaln(x_BLC, block.ffn(y_BLC), m.gamma2, scale, shift, backend=self.backend)
-        with torch.autocast(y_BLC.device.type, enabled=False):  # the head is fp32 in every released model
-            return F.linear(y_BLC.float(), self.head.weight.float(), self.head.bias.float())
+    def logits(self, y_BLC: Tensor) -> Tensor:
+        """The head, which is fp32 in every released model."""
+        with torch.autocast(y_BLC.device.type, enabled=False):
+            if is_plain(self.head, nn.Linear) and self.head.bias is not None:
+                return F.linear(y_BLC.float(), self.head.weight.float(), self.head.bias.float())
+            return self.head(y_BLC.to(dtype_of(self.head))).float()
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None, *, adaln: float = 0.5, gamma: float = 1e-5,
@@ -190,6 +245,11 @@ class VAR(nn.Module):
                     nn.init.zeros_(module.bias)
         for parameter in (self.pos_start, self.pos_1LC):
             nn.init.trunc_normal_(parameter, std=std, generator=generator)
+        for attn in (block.attn for block in self.blocks):
+            nn.init.zeros_(attn.q_bias)
+            nn.init.zeros_(attn.v_bias)
+            if self.config.attn_l2_norm:
+                nn.init.constant_(attn.scale_mul_1H11, _INITIAL_FACTOR)
         self.head.weight.mul_(head)
         self.head_nm.ada_lin[-1].weight.mul_(adaln)
         if self.config.shared_aln:
@@ -202,6 +262,17 @@ class VAR(nn.Module):
                 _scale_gates(block.ada_gss.view(6, width), gamma, adaln)
             else:
                 _scale_gates(block.ada_lin[-1].weight.view(6, width, width), gamma, adaln)
+
+
+def checked_labels(labels: Tensor, num_classes: int) -> Tensor:
+    """The labels as int64. Raises ValueError if they are no 1-D integer tensor with values in [0, num_classes]."""
+    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels: expected a 1-D integer tensor, got shape {tuple(labels.shape)} {labels.dtype}")
+    if not torch.compiler.is_compiling() and labels.numel():
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high > num_classes:
+            raise ValueError(f"labels: expected values in [0, {num_classes}], got [{low}, {high}]")
+    return labels.long()
 
 
 def scale_of_token(schedule: ScaleSchedule) -> Tensor:
@@ -229,6 +300,6 @@ def _drop_derived_buffers(module: VAR, state_dict: dict, prefix: str, *_: object
             continue
         if tuple(buffer.shape) != shape:
             raise ValueError(f"{prefix + name}: expected shape {shape}, got {tuple(buffer.shape)}")
-        if name == "lvl_1L" and not buffer.is_meta and not module.levels.is_meta:
-            if not torch.equal(buffer[0].cpu(), module.levels.cpu()):
+        if name == "lvl_1L" and not buffer.is_meta:
+            if not torch.equal(buffer[0].cpu(), scale_of_token(schedule)):
                 raise ValueError(f"{prefix + name}: the file was made for another schedule than {schedule.patch_nums}")

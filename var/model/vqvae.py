@@ -20,13 +20,10 @@ class VQVAEOutput(NamedTuple):
 
 
 class Norm(nn.GroupNorm):
-    """GroupNorm over 32 groups. `activated` applies SiLU to its result."""
+    """GroupNorm over 32 groups."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(32, channels, eps=1e-6)
-
-    def activated(self, x: Tensor) -> Tensor:
-        return F.silu(self(x))
 
 
 class ResnetBlock(nn.Module):
@@ -41,8 +38,8 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        h = self.conv1(self.norm1.activated(x_BCHW))
-        return self.nin_shortcut(x_BCHW) + self.conv2(self.norm2.activated(h))
+        h = self.conv1(F.silu(self.norm1(x_BCHW)))
+        return self.nin_shortcut(x_BCHW) + self.conv2(F.silu(self.norm2(h)))
 
 
 class AttnBlock(nn.Module):
@@ -94,13 +91,15 @@ class Level(nn.Module):
             self.add_module(name, module)
         self.resample = tuple(resample)
 
+    def layers(self) -> list[nn.Module]:
+        """The modules in the order of their application."""
+        attention = [(attn,) for attn in self.attn] or [()] * len(self.block)
+        blocks = [layer for pair in zip(self.block, attention, strict=True) for layer in (pair[0], *pair[1])]
+        return blocks + [getattr(self, name) for name in self.resample]
+
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if self.attn:
-                x = self.attn[i](x)
-        for name in self.resample:
-            x = getattr(self, name)(x)
+        for layer in self.layers():
+            x = layer(x)
         return x
 
 
@@ -113,8 +112,14 @@ class Middle(nn.Module):
         self.attn_1 = AttnBlock(channels)
         self.block_2 = ResnetBlock(channels, channels)
 
+    def layers(self) -> list[nn.Module]:
+        """The modules in the order of their application."""
+        return [self.block_1, self.attn_1, self.block_2]
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+        for layer in self.layers():
+            x = layer(x)
+        return x
 
 
 class Encoder(nn.Module):
@@ -140,7 +145,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
-        return self.conv_out(self.norm_out.activated(self.mid(x)))
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -162,11 +167,14 @@ class Decoder(nn.Module):
         self.norm_out = Norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
+    def layers(self) -> list[nn.Module]:
+        """The modules in the order of their application, up to the last norm."""
+        return [self.conv_in, self.mid, *reversed(self.up)]
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(self.norm_out.activated(x))
+        for layer in self.layers():
+            x = layer(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class QuantResi(nn.Module):
@@ -189,7 +197,8 @@ class Quantizer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.z_channels)
         self.quant_resi = QuantResi(config)
 
-    def _phi(self) -> tuple[Tensor, Tensor]:
+    def phi(self) -> tuple[Tensor, Tensor]:
+        """Weights (Φ, C, C, 3, 3) and biases (Φ, C) of the φ convolutions."""
         convs = self.quant_resi.qresi_ls
         return torch.stack([conv.weight for conv in convs]), torch.stack([conv.bias for conv in convs])
 
@@ -199,7 +208,7 @@ class Quantizer(nn.Module):
         `backend` None means the backend of this module.
         """
         config = self.config
-        weight, bias = self._phi()
+        weight, bias = self.phi()
         return multi_scale_quantize(
             f_BCHW, self.embedding.weight, weight, bias, config.patch_nums, phi_ratio=config.phi_ratio,
             metric="cosine" if config.using_znorm else "l2", beta=config.beta, backend=backend or self.backend,
@@ -210,7 +219,7 @@ class Quantizer(nn.Module):
         self, f_hat_BCHW: Tensor, codes_BLC: Tensor, k: int, backend: str | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """f_hat with the codes of scale k added, and that pooled to the next map, (B, l_{k+1}, C): None at the last."""
-        weight, bias = self._phi()
+        weight, bias = self.phi()
         return next_scale_input(
             f_hat_BCHW, codes_BLC, weight, bias, self.config.patch_nums, k,
             phi_ratio=self.config.phi_ratio, backend=backend or self.backend,

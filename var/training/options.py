@@ -47,7 +47,10 @@ class TrainingOptions:
     skip_broken: bool = False  # folders of images only; see var.data.ImageFolder
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output", Path(self.output).expanduser())
+        try:
+            object.__setattr__(self, "output", Path(self.output).expanduser())
+        except RuntimeError as error:  # there is no home, and a folder named "~" is not what is meant
+            raise ValueError(f"output: expected a folder, got {str(self.output)!r} ({error})") from error
         _require(self.max_steps >= 1, "max_steps", "a positive number", self.max_steps)
         _require(self.batch_size is None or self.batch_size >= 1, "batch_size", "a positive number", self.batch_size)
         _require(self.val_images is None or self.val_images >= 0, "val_images", "zero or more", self.val_images)

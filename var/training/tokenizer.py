@@ -25,7 +25,7 @@ from ..model.config import VQVAEConfig
 from ..model.vqvae import VQVAE
 from .data import open_training_data
 from .options import TrainingOptions, TrainingResult
-from .trainer import Trainer, plain
+from .trainer import Trainer, only_training, plain
 
 WEIGHTS_NAME = "vqvae.safetensors"
 _STREAM_AUGMENT, _STREAM_CODEBOOK = 2, 3
@@ -52,7 +52,7 @@ def train_tokenizer(options: TokenizerTraining) -> TrainingResult:
     Raises `var.data.DataError` for unusable data, and `var.training.options.TrainingError` if training cannot start or
     go on.
     """
-    with torch.random.fork_rng(devices=[]):
+    with only_training(options.output), torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         return _TokenizerRun(options).run()
 

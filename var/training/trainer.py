@@ -17,13 +17,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from var_kernels._only_writer import only_writer
 from var_kernels.native.build import write_atomically
 
 from ..data.interface import DataError, ImageData, describe
@@ -88,6 +89,19 @@ class StopSignal:
         self.requested = True
 
 
+@contextmanager
+def only_training(output: Path) -> Iterator[None]:
+    """Keeps other trainings out of the run directory `output`. Raises `TrainingError` if one is there already."""
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(only_writer(output, folder=True))
+        except BlockingIOError as error:
+            raise TrainingError(f"output: another process is writing to {output}") from error
+        except OSError as error:
+            raise TrainingError(f"output: cannot write to {output}: {error.strerror or error}") from error
+        yield
+
+
 def write_checkpoint(path: Path, payload: dict[str, Any]) -> None:
     """Saves to a temporary file in the folder of `path`, flushes it to the disk, then renames it to `path`.
 
@@ -124,7 +138,7 @@ def read_checkpoint(path: Path, title: str, mmap: bool = False) -> dict[str, Any
 
 def saved_options(output: str | Path, title: str) -> dict[str, Any]:
     """The options of the run in `output` by name, with the sizes of its model. A resumed run should not change them."""
-    state = read_checkpoint(Path(output).expanduser() / CHECKPOINT_NAME, title, mmap=True)
+    state = read_checkpoint(Path(os.path.expanduser(output)) / CHECKPOINT_NAME, title, mmap=True)
     return state["config"] | {name: value for name, value in state["options"].items() if name != "model"}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from .data import open_training_data
 from .options import TrainingError, TrainingOptions, TrainingResult
 from .progress import TrainingDisplay
 from .tokenizer import WEIGHTS_NAME as TOKENIZER_NAME
-from .trainer import Trainer, plain
+from .trainer import Trainer, only_training, plain
 
 WEIGHTS_NAME = "var.safetensors"
 _STREAM_INIT, _STREAM_BATCH, _STREAM_VIEWS = 4, 5, 6
@@ -50,7 +51,7 @@ class TransformerTraining(TrainingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "tokenizer", Path(self.tokenizer).expanduser())
+        object.__setattr__(self, "tokenizer", Path(os.path.expanduser(self.tokenizer)))
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout: expected 0 <= label_dropout < 1, got {self.label_dropout}")
         if self.views < 1:
@@ -63,7 +64,7 @@ def train_transformer(options: TransformerTraining) -> TrainingResult:
 
     Raises `DataError` for unusable data and `TrainingError` if training cannot start or go on.
     """
-    with torch.random.fork_rng(devices=[]):
+    with only_training(options.output), torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         return _TransformerRun(options).run()
 

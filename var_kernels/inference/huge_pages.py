@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Iterable
 
 import torch
 
@@ -27,12 +26,3 @@ def zeros(*shape: int, dtype: torch.dtype, device: str | torch.device = "cpu") -
     with contextlib.suppress(OSError):  # the operating system has no huge pages
         memory.madvise(mmap.MADV_HUGEPAGE, start, whole)
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=start).view(shape)
-
-
-def filled(elements: int, pieces: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    """A vector with the elements of all pieces, one piece after another; the pieces may come from a generator."""
-    whole, begin = zeros(elements, dtype=dtype), 0
-    for piece in pieces:
-        whole[begin : begin + piece.numel()].view(piece.shape).copy_(piece)
-        begin += piece.numel()
-    return whole

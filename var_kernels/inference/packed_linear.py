@@ -18,23 +18,19 @@ from . import huge_pages, packing
 
 # x is (M, K), dense; the packed weights and the bias are those of `_pack`.
 define("_packed_linear(Tensor x, Tensor packed, Tensor bias, int out_features, bool gelu) -> Tensor", __name__)
-_STRIP, _GROUP, _COLUMNS = 48, 512, 16  # constants of packed_linear.h; a test compares them
+# Writes the packed form of weight (N, K), dense, float32 or bfloat16, to `packed`.
+define("_pack_linear(Tensor weight, Tensor(a!) packed) -> ()", __name__)
+_COLUMNS = 16  # a constant of packed_linear.h; a test compares it
+
+
+@register_fake("_pack_linear")
+def _(weight, packed):
+    return None
 
 
 @register_fake("_packed_linear")
 def _(x, packed, bias, out_features, gelu):
     return x.new_empty(x.shape[0], out_features)
-
-
-def _strips(columns: int) -> list[int]:
-    """The widths of the strips into which the columns are divided, as in packed_linear.h."""
-    groups = [min(_GROUP, columns - begin) for begin in range(0, columns, _GROUP)]
-    widths = []
-    for left in groups:
-        while left:
-            widths.append(32 if left == 64 else min(_STRIP, left))
-            left -= widths[-1]
-    return widths
 
 
 def _inputs_together(dtype: torch.dtype) -> int:
@@ -45,18 +41,18 @@ def _pack(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The weight (N, K) by strips of outputs; in each strip input after input, in each input the outputs of the strip.
 
     Outputs are padded with zeros to a multiple of 16. In bf16 two inputs form a pair, and the last pair may be padded
-    with a zero.
+    with a zero. packed_linear.h defines the strips.
     """
-    lacking = -weight.shape[1] % _inputs_together(dtype), -len(weight) % _COLUMNS
-    if any(lacking):
-        weight = F.pad(weight, (0, lacking[0], 0, lacking[1]))
-    scalar = torch.int32  # a float, or a pair
-    # Each strip is converted and transposed into its place: malloc would keep a temporary as large as the weight.
-    strips = (strip.to(dtype).contiguous().view(scalar).t() for strip in weight.split(_strips(len(weight))))
-    return huge_pages.filled(weight.numel() * dtype.itemsize // scalar.itemsize, strips, scalar).view(dtype)
+    outputs, inputs = weight.shape
+    elements = (outputs + -outputs % _COLUMNS) * (inputs + -inputs % _inputs_together(dtype))
+    packed = huge_pages.zeros(elements, dtype=dtype)
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        weight = weight.float()
+    torch.ops.var_kernels._pack_linear(weight.contiguous(), packed)
+    return packed
 
 
-class PackedLinear:
+class PackedLinear(packing.Packed):
     """y = x·Wᵀ + b, or tanh-GELU of that, with W in the order in which the kernel reads it.
 
     Backend `cpu` multiplies packed weights. It uses our own kernel on x86-64 processors, in fp32 from AVX2 on and in

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NoReturn
 
 import torch
 
@@ -42,6 +43,20 @@ def packer(dtype: torch.dtype) -> str:
     reason = unavailable_reason(dtype)
     served = "our kernel" if ours is None else "oneDNN" if reason is None else f"F.linear ({reason})"
     return served if ours is None or reason is not None else f"{served} (our kernel: {ours})"
+
+
+class Packed:
+    """Weights in a form of this processor. Nothing changes them, so a copy is the object itself."""
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo: dict):
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a {type(self).__name__} is made for the processor that it was built on, and cannot be "
+                        "pickled: pickle the weight, and build another one from it")
 
 
 @functools.cache

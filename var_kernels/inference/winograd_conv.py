@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from .._checks import check, check_dtype, check_image_out, check_same, check_shape, check_tensor, refuse_gradients
 from ..backends import resolve
@@ -13,13 +12,17 @@ from ..native import load
 from ..native.library import define, register_fake
 from ..reference import winograd_conv as _reference
 from . import huge_pages
+from .packing import Packed
 
 # x is (B, H, W, C_in), y (B, H', W', C_out), dense; the packed weights are those of `_pack`. y is written to, and may
 # be the residual.
 define(
     "_winograd_conv(Tensor x, Tensor packed, Tensor bias, Tensor? residual, int scheme, Tensor(a!) y) -> ()", __name__
 )
-_STRIP, _COLUMNS, _DEPTH = 80, 16, 32  # constants of winograd_conv.h; a test compares them
+# Writes the transformed and packed form of weight (C_out, C_in, 3, 3), dense float32, to `packed`; transform is the
+# matrix `Scheme.filters` in float64.
+define("_pack_winograd(Tensor weight, Tensor transform, Tensor(a!) packed) -> ()", __name__)
+_COLUMNS, _DEPTH = 16, 32  # constants of winograd_conv.h; a test compares them
 _CACHED_BYTES = 32 << 20  # the size of a common last-level cache
 
 
@@ -64,6 +67,11 @@ def _(x, packed, bias, residual, scheme, y):
     return None
 
 
+@register_fake("_pack_winograd")
+def _(weight, transform, packed):
+    return None
+
+
 def choose(out_channels: int, in_channels: int, dtype: torch.dtype, doubling: bool) -> tuple[int, torch.dtype]:
     """The index of the scheme, and the dtype in which numbers are multiplied: bfloat16 if the processor can."""
     pairs = dtype == torch.bfloat16 and load.native_library().isa in ("avx512_bf16", "amx")
@@ -84,28 +92,27 @@ def prepared_bytes(
     if resolve("winograd_conv", backend, torch.device(device).type, dtype) == "reference":
         return out_channels * in_channels * 9 * dtype.itemsize
     scheme, packed = choose(out_channels, in_channels, dtype, doubling)
-    padded = (out_channels + -out_channels % _COLUMNS) * (in_channels + -in_channels % _DEPTH)
-    return SCHEMES[scheme].points * padded * packed.itemsize
+    return SCHEMES[scheme].points * _padded(out_channels, in_channels) * packed.itemsize
 
 
 def _pack(weight: torch.Tensor, scheme: int, dtype: torch.dtype) -> torch.Tensor:
     """The transformed weights by strips of 80 output channels.
 
     In each strip lies point after point, in each point input channel after input channel (in bf16: pair after pair),
-    and in each of these the output channels of the strip. Both channel counts are padded with zeros.
+    and in each of these the output channels of the strip. Both channel counts are padded with zeros. The transform is
+    computed in float64 and rounded once.
     """
-    taps = torch.tensor(SCHEMES[scheme].filters, dtype=torch.float64)
-    points = torch.einsum("pi,qj,ocij->pqco", taps, taps, weight.double()).flatten(0, 1)
-    _, depth, columns = points.shape
-    points = F.pad(points, (0, -columns % _COLUMNS, 0, -depth % _DEPTH))
-    if dtype == torch.bfloat16:
-        points = points.unflatten(1, (-1, 2)).transpose(2, 3)
-    else:
-        points = points.unsqueeze(3)
-    return huge_pages.filled(points.numel(), points.to(dtype).split(_STRIP, dim=2), dtype)
+    transform = torch.tensor(SCHEMES[scheme].filters, dtype=torch.float64)
+    packed = huge_pages.zeros(_padded(*weight.shape[:2]) * SCHEMES[scheme].points, dtype=dtype)
+    torch.ops.var_kernels._pack_winograd(weight.float().contiguous(), transform, packed)
+    return packed
 
 
-class PackedConv3x3:
+def _padded(out_channels: int, in_channels: int) -> int:
+    return (out_channels + -out_channels % _COLUMNS) * (in_channels + -in_channels % _DEPTH)
+
+
+class PackedConv3x3(Packed):
     """y = conv(x, weight) + bias [+ residual]: 3×3, stride 1, padded by one zero, with weights prepared once.
 
     With `doubling`, the convolution is that of x doubled in height and width by nearest neighbour; the doubled image is

@@ -134,17 +134,6 @@ def sources() -> list[Path]:
     return sorted(path for path in CSRC.rglob("*") if path.suffix in SOURCE_SUFFIXES and path.is_file())
 
 
-def cache_root() -> Path:
-    """Where libraries built at first use and object files are kept.
-
-    This is ``VAR_KERNELS_CACHE``, else ``var_kernels`` in the user's cache directory.
-    """
-    explicit = os.environ.get("VAR_KERNELS_CACHE")
-    if explicit:
-        return Path(explicit).expanduser().resolve()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "var_kernels"
-
-
 def find_torch(extra: Iterable[str] = ()) -> TorchInstall | None:
     """The torch on ``sys.path``, else the first one in the site directories `extra`."""
     spec = importlib.util.find_spec("torch")
@@ -161,7 +150,7 @@ def read_torch(path: Path) -> TorchInstall | None:
     version_file = path / "version.py"
     if not version_file.is_file():
         return None
-    text = version_file.read_text()
+    text = version_file.read_text(encoding="utf-8")
 
     def value(name: str) -> str | None:
         match = re.search(rf"^{name}\b[^=\n]*=\s*'([^']*)'", text, re.M)
@@ -194,10 +183,10 @@ def find_compiler() -> Compiler:
     command = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
     if not command:
         raise BuildUnavailable(f"no C++ compiler found: {advice}")
-    probe = [*shlex.split(command), "-dM", "-E", "-x", "c++", os.devnull]
     try:
-        answer = subprocess.run(probe, capture_output=True, text=True)
-    except OSError as error:
+        probe = [*shlex.split(command), "-dM", "-E", "-x", "c++", os.devnull]
+        answer = subprocess.run(probe, capture_output=True, text=True, errors="replace")
+    except (OSError, ValueError) as error:  # ValueError: a quotation without an end
         raise BuildUnavailable(f"the C++ compiler {command!r} does not run ({error}): {advice}") from error
     macros = dict(re.findall(r"^#define (\w+) (\d+)$", answer.stdout, re.M))
     if answer.returncode or "__GNUC__" not in macros:
@@ -319,15 +308,15 @@ def build(
     }
     work_dir.mkdir(parents=True, exist_ok=True)
     info_source, info_file = _build_info_source(info), work_dir / "build_info.cpp"
-    if not info_file.is_file() or info_file.read_text() != info_source:
-        info_file.write_text(info_source)
+    if not info_file.is_file() or info_file.read_text(encoding="utf-8") != info_source:
+        info_file.write_text(info_source, encoding="utf-8")
     plan = _ninja_file(compiler, torch, nvcc, info, report, work_dir.resolve())
-    (work_dir / "build.ninja").write_text(plan)
+    (work_dir / "build.ninja").write_text(plan, encoding="utf-8", errors="surrogateescape")
     for compiled in work_dir.glob("*.cu.o") if report else ():
         compiled.unlink()  # the usage is printed only when a kernel is compiled
     jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
     command = [ninja, "-C", str(work_dir), *jobs, *(["-v"] if verbose else [])]
-    answer = subprocess.run(command, capture_output=not verbose, text=True)
+    answer = subprocess.run(command, capture_output=not verbose, text=True, errors="replace")
     if answer.returncode and nvcc and mode == "auto":
         print("[var_kernels] nvcc failed; building the CPU kernels alone\n" + _tail(answer), file=sys.stderr)
         return build(destination, work_dir, mode="cpu", torch=torch, verbose=verbose)
@@ -403,7 +392,7 @@ def _objects(compiler: Compiler, nvcc: Nvcc | None, info: dict, stable_abi: str)
 def _with_includes(source: Path, found: list[Path]) -> list[Path]:
     """`found`, followed in a fixed order by `source` and every file of `csrc` that it includes, directly or not."""
     found.append(source)
-    for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', source.read_text(), re.M):
+    for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', source.read_text(encoding="utf-8"), re.M):
         for path in ((source.parent / name).resolve(), (CSRC / name).resolve()):
             if path.is_file() and path not in found:
                 _with_includes(path, found)
@@ -453,10 +442,20 @@ def _escape_command(command: str) -> str:
     return re.sub(r"\$(?!in\b|out\b)", "$$$$", command)
 
 
-def object_dir(torch: TorchInstall) -> Path:
-    """The directory in the cache for this checkout's object files with this flavour of torch on this machine."""
-    place = hashlib.sha256(str(CSRC).encode()).hexdigest()[:8]
-    return cache_root() / f"objects-{place}-{'cuda' if torch.cuda else 'cpu'}-{platform.machine()}"
+def object_dir(root: Path, torch: TorchInstall) -> Path:
+    """The directory in the cache `root` for the object files of this checkout, flavour of torch and machine."""
+    place = hashlib.sha256(os.fsencode(CSRC)).hexdigest()[:8]
+    return root / f"objects-{place}-{'cuda' if torch.cuda else 'cpu'}-{platform.machine()}"
+
+
+def replace_unprintable() -> None:
+    """Lets stdout and stderr print a "?" for each character that their encoding lacks, such as "×" in ASCII.
+
+    By default such a character is an error, and it ends a program in the middle of its output.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # streams of another kind are those of a test, or None
+            stream.reconfigure(errors="replace")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -481,12 +480,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch = require_torch(find_torch())
         import filelock
 
-        work_dir = object_dir(torch)
-        work_dir.mkdir(parents=True, exist_ok=True)
+        # As a script, this file belongs to no package.
+        cache = importlib.import_module(".cache" if __package__ else "cache", __package__)
+        work_dir = object_dir(cache.private_directory(cache.cache_root()), torch)
+        cache.private_directory(work_dir)
         with filelock.FileLock(str(work_dir / "lock")):
             settings = {"archs": archs, "report": options.report, "verbose": options.verbose}
             info = build(options.output.resolve(), work_dir, mode=mode, torch=torch, **settings)
-    except (BuildUnavailable, BuildFailed, ValueError) as error:
+    except (BuildUnavailable, BuildFailed, ValueError, OSError) as error:
         print(f"[var_kernels] {error}", file=sys.stderr)
         return 1
     if options.report:
@@ -498,4 +499,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     sys.exit(main())

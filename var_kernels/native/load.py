@@ -2,7 +2,8 @@
 
 A library is loaded only if the source hash embedded in it equals that of the present sources: a changed file under
 ``csrc/`` leads to a new build, never to outdated kernels. First comes the library built ahead of time inside the
-package, then the one in the cache, then a build into the cache under a lock.
+package, then the one in the cache, then a build into the cache under a lock. Where another user can write, no library
+is loaded from the cache.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from . import build
+from . import build, cache
 
 _KEPT_LIBRARIES = 8
 _LOCK_TIMEOUT_S = 1800
@@ -102,19 +103,29 @@ def _load_cached(mode: str, found: build.TorchInstall) -> NativeStatus:
     flavour = "cuda" if build.cuda_compiler(mode, found) else "cpu"
     torch_version = ".".join(map(str, found.major_minor))
     key = f"{build.source_hash()[:16]}-torch{torch_version}-{flavour}-{platform.machine()}"
-    library = build.cache_root() / key / build.LIBRARY_NAME
-    origin = "cached"
-    info = _current_info(library)
-    if info is None:
-        arrived = time.time()
-        with _exclusive(found):
+    for root in cache.cache_roots():
+        with contextlib.suppress(OSError):  # it cannot be read, or others can write to it
+            if info := _info_of_own(root / key / build.LIBRARY_NAME):
+                return _open(root / key / build.LIBRARY_NAME, "cached", info)
+    root, arrived, origin = cache.cache_root(), time.time(), "cached"
+    library = root / key / build.LIBRARY_NAME
+    with _exclusive(root, found):
+        info = _info_of_own(library)
+        if info is None:
+            origin = _build_once(library, mode, found, arrived)
             info = _current_info(library)
-            if info is None:
-                origin = _build_once(library, mode, found, arrived)
-                info = _current_info(library)
     if info is None:
         raise build.BuildFailed(f"the sources in {build.CSRC} changed while they were compiled; try again")
     return _open(library, origin, info)
+
+
+def _info_of_own(library: Path) -> dict | None:
+    """The build info of a current library in the cache, else None. Raises OSError if others can write to it."""
+    info = _current_info(library)
+    if info is not None:
+        for path in (library.parent.parent, library.parent, library):
+            cache.refuse_shared(path)
+    return info
 
 
 def _current_info(library: Path) -> dict | None:
@@ -152,14 +163,15 @@ def _elf_is_complete(data: mmap.mmap) -> bool:
     return section_table > 0 and len(data) >= section_table + entry_size * entries
 
 
-def _exclusive(found: build.TorchInstall):
-    """Acquires the inter-process lock of the object files that a build for `found` uses."""
+def _exclusive(root: Path, found: build.TorchInstall):
+    """Acquires the inter-process lock of the object files in `root` that a build for `found` uses."""
     import filelock  # imported here, so that importing var_kernels loads only what the reference needs
 
-    directory = build.object_dir(found)
+    directory = build.object_dir(root, found)
     lock = filelock.FileLock(str(directory / "lock"), timeout=_LOCK_TIMEOUT_S)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        cache.private_directory(root)
+        cache.private_directory(directory)
         try:
             return lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -168,9 +180,9 @@ def _exclusive(found: build.TorchInstall):
     except filelock.Timeout as error:
         message = f"another process has held {lock.lock_file} for {_LOCK_TIMEOUT_S} s"
         raise build.BuildUnavailable(message) from error
-    except OSError as error:
-        advice = "set VAR_KERNELS_CACHE to a writable directory"
-        raise build.BuildUnavailable(f"the cache directory is not writable ({error}): {advice}") from error
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: a file system without locks
+        advice = "set VAR_KERNELS_CACHE to a directory that you can write to and others cannot"
+        raise build.BuildUnavailable(f"the cache directory cannot be used ({error}): {advice}") from error
 
 
 def _build_once(library: Path, mode: str, found: build.TorchInstall, arrived: float) -> str:
@@ -178,7 +190,7 @@ def _build_once(library: Path, mode: str, found: build.TorchInstall, arrived: fl
     failure = library.with_name("failure.txt")
     # Of N processes that wait for the lock only one tries a build that fails: it would fail for the others as well.
     if failure.is_file() and failure.stat().st_mtime >= arrived:
-        raise build.BuildFailed(failure.read_text())
+        raise build.BuildFailed(failure.read_text(encoding="utf-8"))
     build.find_compiler()
     what = (
         "CPU and CUDA kernels, once, some minutes"
@@ -187,12 +199,13 @@ def _build_once(library: Path, mode: str, found: build.TorchInstall, arrived: fl
     )
     _progress(f"compiling the {what} ...")
     start = time.perf_counter()
+    cache.private_directory(library.parent)
     try:
-        build.build(library, build.object_dir(found), mode=mode, torch=found)
+        build.build(library, build.object_dir(library.parent.parent, found), mode=mode, torch=found)
     except build.BuildFailed as error:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        failure.write_text(str(error))
+        failure.write_text(str(error), encoding="utf-8")
         raise
+    library.chmod(0o755 & library.stat().st_mode)  # others must not write to it, whatever the umask is
     failure.unlink(missing_ok=True)
     seconds = time.perf_counter() - start
     _progress(f"compiled in {seconds:.0f} s: {library}")
@@ -204,7 +217,7 @@ def _discard_old(library: Path) -> None:
     """Deletes all but the newest libraries of this flavour and machine: edited sources must not fill the cache."""
     suffix = library.parent.name.split("-", 1)[1]
     with contextlib.suppress(OSError):  # another process may be discarding the same ones
-        others = sorted(build.cache_root().glob(f"*-{suffix}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        others = sorted(library.parent.parent.glob(f"*-{suffix}"), key=lambda path: path.stat().st_mtime, reverse=True)
         for directory in others[_KEPT_LIBRARIES:]:
             shutil.rmtree(directory, ignore_errors=True)
 

@@ -19,8 +19,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..measured import tuned_tiles
+from ..measured import device_file, tuned_tiles
 from ..measured.tuned_tiles import Key
+from ..native.build import replace_unprintable
 from ..testing import GPU_CACHE_BYTES, gpu_seconds
 from . import configs
 from .configs import Config
@@ -158,7 +159,18 @@ def main(arguments: list[str] | None = None) -> int:
         print("tune: expected a GPU that this torch can use, found none", file=sys.stderr)
         return 2
     device = target_of(torch.device("cuda")).device
-    problems = (problem for problem in PROBLEMS if options.op is None or problem.op in options.op)
+    try:
+        with device_file.only_measuring("tuned", device):
+            return _tune_and_write(device, options.op)
+    except BlockingIOError:
+        print("tune: expected to be the only one that tunes this GPU, found another process", file=sys.stderr)
+        return 2
+
+
+def _tune_and_write(device: str, ops: list[str] | None) -> int:
+    from .problems import PROBLEMS
+
+    problems = (problem for problem in PROBLEMS if ops is None or problem.op in ops)
     found = tune(((f"{p.op}, {p.name}", _call(p)) for p in problems), device, _timer())
     entries = {
         key: {**dataclasses.asdict(config), "table": configs.fingerprint(key.kernel)}
@@ -170,4 +182,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     sys.exit(main())

@@ -44,10 +44,3 @@ def test_a_view_keeps_the_memory():
     other = huge_pages.zeros(4, HUGE, dtype=torch.float32)
     other.fill_(5)
     assert (part == 3).all()
-
-
-def test_filled():
-    x = torch.arange(24.0).view(4, 6)
-    pieces = x.split([2, 4], dim=1)
-    filled = huge_pages.filled(24, iter(pieces), torch.float32)
-    assert torch.equal(filled, torch.cat([piece.flatten() for piece in pieces]))

@@ -176,11 +176,61 @@ def test_without_the_library_onednn_serves(monkeypatch):
 
 
 
+def strip_widths(columns):
+    """The widths of the strips into which columns are divided, as packed_linear.h says."""
+    widths = []
+    for begin in range(0, columns, 512):
+        left = min(512, columns - begin)
+        while left:
+            widths.append(32 if left == 64 else min(48, left))
+            left -= widths[-1]
+    return widths
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (16, 16), (64, 33), (48, 15), (65, 34), (560, 31), (1100, 130), (576, 7)], ids=str
+)
+def test_the_order_of_packed_weights(shape, dtype, source):
+    weight = randn(*shape, seed=1).to(source)
+    if (reason := kernel_unavailable_reason(dtype)) is not None:
+        pytest.skip(reason)
+    layer = PackedLinear(weight, dtype=dtype)
+    together = 2 if dtype == torch.bfloat16 else 1
+    padded = F.pad(weight.to(dtype), (0, -shape[1] % together, 0, -shape[0] % 16))
+    strips = (strip.unflatten(1, (-1, together)).transpose(0, 1) for strip in padded.split(strip_widths(len(padded))))
+    assert torch.equal(layer._weight, torch.cat([strip.flatten() for strip in strips]))
+    transposed = randn(*shape[::-1], seed=1).to(source).t()  # a weight that is not dense
+    assert torch.equal(
+        PackedLinear(transposed, dtype=dtype)._weight, PackedLinear(transposed.contiguous(), dtype=dtype)._weight
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight", "packed", "match"),
+    [
+        (torch.zeros(20, 8).half(), torch.zeros(256), "weight: expected float32 or bfloat16"),
+        (torch.zeros(20, 8), torch.zeros(256).half(), "packed: expected float32 or bfloat16"),
+        (torch.zeros(8, 20).t(), torch.zeros(256), "weight: expected a dense tensor"),
+        (torch.zeros(20, 0), torch.zeros(0), "weight: expected a dense tensor"),
+        (torch.zeros(20, 8), torch.zeros(255), "packed: expected 256, got 255"),
+        (torch.zeros(20, 8), torch.zeros(257)[1:], "packed: expected an address that 64 divides"),
+    ],
+)
+def test_the_raw_op_that_packs_checks_its_arguments(weight, packed, match):
+    if (reason := kernel_unavailable_reason(torch.float32)) is not None:
+        pytest.skip(reason)
+    with pytest.raises(RuntimeError, match=match):
+        torch.ops.var_kernels._pack_linear(weight, packed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     x, weight, bias = problem(5, 34, 20, dtype)
     layer = ours(dtype, weight, bias)
     torch.library.opcheck(torch.ops.var_kernels._packed_linear, (x, layer._weight, layer._bias, 20, True))
+    torch.library.opcheck(torch.ops.var_kernels._pack_linear, (weight, torch.zeros_like(layer._weight)))
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,53 @@ def test_opcheck(dtype, scheme):
     x, residual = (tensor.permute(0, 2, 3, 1).contiguous() for tensor in (x, residual))
     arguments = (x, conv._weight, conv._bias, residual, conv.scheme, torch.zeros_like(residual))
     torch.library.opcheck(torch.ops.var_kernels._winograd_conv, arguments)
+    transform = torch.tensor(SCHEMES[conv.scheme].filters, dtype=torch.float64)
+    packing = (weight.float(), transform, torch.zeros_like(conv._weight))
+    torch.library.opcheck(torch.ops.var_kernels._pack_winograd, packing)
+
+
+@needs_kernel
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [(1, 1), (16, 32), (80, 33), (81, 64), (170, 95)], ids=str)
+def test_the_order_of_packed_filters(channels, dtype, source, scheme):
+    weight = randn(*channels, 3, 3, seed=1).to(source)
+    conv = PackedConv3x3(weight, torch.zeros(channels[0]), dtype=dtype, doubling=scheme == "doubling")
+    taps = torch.tensor(SCHEMES[conv.scheme].filters, dtype=torch.float64)
+    points = torch.einsum("pi,qj,ocij->pqco", taps, taps, weight.float().double()).flatten(0, 1)
+    points = torch.nn.functional.pad(points, (0, -channels[0] % 16, 0, -channels[1] % 32))
+    together = 2 if conv._weight.dtype == torch.bfloat16 else 1
+    points = points.unflatten(1, (-1, together)).transpose(2, 3)
+    expected = torch.cat([strip.flatten() for strip in points.split(80, dim=2)])
+    # The transform is rounded once, from float64: two orders of summation in float64 give neighbours at most.
+    torch.testing.assert_close(
+        conv._weight.double(), expected, rtol=2**-8 if together == 2 else 2**-23, atol=1e-12
+    )
+    assert (conv._weight == expected.to(conv._weight.dtype)).double().mean() > 0.999
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({0: torch.zeros(16, 8, 3, 3).double()}, "weight: expected a dense float32 tensor"),
+        ({0: torch.zeros(16, 8, 3)}, "weight: expected a dense float32 tensor"),
+        ({0: torch.zeros(16, 8, 5, 5)}, "weight: expected a dense float32 tensor"),
+        ({0: torch.zeros(8, 16, 3, 3).transpose(0, 1)}, "weight: expected a dense float32 tensor"),
+        ({1: torch.zeros(4, 3)}, "transform: expected a dense float64 tensor"),
+        ({1: torch.zeros(7, 3).double()}, "transform: expected a dense float64 tensor"),
+        ({1: torch.zeros(4, 4).double()}, "transform: expected a dense float64 tensor"),
+        ({2: torch.zeros(16 * 32 * 16).half()}, "packed: expected float32 or bfloat16"),
+        ({2: torch.zeros(16 * 32 * 16 - 1)}, "packed: expected 8192, got 8191"),
+        ({2: torch.zeros(16 * 32 * 16 + 1)[1:]}, "packed: expected an address that 64 divides"),
+    ],
+)
+def test_the_raw_op_that_packs_checks_its_arguments(change, match):
+    arguments = [torch.zeros(16, 8, 3, 3), torch.zeros(4, 3).double(), torch.zeros(16 * 32 * 16)]
+    for i, argument in change.items():
+        arguments[i] = argument
+    with pytest.raises(RuntimeError, match=match):
+        torch.ops.var_kernels._pack_winograd(*arguments)
 
 
 @pytest.mark.parametrize(

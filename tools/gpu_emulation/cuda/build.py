@@ -30,6 +30,7 @@ from pathlib import Path
 import filelock
 
 from var_kernels.native import build as native_build
+from var_kernels.native import cache
 
 from .sanitized import CHECKED_BY_CALLS
 
@@ -99,8 +100,7 @@ def build(variant: str, sources: Sequence[Path]) -> Path:
         kernel_flags = kernel_flags.replace("-O1", "-O0")
     torch = native_build.require_torch(native_build.find_torch())
     includes = f"-I{native_build.CSRC} -I{HERE} {native_build.stable_abi_flags(torch)} -isystem {_cuda_headers()}"
-    directory = native_build.cache_root() / "cuda_emulation"
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = cache.private_directory(cache.private_directory(cache.cache_root()) / "cuda_emulation")
     kernels = f"{_COMMON} {kernel_flags} {includes} -DVAR_EMULATE -x c++"
     # The runtime comes first. If it and a kernel file contain the same inline function (of std::string, for example),
     # the linker keeps the first one, and the runtime must not announce its own accesses.

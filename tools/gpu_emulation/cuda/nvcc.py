@@ -14,7 +14,7 @@ from pathlib import Path
 
 import filelock
 
-from var_kernels.native import build
+from var_kernels.native import build, cache
 
 _JOBS = 2  # compilations at a time
 _TYPES = {"__nv_bfloat16": "bf16", "__half": "fp16"}  # the shorter names are those of the report
@@ -49,8 +49,7 @@ def output(source: Path, arch: str, kind: str) -> Path:
     digest = hashlib.sha256(f"{command} {release()} {torch.version}".encode())
     for path in build._with_includes(source, []):
         digest.update(path.read_bytes())
-    directory = build.cache_root() / "nvcc"
-    directory.mkdir(parents=True, exist_ok=True)  # the lock is made before the result
+    directory = cache.private_directory(cache.private_directory(cache.cache_root()) / "nvcc")
     result = directory / f"{source.stem}-{arch}-{digest.hexdigest()[:20]}.{kind}"
     with filelock.FileLock(f"{result}.lock"):
         if not result.is_file():
