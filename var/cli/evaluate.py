@@ -21,7 +21,7 @@ from ..data.interface import ImageData, default_held_out, describe, split_indice
 from ..evaluation.classifier import train_classifier
 from ..evaluation.quality import QualityReport, evaluate, generator_of
 from ..generation.batches import default_batch_size, sampling_for
-from ..model.opening import open_model
+from ..model.opening import OpenModel, open_model
 from .console import console, note, say
 
 _CLASSIFIER_BATCH = 128
@@ -40,9 +40,7 @@ def run(
     sampling = sampling_for(opened, **chosen)
     size = vqvae.config.image_size
     train, test = (open_dataset(data, split, size, skip_broken=skip_broken) for split in ("train", "test"))
-    if len(train.class_names) != var.config.num_classes:
-        expected = f"the {var.config.num_classes} classes of {opened.name}"
-        raise ValueError(f"--data: expected {expected}, got {describe(train)}")
+    _check_classes(opened, train)
     if test.class_names != train.class_names:
         got = f"{describe(train)} and {describe(test)}"
         raise ValueError(f"--data: expected the same classes in both splits, got {got}")
@@ -73,6 +71,13 @@ def run(
         note(line)
     _print(report, train)
     say(f"{output}: {opened.name} on {test.name}, {sampling}, seed {seed}, {precision}, {conditions['seconds']} s")
+
+
+def _check_classes(opened: OpenModel, data: ImageData) -> None:
+    """Raise ValueError if the data have another number of classes than the model."""
+    if len(data.class_names) != opened.pipeline.var.config.num_classes:
+        expected = f"the {opened.pipeline.var.config.num_classes} classes of {opened.name}"
+        raise ValueError(f"--data: expected {expected}, got {describe(data)}")
 
 
 def _with_labels_of(data: ImageData, generate: Callable[..., Tensor], names: Sequence[str]) -> Callable[..., Tensor]:

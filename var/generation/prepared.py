@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.modules import is_plain
+from ..model.vqvae import VQVAE
 
 T = TypeVar("T")
 _ATTRIBUTE = "_prepared_for_generation"
@@ -41,7 +42,9 @@ class Prepared:
 
     def update(self, model: nn.Module) -> None:
         """Forget everything if `model` has changed."""
-        state = State(model)
+        # Generation does not read the encoder.
+        parts = (model.quantize, model.post_quant_conv, model.decoder) if isinstance(model, VQVAE) else (model,)
+        state = State(*parts)
         if self._state is None or not self._state.is_same(state):
             self._clear()
             self._state = state
@@ -76,13 +79,13 @@ class State:
     not noticed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, *parts: nn.Module) -> None:
         self._references: list[weakref.ref] = []
         self._facts: list[tuple] = []
         samples = []
         with torch.no_grad():
-            for name, module in model.named_modules():
-                self._add(module, name, type(module), is_plain(module, type(module)), getattr(module, "config", None))
+            for module in (module for part in parts for module in part.modules()):
+                self._add(module, type(module), is_plain(module, type(module)), getattr(module, "config", None))
                 for tensor in (*module._parameters.values(), *module._buffers.values()):
                     if tensor is not None:
                         self._add(tensor, *_facts(tensor))
