@@ -157,10 +157,18 @@ def test_a_model_is_measured_on_the_classes_of_the_same_names(tmp_path):
     assert result.exit_code == 0 and "other names" not in result.stderr
     write_image_folder(tmp_path / "three", {"2": 3, "10": 3, "11": 3})
     assert "--data: expected the 2 classes of" in refused(*evaluate, "-d", tmp_path / "three")
+
+
+def test_a_model_is_measured_on_two_splits_of_the_same_classes_only(tmp_path):
     for split, classes in (("train", ("10", "2")), ("test", ("2",))):
-        write_image_folder(tmp_path / "splits" / split, {name: 3 for name in classes})
-    message = refused("evaluate", "-m", pair, "-d", tmp_path / "splits", "-o", tmp_path / "quality.json")
-    assert "--data: expected" in message
+        write_image_folder(tmp_path / "data" / split, {name: 3 for name in classes})
+    pair = tmp_path / "pair"
+    pipeline = var.load(path=save_model(tmp_path / "model"))
+    config = dataclasses.replace(pipeline.var.config, num_classes=2, class_names=("2", "10"))
+    var.save(pair / "var.safetensors", var.VAR(config))
+    var.save(pair / "vqvae.safetensors", pipeline.vqvae)
+    message = refused("evaluate", "-m", pair, "-d", tmp_path / "data", "-o", tmp_path / "quality.json")
+    assert "--data: expected the same classes in both splits" in message
 
 
 def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):

@@ -67,6 +67,12 @@ def test_folder_converts_transparency_and_16_bit_grey(tmp_path):
     torch.testing.assert_close(images[1], torch.full((3, 8, 8), 0x80 / 127.5 - 1))
 
 
+def test_no_indices_are_an_empty_batch(tmp_path):
+    write_image_folder(tmp_path, {"a": 2})
+    images, labels = ImageFolder(tmp_path, 8).batch(torch.tensor([], dtype=torch.int64))
+    assert images.shape == (0, 3, 8, 8) and labels.shape == (0,)
+
+
 def test_broken_images_are_named(tmp_path):
     write_image_folder(tmp_path, {"a": 2, "b": 1}, size=(64, 64))
     broken = tmp_path / "a" / "0.png"

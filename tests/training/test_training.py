@@ -183,7 +183,7 @@ def test_resume_refuses_another_run(tmp_path, data, tokenizer):
         train_tokenizer(tokenizer_options(tmp_path / "new", data, resume=True))
     with pytest.raises(TrainingError, match="checkpoint.pt exists: resume it, or choose another directory"):
         train_tokenizer(tokenizer_options(tokenizer, data))
-    (tmp_path / "new").mkdir()
+    (tmp_path / "new").mkdir(exist_ok=True)  # which the refused run did not leave behind
     (tmp_path / "new" / "checkpoint.pt").write_bytes(b"junk")
     with pytest.raises(TrainingError, match="is not a readable checkpoint"):
         train_tokenizer(tokenizer_options(tmp_path / "new", data, resume=True))

@@ -130,12 +130,13 @@ class ImageFolder:
         # Always draw three numbers, so that one option does not change the numbers of the other option.
         draws = [None if generator is None else torch.rand(3, generator=generator).tolist() for _ in wanted]
         produce = map if all(index in self._cache for index in wanted) else _map_in_threads
-        squares = np.empty((len(wanted), self.image_size, self.image_size, 3), np.uint8)
-        for row, (index, (square, kept)) in enumerate(zip(wanted, produce(self._square, wanted, draws), strict=True)):
-            squares[row] = square
+        produced = list(produce(self._square, wanted, draws))
+        for index, (_, kept) in zip(wanted, produced, strict=True):
             if kept is not None and index not in self._cache and kept.nbytes <= self._cache_left:
                 self._cache[index] = kept
                 self._cache_left -= kept.nbytes
+        shape = (len(wanted), self.image_size, self.image_size, 3)
+        squares = np.array([square for square, _ in produced], np.uint8).reshape(shape)
         return to_unit_range(torch.from_numpy(squares).permute(0, 3, 1, 2)).contiguous(), self.labels[indices]
 
     def _square(self, index: int, draws: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray | None]:
