@@ -1,9 +1,18 @@
 """qk_norm_cache on the CPU: accuracy against fp64, rows of the caches, layouts, arguments."""
 
+import functools
+
 import pytest
 import torch
 
-from tests.kernels.qk_norm_cache.contract import DTYPES, assert_right, expected, problem, without_dense_rows
+from tests.kernels.qk_norm_cache.contract import (
+    DTYPES,
+    assert_right,
+    assert_short_vectors_are_normalised,
+    expected,
+    problem,
+    without_dense_rows,
+)
 from var_kernels import qk_norm_cache
 
 # Head dimensions on both sides of every vector width, 126 and 104 of Infinity among them. Tokens make several tasks.
@@ -45,6 +54,10 @@ def test_default_factor_zeros_and_nan():
     assert not q[0, 0, 0].any(), "a vector of zeros must stay one"
     torch.testing.assert_close(q[0, 1].norm(dim=-1), torch.ones(2))
     assert k_cache[0, 1, 1].isnan().all() and not k_cache[0, 0, :2].isnan().any() and not k_cache[0, 1, 0].isnan().any()
+
+
+def test_short_vectors(backend):
+    assert_short_vectors_are_normalised(functools.partial(qk_norm_cache, backend=backend))
 
 
 def test_equals_the_reference_in_float64():
