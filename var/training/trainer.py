@@ -236,7 +236,7 @@ class Trainer:
             raise TrainingError(f"output: {self.checkpoint_path} exists: resume it, or choose another directory")
 
     def save(self) -> None:
-        """Writes checkpoint.pt: weights, their average, optimizer, step, random state and metrics not yet logged."""
+        """Writes checkpoint.pt: weights, their average, optimizer, step and metrics not yet logged."""
         options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.options).items()}
         payload = {
             "format": _CHECKPOINT_FORMAT,
@@ -251,7 +251,6 @@ class Trainer:
             "extra": self.extra,
             "window": self._window,
             "validation": self.validation,
-            "rng": torch.get_rng_state(),
         }
         write_checkpoint(self.checkpoint_path, payload)
 
@@ -278,7 +277,6 @@ class Trainer:
             tensor.copy_(state["extra"][name])
         self.step, self.seconds, self._window = state["step"], state["seconds"], state["window"]
         self.validation = state["validation"]
-        torch.set_rng_state(state["rng"])
 
     def _last_checkpoint(self) -> str:
         exists = self.checkpoint_path.exists()
