@@ -46,6 +46,13 @@ def test_strided_inputs_and_caches(layout):
             torch.testing.assert_close(cache, old, rtol=1e-6, atol=0, equal_nan=True)
 
 
+def test_caches_of_different_layouts():
+    qkv, q_factor, k_cache, v_cache = problem(2, 6, 3, 24)
+    v_cache = v_cache.transpose(1, 2).contiguous().transpose(1, 2)
+    q = qk_norm_cache(qkv, k_cache, v_cache, 2, q_factor=q_factor)
+    assert_right(q, qkv, q_factor, k_cache, v_cache, start=2)
+
+
 def test_default_factor_zeros_and_nan():
     qkv, _, k_cache, v_cache = problem(1, 2, 2, 20)
     qkv[0, 0, 0, 0] = 0

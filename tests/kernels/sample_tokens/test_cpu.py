@@ -66,6 +66,15 @@ def test_top_p_uses_its_budget(backend):
     assert_top_p_uses_its_budget(functools.partial(sample_tokens, backend=backend))
 
 
+@pytest.mark.parametrize("vocab", [20, 100])
+def test_of_equal_winners_the_first_is_drawn(backend, vocab):
+    logits = torch.zeros(1, 4, vocab)
+    for position, first in enumerate((0, 1, 7, 18)):
+        logits[0, position, :first] = -1
+    tokens = sample_tokens(logits, noise=torch.ones_like(logits), backend=backend)
+    assert tokens.tolist() == [[0, 1, 7, 18]]
+
+
 @pytest.mark.parametrize("guidance", [0.0, 0.7, 1.5])
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 def test_draws_what_multinomial_draws(vocab, guidance):
