@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,20 @@ inline torch::stable::Tensor checked_statistics(const char* name, const torch::s
             shape_text({q.size(0), q.size(1), q.size(2)}), shape_text(x));
   VAR_CHECK(x.scalar_type() == ScalarType::Float, name, "Float", torch::headeronly::toString(x.scalar_type()));
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+// The lengths of the scales: `scale_lens`, or the elements of `lens`, which compiled code passes instead.
+inline std::vector<int64_t> lengths_of(const std::vector<int64_t>& scale_lens,
+                                       const std::optional<torch::stable::Tensor>& lens) {
+  if (!lens) return scale_lens;
+  VAR_CHECK(lens->scalar_type() == torch::headeronly::ScalarType::Long, "scale_lens", "int64",
+            torch::headeronly::toString(lens->scalar_type()));
+  VAR_CHECK(lens->is_cpu() && lens->dim() == 1, "scale_lens", "1 dimension, on the CPU", shape_text(*lens));
+  VAR_CHECK(scale_lens.empty(), "scale_lens", "no ints beside a tensor", scale_lens.size());
+  std::vector<int64_t> lengths(lens->size(0));
+  const int64_t* data = static_cast<const int64_t*>(lens->const_data_ptr());
+  for (size_t k = 0; k < lengths.size(); ++k) lengths[k] = data[int64_t(k) * lens->stride(0)];
+  return lengths;
 }
 
 inline void check_attention(const torch::stable::Tensor& q, const torch::stable::Tensor& k,

@@ -1,6 +1,7 @@
 """Validation of the arguments of every public function: one message format, the same exceptions everywhere."""
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 
@@ -71,9 +72,15 @@ def refuse_gradients(name: str, *tensors: torch.Tensor | None) -> None:
         raise RuntimeError(f"{name}: has no gradient; call it under torch.no_grad() or torch.inference_mode()")
 
 
+def as_int(number: object) -> int:
+    """The int that `operator.index` gives. A symbolic int of compiled code stays symbolic: index() would give the value
+    of this call, and the code would be compiled again for every other value."""
+    return number if isinstance(number, int | torch.SymInt) else index(number)
+
+
 def check_shape(argument: str, tensor: torch.Tensor, *shapes: Sequence[int]) -> None:
     """Raises ValueError unless the tensor has one of the given shapes."""
-    if tuple(tensor.shape) not in {tuple(shape) for shape in shapes}:
+    if not any([tuple(tensor.shape) == tuple(shape) for shape in shapes]):
         expected = " or ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"{argument}: expected shape {expected}, got {tuple(tensor.shape)}")
 

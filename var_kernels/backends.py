@@ -71,7 +71,7 @@ GPU_ORDER = {
     "gated_residual_adaln": (_MEMORY,),
     "nearest_code": (Choice("cuda", f"both multiply on the fp32 units, and {_LAUNCH}"),),
     "multi_scale_quantize": (
-        Choice("cuda", f"one launch for many images, else about forty as in Triton, and {_LAUNCH}"),
+        Choice("cuda", f"two launches for many images, else about forty as in Triton, and {_LAUNCH}"),
     ),
     "qk_norm_cache": (_MEMORY,),
     "sample_tokens": (Choice("cuda", f"the same bisection in both, and {_LAUNCH}"),),

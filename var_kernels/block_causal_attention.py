@@ -8,38 +8,40 @@ ones. The lengths alone determine the mask, so the kernels skip invisible keys a
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from operator import index
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._checks import check_same, check_shape, check_tensor, same_floats, unit_inner_stride
+from ._checks import as_int, check_same, check_shape, check_tensor, same_floats, unit_inner_stride
 from .backends import resolve
 from .native.library import autocast_dtype, define, needs_grad, raw_ops, register_fake
 from .reference import block_causal_attention as reference
 
 MAX_HEAD_DIM = 256
 
+# The lengths of the scales are `scale_lens` or, if it is given, the int64 CPU tensor `lens`, beside which `scale_lens`
+# is empty. Compiled code that gets a tensor serves every schedule, because it reads the lengths when it runs.
 define(
     "_block_causal_attention(Tensor q, Tensor k, Tensor v, SymInt[] scale_lens, float softmax_scale, "
-    "SymInt q_offset, bool allow_tf32=False) -> (Tensor out, Tensor lse)",
+    "SymInt q_offset, bool allow_tf32=False, Tensor? lens=None) -> (Tensor out, Tensor lse)",
     __name__,
 )
 define(
     "_block_causal_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor? dlse, SymInt[] scale_lens, float softmax_scale, SymInt q_offset, bool allow_tf32=False) "
+    "Tensor? dlse, SymInt[] scale_lens, float softmax_scale, SymInt q_offset, bool allow_tf32=False, "
+    "Tensor? lens=None) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
     __name__,
 )
 
 
 @register_fake("_block_causal_attention")
-def _fake_forward(q, k, v, scale_lens, softmax_scale, q_offset, allow_tf32=False):
+def _fake_forward(q, k, v, scale_lens, softmax_scale, q_offset, allow_tf32=False, lens=None):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @register_fake("_block_causal_attention_backward")
-def _fake_backward(dout, q, k, v, out, lse, dlse, scale_lens, softmax_scale, q_offset, allow_tf32=False):
+def _fake_backward(dout, q, k, v, out, lse, dlse, scale_lens, softmax_scale, q_offset, allow_tf32=False, lens=None):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -47,22 +49,23 @@ class _BlockCausalAttention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v, scale_lens, softmax_scale, q_offset, allow_tf32, backend):
-        return raw_ops(backend)._block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset, allow_tf32)
+    def forward(q, k, v, lens, scale_lens, softmax_scale, q_offset, allow_tf32, backend):
+        options = (scale_lens, softmax_scale, q_offset, allow_tf32, lens)
+        return raw_ops(backend)._block_causal_attention(q, k, v, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, *ctx.options, ctx.backend = inputs
-        ctx.save_for_backward(q, k, v, *output)
+        q, k, v, lens, *ctx.options, ctx.backend = inputs
+        ctx.save_for_backward(q, k, v, *output, lens)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, lens = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else unit_inner_stride(dout)
         backward = raw_ops(ctx.backend)._block_causal_attention_backward
-        return *backward(dout, q, k, v, out, lse, dlse, *ctx.options), None, None, None, None, None
+        return *backward(dout, q, k, v, out, lse, dlse, *ctx.options, lens), *[None] * 6
 
 
 def _tf32_allowed() -> bool:
@@ -93,28 +96,39 @@ def _check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[bo
     return alike, queries, keys
 
 
-def _check_schedule(scale_lens: Sequence[int], queries: int, keys: int, q_offset: int | None) -> tuple[list[int], int]:
+def _check_lens(lens: torch.Tensor) -> None:
+    if lens.dtype != torch.int64:
+        raise TypeError(f"scale_lens: expected ints, or a tensor of int64, got {lens.dtype}")
+    if lens.dim() != 1 or lens.device.type != "cpu":
+        raise ValueError(f"scale_lens: expected shape (K,) on the CPU, got {tuple(lens.shape)} on {lens.device}")
+
+
+def _checked_schedule(scale_lens: Sequence[int] | torch.Tensor, keys: int) -> list[int]:
     try:
-        lens = list(map(index, scale_lens))
+        lens = list(map(as_int, scale_lens.tolist() if isinstance(scale_lens, torch.Tensor) else scale_lens))
     except TypeError:
         raise TypeError(f"scale_lens: expected a sequence of ints, got {scale_lens!r}") from None
-    if not lens or min(lens) <= 0:
+    if not lens or any([length <= 0 for length in lens]):
         raise ValueError(f"scale_lens: expected one or more lengths > 0, got {lens}")
     if sum(lens) != keys:
         raise ValueError(f"scale_lens: expected lengths that sum to the {keys} keys, got {lens}, sum {sum(lens)}")
+    return lens
+
+
+def _checked_offset(q_offset: int | None, queries: int, keys: int) -> int:
     offset = keys - queries if q_offset is None else q_offset
     if not isinstance(offset, (int, torch.SymInt)):
         raise TypeError(f"q_offset: expected an int, got {type(offset).__name__}")
     if not 0 <= offset <= keys - queries:
         raise ValueError(f"q_offset: expected 0 to Lk - Lq = {keys} - {queries}, got {offset}")
-    return lens, offset
+    return offset
 
 
 def block_causal_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    scale_lens: Sequence[int],
+    scale_lens: Sequence[int] | torch.Tensor,
     *,
     softmax_scale: float | None = None,
     q_offset: int | None = None,
@@ -135,7 +149,10 @@ def block_causal_attention(
         q: Queries (B, H, Lq, D), head dimension D from 1 to 256.
         k: Keys (B, Hkv, Lk, D). H is a multiple of Hkv: query head h reads key head ``h // (H // Hkv)``.
         v: Values, the shape of k.
-        scale_lens: Tokens per scale, ints > 0 with sum Lk.
+        scale_lens: Tokens per scale, ints > 0 with sum Lk; or the same as an int64 tensor (K,) on the CPU. Under
+            ``torch.compile(dynamic=True)`` a tensor is for schedules that change from call to call: the kernels read it
+            when they run, and check it there (RuntimeError), so that nothing is compiled again. For a sequence code is
+            compiled once for each number of scales.
         softmax_scale: Factor of the scores, default ``1 / sqrt(D)``.
         q_offset: Token index of the first query row, default ``Lk - Lq``: the queries are the last Lq tokens, as in a
             step against a key-value cache.
@@ -163,7 +180,9 @@ def block_causal_attention(
     from lse are those of FlashAttention, arXiv 2205.14135.
     """
     alike, queries, keys = _check_inputs(q, k, v)
-    lens, offset = _check_schedule(scale_lens, queries, keys, q_offset)
+    if isinstance(scale_lens, torch.Tensor):
+        _check_lens(scale_lens)
+    offset = _checked_offset(q_offset, queries, keys)
     device_type = q.device.type
     cast = autocast_dtype(device_type)
     if cast is not None and torch.float64 not in (q.dtype, k.dtype, v.dtype):
@@ -172,6 +191,10 @@ def block_causal_attention(
         check_same("q", q, k=k, v=v)
     scale = 1.0 / math.sqrt(q.shape[3]) if softmax_scale is None else float(softmax_scale)
     backend = resolve("block_causal_attention", backend, device_type, q.dtype)
+    if backend != "reference" and isinstance(scale_lens, torch.Tensor) and torch.compiler.is_compiling():
+        schedule, lens = scale_lens, []  # the lengths are not known before the code runs
+    else:
+        schedule, lens = None, _checked_schedule(scale_lens, keys)
     if backend == "reference":
         # Autocast is switched off here, because it would cast the products of the reference again.
         with nullcontext() if cast is None else torch.autocast(device_type, enabled=False):
@@ -181,7 +204,7 @@ def block_causal_attention(
             q, k, v = unit_inner_stride(q), unit_inner_stride(k), unit_inner_stride(v)
         allow_tf32 = backend != "cpu" and q.dtype == torch.float32 and _tf32_allowed()
         if needs_grad(q, k, v):
-            out, lse = _BlockCausalAttention.apply(q, k, v, lens, scale, offset, allow_tf32, backend)
+            out, lse = _BlockCausalAttention.apply(q, k, v, schedule, lens, scale, offset, allow_tf32, backend)
         else:
-            out, lse = raw_ops(backend)._block_causal_attention(q, k, v, lens, scale, offset, allow_tf32)
+            out, lse = raw_ops(backend)._block_causal_attention(q, k, v, lens, scale, offset, allow_tf32, schedule)
     return (out, lse) if return_lse else out

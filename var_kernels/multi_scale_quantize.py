@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._checks import check, check_same, check_tensor
+from ._checks import as_int, check, check_same, check_tensor
 from .backends import resolve
 from .native.library import autocast_dtype, define, needs_grad, raw_ops, register_fake
 from .reference import multi_scale_quantize as _reference
@@ -18,21 +18,22 @@ __all__ = ["MultiScaleQuantized", "multi_scale_quantize", "next_scale_input", "p
 # errors is (B, K): the sum of the squares of f_hat_k - f. All maps are row-major. Scale k has the size
 # (heights[k], widths[k]) and the convolution phi_index[k].
 define(
-    "_multi_scale_quantize(Tensor f, Tensor codebook, Tensor phi_weight, Tensor phi_bias, int[] heights, int[] widths, "
-    "int[] phi_index, float phi_ratio, bool cosine) -> (Tensor tokens, Tensor f_hat, Tensor errors)",
+    "_multi_scale_quantize(Tensor f, Tensor codebook, Tensor phi_weight, Tensor phi_bias, SymInt[] heights, "
+    "SymInt[] widths, int[] phi_index, float phi_ratio, bool cosine) -> (Tensor tokens, Tensor f_hat, Tensor errors)",
     __name__,
 )
 # The gradients of E = sum(derrors * errors): for df every f_hat_k is constant, for the others f is constant.
 define(
     "_multi_scale_quantize_backward(Tensor f, Tensor codebook, Tensor phi_weight, Tensor phi_bias, Tensor tokens, "
-    "Tensor derrors, int[] heights, int[] widths, int[] phi_index, float phi_ratio) "
+    "Tensor derrors, SymInt[] heights, SymInt[] widths, int[] phi_index, float phi_ratio) "
     "-> (Tensor df, Tensor dcodebook, Tensor dphi_weight, Tensor dphi_bias)",
     __name__,
 )
 # One scale of size (height, width) with the convolution phi_index. next_height is 0 if there is no next scale.
 define(
-    "_next_scale_input(Tensor f_hat, Tensor codes, Tensor phi_weight, Tensor phi_bias, int phi_index, int height, "
-    "int width, int next_height, int next_width, float phi_ratio) -> (Tensor new_f_hat, Tensor next_map)",
+    "_next_scale_input(Tensor f_hat, Tensor codes, Tensor phi_weight, Tensor phi_bias, int phi_index, "
+    "SymInt height, SymInt width, SymInt next_height, SymInt next_width, float phi_ratio) "
+    "-> (Tensor new_f_hat, Tensor next_map)",
     __name__,
 )
 
@@ -78,7 +79,7 @@ class _Plan(NamedTuple):
 def _map_size(size: object) -> tuple[int, int]:
     sides = (size, size) if not isinstance(size, Sequence) else size
     try:
-        height, width = (operator.index(side) for side in sides)
+        height, width = (as_int(side) for side in sides)
     except (TypeError, ValueError):
         raise ValueError(f"patch_nums: expected integers or (height, width) pairs, got {size!r}") from None
     check(height >= 1 and width >= 1, "patch_nums", "sides of at least 1", size)

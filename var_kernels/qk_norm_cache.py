@@ -14,7 +14,8 @@ from .reference import qk_norm_cache as _reference
 
 # q is (B, L, H, D), dense. The caches are (B, H, L_max, D); their rows start … start + L - 1 are written.
 define(
-    "_qk_norm_cache(Tensor qkv, Tensor q_factor, Tensor(a!) k_cache, Tensor(b!) v_cache, int start) -> Tensor", __name__
+    "_qk_norm_cache(Tensor qkv, Tensor q_factor, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt start) -> Tensor",
+    __name__,
 )
 
 

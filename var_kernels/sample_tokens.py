@@ -10,8 +10,8 @@ from .reference import sample_tokens as _reference
 # Logits are (B, L, V) with a dense last dimension. Exactly one of noise, (B, L, V) fp32 dense, and seeds, (B,) int64,
 # is given.
 define(
-    "_sample_tokens(Tensor conditional, Tensor? unconditional, float guidance, int top_k, float top_p, Tensor? noise, "
-    "Tensor? seeds, int offset) -> Tensor",
+    "_sample_tokens(Tensor conditional, Tensor? unconditional, float guidance, SymInt top_k, float top_p, "
+    "Tensor? noise, Tensor? seeds, SymInt offset) -> Tensor",
     __name__,
 )
 

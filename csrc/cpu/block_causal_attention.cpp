@@ -123,8 +123,10 @@ std::vector<AttentionForwardTask> forward_tasks(const AttentionProblem& p) {
   return tasks;
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& scale_lens,
-                                   double softmax_scale, int64_t q_offset, bool /*allow_tf32*/) {
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& scale_lens_in,
+                                   double softmax_scale, int64_t q_offset, bool /*allow_tf32*/,
+                                   const std::optional<Tensor>& lens) {
+  const Lens scale_lens = lengths_of(scale_lens_in, lens);
   check_attention(q, k, v, scale_lens, q_offset);
   const AttentionForward& kernels = attention_forward();
   const int type = dtype_index("q", q);
@@ -149,8 +151,9 @@ int64_t key_ranges(const AttentionProblem& p) {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& out, const Tensor& lse, const std::optional<Tensor>& dlse,
-                                            const Lens& scale_lens, double softmax_scale, int64_t q_offset,
-                                            bool /*allow_tf32*/) {
+                                            const Lens& scale_lens_in, double softmax_scale, int64_t q_offset,
+                                            bool /*allow_tf32*/, const std::optional<Tensor>& lens) {
+  const Lens scale_lens = lengths_of(scale_lens_in, lens);
   check_attention(q, k, v, scale_lens, q_offset);
   check_attention_tensor("dout", dout, q, q.size(1), q.size(2));
   check_attention_tensor("out", out, q, q.size(1), q.size(2));

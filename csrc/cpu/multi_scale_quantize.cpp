@@ -31,6 +31,7 @@ struct Quantizer {
   const float* codebook;       // (codes, channels)
   int64_t codes;
   const float* packed_codes;   // (strips, strip_floats)
+  const float* centre;         // what was subtracted from the packed codes (channels), or null
   const float* packed_phi;     // (n, phi_floats)
   const Sizes& phi_index;
   float *f_hat, *rest;         // maps of a group
@@ -54,6 +55,7 @@ struct Quantizer {
                    pooled + (row - begin) * shape.channels);
         row += run;
       }
+      if (centre != nullptr) nearest.subtract(centre, end - begin, shape.channels, pooled);
       nearest.search(pooled, end - begin, shape.channels, packed_codes, strips(), best);
       for (int64_t row = begin; row < end; ++row)
         tokens[(first + row / scale.tokens()) * schedule.tokens + scale.offset + row % scale.tokens()] =
@@ -123,19 +125,22 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& f, const Tensor& codeb
   float* phi_data = packed_phi.mutable_data_ptr<float>();
   float* map_data = maps.mutable_data_ptr<float>();
   const float* codebook_data = codebook.const_data_ptr<float>();
+  std::vector<float> centre_data(shape.channels);
+  const bool centred = !cosine && nearest.find_centre(codebook_data, codes, shape.channels, centre_data.data());
+  const float* centre = centred ? centre_data.data() : nullptr;
 
   const int64_t work = codes * shape.channels * kNearestCodePackWork + phi_weight.numel();
   parallel_tasks(strips + convolutions, work, [&](int64_t task) {
     const int64_t strip = task - convolutions, weights = shape.channels * shape.channels * 9;
     if (strip >= 0)
-      nearest.pack(codebook_data, codes, shape.channels, cosine, strip, strip_data + strip * strip_floats);
+      nearest.pack(codebook_data, codes, shape.channels, centre, cosine, strip, strip_data + strip * strip_floats);
     else
       table.pack_phi(phi_weight.const_data_ptr<float>() + task * weights,
                      phi_bias.const_data_ptr<float>() + task * shape.channels, shape.channels, float(phi_ratio),
                      false, phi_data + task * phi_floats(shape));
   });
   const Quantizer quantizer{.f = f, .shape = shape, .schedule = schedule, .codebook = codebook_data, .codes = codes,
-                            .packed_codes = strip_data, .packed_phi = phi_data, .phi_index = phi_index,
+                            .packed_codes = strip_data, .centre = centre, .packed_phi = phi_data, .phi_index = phi_index,
                             .f_hat = map_data, .rest = map_data + group * map_floats(shape),
                             .tokens = tokens.mutable_data_ptr<int64_t>(), .errors = partial_errors.data()};
   for (int64_t first = 0; first < batch; first += group) {

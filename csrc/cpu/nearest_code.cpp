@@ -29,6 +29,14 @@ Tensor dense_fp32(const Tensor& tensor) {
   return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
 }
 
+// z - centre for every row of z, which is dense.
+Tensor difference(const Tensor& z, const float* centre) {
+  Tensor out = empty_cpu({z.size(0), z.size(1)}, ScalarType::Float);
+  std::copy_n(z.const_data_ptr<float>(), z.numel(), out.mutable_data_ptr<float>());
+  nearest_code_table().subtract(centre, z.size(0), z.size(1), out.mutable_data_ptr<float>());
+  return out;
+}
+
 Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) {
   check_nearest_code(z_in, codebook_in);
   const int64_t rows = z_in.size(0), channels = z_in.size(1), codes = codebook_in.size(0);
@@ -41,12 +49,16 @@ Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) 
   VAR_CHECK(strips <= INT32_MAX, "codebook", "fewer codes", codes);
   float* packed = thread_scratch(strips * strip_floats);
   const float* code_data = codebook.const_data_ptr<float>();
+  std::vector<float> centre(channels);
+  const bool centred = !cosine && table.find_centre(code_data, codes, channels, centre.data());
   parallel_tasks(strips, codes * channels * kNearestCodePackWork, [&](int64_t strip) {
-    table.pack(code_data, codes, channels, cosine, strip, packed + strip * strip_floats);
+    table.pack(code_data, codes, channels, centred ? centre.data() : nullptr, cosine, strip,
+               packed + strip * strip_floats);
   });
 
   const int64_t rows_per_task = nearest_code_task_rows(rows);
-  const float* z_data = z.const_data_ptr<float>();
+  const Tensor from_centre = centred ? difference(z, centre.data()) : z;
+  const float* z_data = from_centre.const_data_ptr<float>();
   int64_t* out = best.mutable_data_ptr<int64_t>();
   parallel_tasks(ceil_div(rows, rows_per_task), rows * codes * channels, [&](int64_t task) {
     const int64_t begin = task * rows_per_task;

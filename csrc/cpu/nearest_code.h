@@ -4,13 +4,28 @@
 
 namespace var_kernels {
 
+// The centre of a codebook is a point near its codes. Distances stay the same if it is subtracted from codes and
+// vectors, while the scores become as small as the distances, and so do their rounding errors. In each channel it is
+// the middle between the least and the greatest finite element of 32 codes, which are spread evenly over the codebook,
+// if it is farther from 0 than they are apart; else it is 0, and nothing is subtracted.
+constexpr int64_t kCentreCodes = 32;
+
 struct NearestCodeTable {
   int64_t strip;  // codes per strip of the packed codebook; a strip is (channels + 1) · strip floats
 
-  // Packs codes [index · strip, (index + 1) · strip) of the (codes, channels) codebook into `packed`, 64-byte aligned.
-  void (*pack)(const float* codebook, int64_t codes, int64_t channels, bool cosine, int64_t index, float* packed);
+  // Writes the centre of the (codes, channels) codebook, and returns whether it has an element that is not 0.
+  bool (*find_centre)(const float* codebook, int64_t codes, int64_t channels, float* centre);
 
-  // best[i] = index of the best code for row i of z (rows, channels), over all `strips` strips.
+  // x -= centre in every row of x (rows, channels), dense.
+  void (*subtract)(const float* centre, int64_t rows, int64_t channels, float* x);
+
+  // Packs codes [index · strip, (index + 1) · strip) of the (codes, channels) codebook into `packed`, 64-byte aligned.
+  // The centre is subtracted from them if it is not null.
+  void (*pack)(const float* codebook, int64_t codes, int64_t channels, const float* centre, bool cosine, int64_t index,
+               float* packed);
+
+  // best[i] = index of the best code for row i of z (rows, channels), over all `strips` strips. The rows of z must have
+  // been centred like the codes.
   void (*search)(const float* z, int64_t rows, int64_t channels, const float* packed, int64_t strips, int64_t* best);
 };
 

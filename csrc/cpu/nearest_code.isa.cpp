@@ -1,7 +1,7 @@
 // Nearest code as a matrix product that never leaves the registers.
 //
 // score(row, code) = z·c - |c|²/2 is minus half of |z - c|² without the |z|² that all codes share; the largest score
-// wins. A strip of the codebook is packed as its -|c|²/2, then its channels, with codes side by side in the lanes:
+// wins. Codes and vectors are counted from the centre of the codebook. A strip of the codebook is packed as its -|c|²/2, then its channels, with codes side by side in the lanes:
 //   packed = [ -|c|²/2 : strip ][ channel 0 : strip ] … [ channel C-1 : strip ]
 // The accumulators start with the first line, and every further step is one fused multiply-add per element. For cosine
 // the codes are normalised while packing, and the first line is zero. Lanes beyond the last code start at -inf.
@@ -44,11 +44,39 @@ VAR_INLINE void pack_lanes(const float* codes, int64_t count, int64_t channels, 
   }
 }
 
-void pack(const float* codebook, int64_t codes, int64_t channels, bool cosine, int64_t index, float* packed) {
+bool find_centre(const float* codebook, int64_t codes, int64_t channels, float* centre) {
+  bool moved = false;
+  for (int64_t c = 0; c < channels; c += kWidth) {
+    const int64_t width = min_i(channels - c, kWidth);
+    Vec low = splat(kInfinity), high = splat(-kInfinity);
+    for (int64_t i = 0; i < kCentreCodes; ++i) {
+      const float* at = codebook + i * codes / kCentreCodes * channels + c;
+      const Vec v = width == kWidth ? load(at) : load_tail(at, width);
+      const IVec finite = (v < kInfinity) & (v > -kInfinity);  // not for NaN
+      low = finite & (v < low) ? v : low;
+      high = finite & (v > high) ? v : high;
+    }
+    const Vec middle = 0.5f * low + 0.5f * high, distance = max_v(middle, -middle);
+    const Vec point = distance > high - low ? middle : Vec{};  // 0 if no element is finite, because `high - low` is -inf
+    store_tail(centre + c, point, width);
+    for (int64_t i = 0; i < width; ++i) moved |= point[i] != 0.0f;
+  }
+  return moved;
+}
+
+void subtract(const float* centre, int64_t rows, int64_t channels, float* x) {
+  for (int64_t i = 0; i < rows; ++i, x += channels)
+    for (int64_t c = 0; c < channels; ++c) x[c] -= centre[c];
+}
+
+void pack(const float* codebook, int64_t codes, int64_t channels, const float* centre, bool cosine, int64_t index,
+          float* packed) {
   for (int64_t j = 0; j < kStrip; j += kWidth) {
     const int64_t first = index * kStrip + j, count = max_i(0, min_i(codes - first, kWidth));
     float* panel = packed + kStrip + j;
     pack_lanes(codebook + first * channels, count, channels, panel);
+    if (centre != nullptr)
+      for (int64_t c = 0; c < channels; ++c) store(panel + c * kStrip, load(panel + c * kStrip) - centre[c]);
     Vec squares = {};
     for (int64_t c = 0; c < channels; ++c) {
       const Vec v = load(panel + c * kStrip);
@@ -139,6 +167,6 @@ void search(const float* z, int64_t rows, int64_t channels, const float* packed,
 }  // namespace
 
 extern const NearestCodeTable nearest_code_table;
-const NearestCodeTable nearest_code_table = {kStrip, pack, search};
+const NearestCodeTable nearest_code_table = {kStrip, find_centre, subtract, pack, search};
 
 }  // namespace var_kernels::VAR_ISA

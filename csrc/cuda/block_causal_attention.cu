@@ -180,8 +180,10 @@ void launch_forward(const OnDevice& device, const GpuAttentionForward& arguments
   });
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& scale_lens,
-                                   double softmax_scale, int64_t q_offset, bool allow_tf32) {
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Lens& scale_lens_in,
+                                   double softmax_scale, int64_t q_offset, bool allow_tf32,
+                                   const std::optional<Tensor>& lens) {
+  const Lens scale_lens = lengths_of(scale_lens_in, lens);
   check_attention(q, k, v, scale_lens, q_offset);
   check_lengths(k);
   const OnDevice device(q);
@@ -234,8 +236,10 @@ void launch_backward(const OnDevice& device, GpuAttentionBackward arguments, con
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                                             const Tensor& out, const Tensor& lse_in,
-                                            const std::optional<Tensor>& dlse_in, const Lens& scale_lens,
-                                            double softmax_scale, int64_t q_offset, bool /*allow_tf32*/) {
+                                            const std::optional<Tensor>& dlse_in, const Lens& scale_lens_in,
+                                            double softmax_scale, int64_t q_offset, bool /*allow_tf32*/,
+                                            const std::optional<Tensor>& lens) {
+  const Lens scale_lens = lengths_of(scale_lens_in, lens);
   check_attention(q, k, v, scale_lens, q_offset);
   check_attention_tensor("dout", dout, q, q.size(1), q.size(2));
   check_attention_tensor("out", out, q, q.size(1), q.size(2));

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <tuple>
 
 #include "multi_scale_quantize_launch.h"
@@ -53,12 +54,12 @@ void quantize_stepwise(const OnDevice& device, Quantize arguments, const GpuSche
     const GpuScale& scale = schedule.scales[k];
     launch(device, "multi_scale_quantize pool", pool_kernel,
            part_grid(int64_t(scale.tokens()) * (shape.pitch / 4), images), arguments.rest, shape, int(images),
-           scale.height, scale.width, pooled);
+           scale.height, scale.width, arguments.centre, pooled);
     VAR_CHECK(images * scale.tokens() <= kMostRows, "f", "at most 2^30 tokens of a scale", images * scale.tokens());
-    search<float>(device, {{pooled, shape.channels, int(images * scale.tokens()), shape.channels},
-                           {arguments.searched, shape.channels, arguments.codes, shape.channels},
-                           {arguments.tokens + scale.first_token, scale.tokens(), arguments.length},
-                           nullptr, 0, arguments.normalised});
+    search(device, {{pooled, shape.channels, int(images * scale.tokens()), shape.channels},
+                    {arguments.searched, shape.channels, arguments.codes, shape.channels},
+                    {arguments.tokens + scale.first_token, scale.tokens(), arguments.length},
+                    nullptr, 0, arguments.normalised});
     with_vectors(vectors, [&](auto fit) {
       launch(device, "multi_scale_quantize update", quantize_update_kernel<decltype(fit)::value>,
              tile_grid(shape, images), arguments, scale, k);
@@ -86,9 +87,12 @@ std::tuple<Tensor, Tensor, Tensor> quantize(const Tensor& f, const Tensor& codeb
   Tensor f_hat = device.empty({scales > 1 ? images : 0, shape.floats()}, ScalarType::Float);  // between two scales
   const float* const codes = codebook.const_data_ptr<float>();
   const Matrix rows = {codes, shape.channels, int(codebook.size(0)), shape.channels};
-  const Tensor searched = cosine ? normalised_codes<float>(device, rows) : codebook;
+  std::optional<Centred> from_centre;
+  if (!cosine) from_centre = centred<float>(device, rows, {nullptr, 0, 0, shape.channels});
+  const Tensor searched = cosine ? normalised_codes<float>(device, rows) : from_centre->codes;
   const Quantize arguments = {
       image_maps(f), codes, searched.const_data_ptr<float>(),
+      cosine ? nullptr : from_centre->centre.const_data_ptr<float>(),
       {phi_weight.const_data_ptr<float>(), phi_bias.const_data_ptr<float>(), float(phi_ratio)},
       f_hat.mutable_data_ptr<float>(), nullptr, out.mutable_data_ptr<float>(), tokens.mutable_data_ptr<int64_t>(),
       errors.mutable_data_ptr<float>(), shape, rows.rows, int(images), int(schedule.length), int(scales),
@@ -129,7 +133,8 @@ std::tuple<Tensor, Tensor> next_scale_input(const Tensor& f_hat, const Tensor& c
   });
   if (next_tokens > 0)
     launch(device, "next_scale_input pool", pool_kernel, part_grid(next_tokens * (shape.pitch / 4), images),
-           arguments.map, shape, int(images), int(next_height), int(next_width), next.mutable_data_ptr<float>());
+           arguments.map, shape, int(images), int(next_height), int(next_width), static_cast<const float*>(nullptr),
+           next.mutable_data_ptr<float>());
   return {out, next};
 }
 

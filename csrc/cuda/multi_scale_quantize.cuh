@@ -15,7 +15,8 @@ namespace {
 
 struct Quantize {
   ImageMaps f;
-  const float *codebook, *searched;  // (codes, channels) dense; `searched` is the codebook itself or the normalised one
+  const float *codebook, *searched;  // (codes, channels) dense; `searched` are normalised or counted from the centre
+  const float* centre;               // (channels), or null for normalised codes
   Phi phi;
   float *f_hat, *rest;    // (images) maps; rest is used stepwise only
   float* out;             // (images, channels, height, width) dense
@@ -92,15 +93,18 @@ __device__ __forceinline__ void search_tokens(const Quantize& a, unsigned char* 
   const int pitch = pooled_pitch(a.shape.channels), pieces = (pitch - 4) / 4;
   for (int i = int(threadIdx.x); i < Tile::kRows * pieces; i += kMapThreads) {
     const int row = i / pieces, c = i % pieces * 4;
-    const bool exists = first + row < scale.tokens() && c < a.shape.channels;
-    *reinterpret_cast<float4*>(z + row * pitch + c) =
-        exists ? pooled(a.shape, rest, scale.height, scale.width, first + row, c) : float4{};
+    float4 mean = {};
+    if (first + row < scale.tokens() && c < a.shape.channels) {
+      mean = pooled(a.shape, rest, scale.height, scale.width, first + row, c);
+      if (a.centre != nullptr) add_scaled(mean, -1.0f, load_channels<kVectors>(a.centre, c, a.shape.channels));
+    }
+    *reinterpret_cast<float4*>(z + row * pitch + c) = mean;
   }
   const Matrix codebook = {a.searched, a.shape.channels, a.codes, a.shape.channels};
   const Candidate best = search_codes<Tile>(
       memory, 0, a.codes, a.shape.channels, a.normalised, pitch, [&](int, int chunk) { return z + chunk * kChunk; },
       [&](int, int code, int channel, float* target) {
-        start_chunk<float, kVectors>(target, Tile::kCodes, codebook, code, channel);
+        start_chunk<kVectors>(target, Tile::kCodes, codebook, code, channel);
       });
   const int token = first + int(threadIdx.x);
   if (int(threadIdx.x) >= Tile::kRows || token >= scale.tokens()) return;
@@ -163,9 +167,11 @@ __global__ void __launch_bounds__(kMapThreads) load_maps_kernel(ImageMaps f, Gpu
       f.load(part.image, pixel / shape.width, pixel % shape.width, c, shape.channels);
 }
 
-// Pools maps to (height, width). `out` is (images, height · width, channels), dense.
+// Pools maps to (height, width), and subtracts the centre from the means if it is not null. `out` is (images,
+// height · width, channels), dense.
 __global__ void __launch_bounds__(kMapThreads)
-    pool_kernel(const float* maps, GpuMapShape shape, int images, int height, int width, float* out) {
+    pool_kernel(const float* maps, GpuMapShape shape, int images, int height, int width, const float* centre,
+                float* out) {
   const int pieces = shape.pitch / 4;
   const ImagePart part = my_part(height * width * pieces, images);
   if (!part.exists) return;
@@ -175,7 +181,7 @@ __global__ void __launch_bounds__(kMapThreads)
   float* const row = out + (part.image * height * width + token) * shape.channels;
 #pragma unroll
   for (int n = 0; n < 4; ++n)
-    if (c + n < shape.channels) row[c + n] = values[n];
+    if (c + n < shape.channels) row[c + n] = values[n] - (centre == nullptr ? 0.0f : centre[c + n]);
 }
 
 // The grid is the tiles of all images by tiles of channels.

@@ -24,17 +24,22 @@ Tensor nearest_code(const Tensor& z_in, const Tensor& codebook_in, bool cosine) 
   const OnDevice device(z_in);
   Tensor best = device.empty({z_in.size(0)}, ScalarType::Long);
   if (z_in.size(0) == 0) return best;
-  // Normalised codes are fp32, so the vectors must be fp32 as well.
+  // Normalised and centred codes are fp32, so the vectors must be fp32 as well.
   const Tensor z = dense_rows(cosine ? torch::stable::to(z_in, ScalarType::Float) : z_in);
   const Tensor codebook = dense_rows(codebook_in);
   NearestCode arguments = {matrix_of("z", z), matrix_of("codebook", codebook),
                            {best.mutable_data_ptr<int64_t>(), int(z.size(0)), 0}, nullptr, 0, cosine};
   with_dtype(codebook, [&](auto zero) {
     using T = decltype(zero);
-    if (!cosine) return search<T>(device, arguments);
-    const Tensor codes = normalised_codes<T>(device, arguments.codebook);
-    arguments.codebook = matrix_of("codebook", codes);
-    search<float>(device, arguments);
+    if (cosine) {
+      const Tensor codes = normalised_codes<T>(device, arguments.codebook);
+      arguments.codebook = matrix_of("codebook", codes);
+      return search(device, arguments);
+    }
+    const Centred from_centre = centred<T>(device, arguments.codebook, arguments.z);
+    arguments.codebook = matrix_of("codebook", from_centre.codes);
+    arguments.z = matrix_of("z", from_centre.vectors);
+    search(device, arguments);
   });
   return best;
 }

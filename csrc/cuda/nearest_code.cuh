@@ -38,7 +38,7 @@ constexpr size_t nearest_code_shared_bytes(int channels) {
 
 // The grid is the tiles of vectors by splits. Vectors of one chunk stay in shared memory; longer ones stream like
 // codes.
-template <class T, bool kVectors, int kThreadRows>
+template <bool kVectors, int kThreadRows>
 __global__ void __launch_bounds__(kSearchThreads, 3) nearest_code_kernel(NearestCode a) {
   using Tile = NearestTile<kThreadRows>;
   static_assert(Tile::kThreads == kSearchThreads);
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kSearchThreads, 3) nearest_code_kernel(Nearest
   const Candidate best = search_codes<Tile>(
       memory, begin, end, a.z.channels, a.normalised, kChunkPitch, [&](int step, int) { return z_tile(step); },
       [&](int step, int code, int channel, float* target) {
-        if (streams || step == 0) start_chunk<T, kVectors>(z_tile(step), Tile::kRows, a.z, first_row, channel);
-        start_chunk<T, kVectors>(target, Tile::kCodes, a.codebook, code, channel);
+        if (streams || step == 0) start_chunk<kVectors>(z_tile(step), Tile::kRows, a.z, first_row, channel);
+        start_chunk<kVectors>(target, Tile::kCodes, a.codebook, code, channel);
       });
   const int row = first_row + int(threadIdx.x);
   if (int(threadIdx.x) >= Tile::kRows || row >= a.z.rows) return;
@@ -76,6 +76,46 @@ __global__ void __launch_bounds__(kSearchThreads) normalise_codes_kernel(Matrix 
   if (norm < 1e-12f) norm = 1e-12f;  // a NaN stays NaN
   for (int c = lane; c < codebook.channels; c += 32)
     out[int64_t(code) * codebook.channels + c] = to_float(row[c]) / norm;
+}
+
+// The centre of the codebook in channel c, a point near the codes: the middle between the least and the greatest finite
+// element of kCentreCodes codes, spread evenly over the codebook, if it is farther from 0 than they are apart; else 0.
+constexpr int kCentreCodes = 32;
+
+template <class T>
+__device__ __forceinline__ float centre_of(const Matrix& codebook, int c) {
+  float low = INFINITY, high = -INFINITY;
+  for (int i = 0; i < kCentreCodes; ++i) {
+    const int64_t code = int64_t(i) * codebook.rows / kCentreCodes;
+    const float x = to_float(static_cast<const T*>(codebook.data)[code * codebook.stride + c]);
+    if (!(fabsf(x) < INFINITY)) continue;
+    low = fminf(low, x);
+    high = fmaxf(high, x);
+  }
+  const float middle = 0.5f * low + 0.5f * high;
+  return fabsf(middle) > high - low ? middle : 0.0f;
+}
+
+// Writes the centre, and codes and vectors counted from it, dense. Distances stay the same, while scores become as small
+// as the distances, and so do their rounding errors. A block has kCentredRows codes or vectors, a lane has channels.
+constexpr int kCentredRows = 64;
+
+template <class T>
+__global__ void __launch_bounds__(kSearchThreads)
+    centre_kernel(Matrix codebook, Matrix z, float* codes, float* vectors, float* centre) {
+  const int code_blocks = (codebook.rows + kCentredRows - 1) / kCentredRows, block = int(blockIdx.x);
+  const bool of_codes = block < code_blocks;
+  const T* const from = static_cast<const T*>(of_codes ? codebook.data : z.data);
+  const int64_t stride = of_codes ? codebook.stride : z.stride;
+  float* const to = of_codes ? codes : vectors;
+  const int first = (of_codes ? block : block - code_blocks) * kCentredRows;
+  const int end = min(first + kCentredRows, of_codes ? codebook.rows : z.rows), channels = codebook.channels;
+  for (int c = int(threadIdx.x) % 32; c < channels; c += 32) {
+    const float point = centre_of<T>(codebook, c);
+    if (block == 0 && threadIdx.x < 32) centre[c] = point;
+    for (int row = first + int(threadIdx.x) / 32; row < end; row += kSearchThreads / 32)
+      to[int64_t(row) * channels + c] = to_float(from[row * stride + c]) - point;
+  }
 }
 
 // Compares in the order of the splits, so that among equal scores the lowest index wins.

@@ -42,7 +42,7 @@ void with_thread_rows(int64_t rows, const F& f) {
   return f(std::integral_constant<int, 1>());
 }
 
-template <class T, bool kVectors>
+template <bool kVectors>
 void search_with(const OnDevice& device, NearestCode arguments) {
   with_thread_rows(arguments.z.rows, [&](auto thread_rows) {
     constexpr int kThreadRows = decltype(thread_rows)::value;
@@ -54,7 +54,7 @@ void search_with(const OnDevice& device, NearestCode arguments) {
     arguments.candidates = reinterpret_cast<Candidate*>(candidates.mutable_data_ptr<float>());
     const LaunchShape shape = {dim3(unsigned(row_tiles), unsigned(splits.count)), dim3(kSearchThreads),
                                nearest_code_shared_bytes<Tile>(arguments.z.channels)};
-    launch(device, "nearest_code", nearest_code_kernel<T, kVectors, kThreadRows>, shape, arguments);
+    launch(device, "nearest_code", nearest_code_kernel<kVectors, kThreadRows>, shape, arguments);
     if (splits.count > 1)
       launch(device, "nearest_code splits", best_candidate_kernel,
              {dim3(unsigned(ceil_div(rows, kSearchThreads))), dim3(kSearchThreads)},
@@ -73,12 +73,27 @@ Tensor normalised_codes(const OnDevice& device, const Matrix& codebook) {
   return codes;
 }
 
-// Searches the codes of vectors of T; there is at least one vector.
+// Codes and vectors counted from the centre of the codes, dense.
+struct Centred {
+  Tensor codes, vectors, centre;
+};
+
 template <class T>
-void search(const OnDevice& device, const NearestCode& arguments) {
-  if constexpr (sizeof(T) == 4)
-    if (vectors_fit(arguments.z) && vectors_fit(arguments.codebook)) return search_with<T, true>(device, arguments);
-  search_with<T, false>(device, arguments);
+Centred centred(const OnDevice& device, const Matrix& codebook, const Matrix& z) {
+  const int channels = codebook.channels;
+  Centred result = {device.empty({codebook.rows, channels}, ScalarType::Float),
+                    device.empty({z.rows, channels}, ScalarType::Float), device.empty({channels}, ScalarType::Float)};
+  const int64_t blocks = ceil_div(codebook.rows, kCentredRows) + ceil_div(z.rows, kCentredRows);
+  launch(device, "nearest_code centre", centre_kernel<T>, {dim3(unsigned(blocks)), dim3(kSearchThreads)}, codebook, z,
+         result.codes.mutable_data_ptr<float>(), result.vectors.mutable_data_ptr<float>(),
+         result.centre.mutable_data_ptr<float>());
+  return result;
+}
+
+// Searches the codes of vectors, which are fp32 as the codes are; there is at least one vector.
+inline void search(const OnDevice& device, const NearestCode& arguments) {
+  vectors_fit(arguments.z) && vectors_fit(arguments.codebook) ? search_with<true>(device, arguments)
+                                                              : search_with<false>(device, arguments);
 }
 
 }  // namespace

@@ -73,17 +73,16 @@ struct SearchMemory {
 };
 
 // Starts the copy of channels [first_channel, first_channel + kChunk) of `count` rows; missing elements are zero.
-// kVectors: the rows consist of aligned pieces of 16 bytes. Otherwise the copy converts the elements to fp32.
-template <class T, bool kVectors>
+// kVectors: the rows consist of aligned pieces of 16 bytes.
+template <bool kVectors>
 __device__ __forceinline__ void start_chunk(float* tile, int count, const Matrix& matrix, int first_row,
                                             int first_channel) {
   if constexpr (kVectors) {
-    static_assert(sizeof(T) == 4);
     constexpr int kPieces = kChunk / 4;
     for (int i = int(threadIdx.x); i < count * kPieces; i += int(blockDim.x)) {
       const int row = first_row + i / kPieces, channel = first_channel + i % kPieces * 4;
       ptx::cp_async16(tile + i / kPieces * kChunkPitch + i % kPieces * 4,
-                      static_cast<const T*>(matrix.data) + row * matrix.stride + channel,
+                      static_cast<const float*>(matrix.data) + row * matrix.stride + channel,
                       row < matrix.rows && channel < matrix.channels);
     }
   } else {
@@ -91,7 +90,7 @@ __device__ __forceinline__ void start_chunk(float* tile, int count, const Matrix
       const int row = first_row + i / kChunk, channel = first_channel + i % kChunk;
       const bool exists = row < matrix.rows && channel < matrix.channels;
       tile[i / kChunk * kChunkPitch + i % kChunk] =
-          exists ? to_float(static_cast<const T*>(matrix.data)[row * matrix.stride + channel]) : 0.0f;
+          exists ? static_cast<const float*>(matrix.data)[row * matrix.stride + channel] : 0.0f;
     }
   }
 }

@@ -134,13 +134,24 @@ def test_resumed_tokenizer_repeats_the_uninterrupted_losses(tmp_path, data, monk
         stop_after(patch, step)
         first = train_tokenizer(tokenizer_options(tmp_path / "halves", data, **options))
     assert (first.reason, first.step) == ("interrupted", step)
-    torch.rand(7)  # the random state of the process between the runs must not matter
     second = train_tokenizer(tokenizer_options(tmp_path / "halves", data, resume=True, **options))
     assert (second.reason, second.step) == ("finished", 8)
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
     assert weights_hash(checkpoints.load_model(second.weights)) == weights_hash(
         checkpoints.load_model(tmp_path / "whole" / "vqvae.safetensors")
     )
+
+
+def test_training_neither_uses_nor_changes_the_random_state_of_the_process(tmp_path, data, tokenizer):
+    # All its random numbers are functions of the seed and the step, so that a checkpoint needs no random state.
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        state = torch.get_rng_state()
+        train_tokenizer(tokenizer_options(tmp_path / f"tokenizer {seed}", data))
+        train_transformer(transformer_options(tmp_path / f"transformer {seed}", data, tokenizer))
+        assert torch.equal(torch.get_rng_state(), state)
+    for part in ("tokenizer", "transformer"):
+        assert losses(tmp_path / f"{part} 1") == losses(tmp_path / f"{part} 2")
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp32"}, {"precision": "bf16", "backend": "auto"}])

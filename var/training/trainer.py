@@ -196,7 +196,7 @@ class Trainer:
             raise TrainingError(f"output: {self.checkpoint_path} exists: resume it, or choose another directory")
 
     def save(self) -> None:
-        """Writes checkpoint.pt: weights, their average, optimizer, step, random state and metrics not yet logged."""
+        """Writes checkpoint.pt: weights, their average, optimizer, step and metrics not yet logged."""
         options = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.options).items()}
         payload = {
             "format": _CHECKPOINT_FORMAT,
@@ -213,7 +213,6 @@ class Trainer:
             "window": self._window,
             "validation": self.validation,
             "validated": self._validated,
-            "rng": torch.get_rng_state(),
         }
         write_checkpoint(self.checkpoint_path, payload)
 
@@ -243,7 +242,6 @@ class Trainer:
             tensor.copy_(state["extra"][name])
         self.step, self.seconds, self._window = state["step"], state["seconds"], state["window"]
         self.validation, self._validated = state["validation"], state.get("validated", self.step)
-        torch.set_rng_state(state["rng"])
 
     def _compare_files(self, saved: dict[str, Any]) -> None:
         """Compares the data with those of the checkpoint, `saved`; an older checkpoint does not say what they were."""

@@ -409,7 +409,8 @@ def _start(kernel, q, k, scale_lens, q_offset, allow_tf32, tensors, others: dict
     launch(kernel, (tiles * pairs,), arguments, config)
 
 
-def block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset, allow_tf32=False):
+def block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset, allow_tf32=False, lens=None):
+    scale_lens = scale_lens if lens is None else lens.tolist()
     _check(q, k, v, scale_lens, q_offset)
     out = torch.empty_like(q)
     padding = _padding(q)
@@ -430,8 +431,9 @@ def block_causal_attention(q, k, v, scale_lens, softmax_scale, q_offset, allow_t
 
 
 def block_causal_attention_backward(
-    dout, q, k, v, out, lse, dlse, scale_lens, softmax_scale, q_offset, allow_tf32=False
+    dout, q, k, v, out, lse, dlse, scale_lens, softmax_scale, q_offset, allow_tf32=False, lens=None
 ):
+    scale_lens = scale_lens if lens is None else lens.tolist()
     _check(q, k, v, scale_lens, q_offset, out=out, dout=dout)
     for name, x in (("lse", lse), *([] if dlse is None else [("dlse", dlse)])):
         check_shape(name, x, q.shape[:3])

@@ -33,7 +33,7 @@ from .targets import target_of
     do_not_specialize=["num_rows", "image_tokens", "image_stride", "token_offset", "height", "width", "window"]
 )
 def search(
-    source, codes, code_terms, scores, candidates, tokens, num_rows, num_codes, channels, split_codes,
+    source, centre, codes, code_terms, scores, candidates, tokens, num_rows, num_codes, channels, split_codes,
     height, width, full_height, full_width, window, image_tokens, image_stride, token_offset,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -42,10 +42,12 @@ def search(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = split * split_codes
     end = tl.minimum(begin + split_codes, num_codes)
+    c = tl.arange(0, BLOCK_C)
     z = pooled(
-        source, rows, num_rows, tl.arange(0, BLOCK_C), channels, height, width, full_height, full_width, window,
+        source, rows, num_rows, c, channels, height, width, full_height, full_width, window,
         BLOCK_N, BLOCK_C, BLOCK_Q,
     )  # fmt: skip
+    z -= tl.load(centre + c, mask=c < channels, other=0.0)[None, :]
     best, index = scan_codes(z, codes, code_terms, begin, end, channels, BLOCK_N, BLOCK_V, BLOCK_C)
     store_choice(
         best, index, rows, num_rows, split, scores, candidates, tokens, image_tokens, image_stride, token_offset, SPLIT

@@ -1,9 +1,11 @@
 """The nearest codebook entry, as a matrix product whose result never leaves the registers.
 
 score(row, code) = z·c - |c|²/2 is -|z - c|²/2 without the term |z|²/2, which all codes share. The largest score wins.
-With cosine the score is z·c with the normalised code c / max(|c|, 1e-12). A program holds a tile of rows, goes through
-tiles of the codebook and keeps the best score so far and its index for each row, so no N×V matrix exists. Products are
-in fp32 (no TF32), so the bound is 2·N·V·C flops on the fp32 units.
+Rows and codes are counted from the centre of the codebook, a point near the codes, so that scores and their rounding
+errors are as small as distances. With cosine the score is z·c with the normalised code c / max(|c|, 1e-12), and the
+centre is 0. A program holds a tile of rows, goes through tiles of the codebook and keeps the best score so far and its
+index for each row, so no N×V matrix exists. Products are in fp32 (no TF32), so the bound is 2·N·V·C flops on the fp32
+units.
 
 Every code has the same operations in the same order, wherever it is in the codebook, so equal codes have equal scores.
 Inside a tile the lowest index with the highest score is taken, and a later tile must have a higher score to win, so
@@ -35,6 +37,20 @@ def load_codes(codes, v0, end, c, channels, BLOCK_V: tl.constexpr):
     v = tl.arange(0, BLOCK_V)
     pointers = codes + tl.cast(v0, tl.int64) * channels + v[None, :] * channels + c[:, None]
     return tl.load(pointers, mask=(v[None, :] < end - v0) & (c[:, None] < channels), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def centre_of(codes, num_codes, c, channels, SOME: tl.constexpr):
+    """The centre of the codebook in channels c, from SOME codes that are spread evenly over it: the middle between
+    their least and greatest finite elements if it is farther from 0 than these are apart, else 0."""
+    v = tl.arange(0, SOME).to(tl.int64) * num_codes // SOME
+    pointers = codes + v[None, :] * channels + c[:, None]
+    some = tl.load(pointers, mask=c[:, None] < channels, other=0.0)
+    finite = tl.abs(some) < float("inf")
+    low = tl.min(tl.where(finite, some, float("inf")), axis=1)
+    high = tl.max(tl.where(finite, some, float("-inf")), axis=1)
+    middle = 0.5 * low + 0.5 * high
+    return tl.where(tl.abs(middle) > high - low, middle, 0.0)
 
 
 @triton.jit
@@ -85,11 +101,11 @@ def store_choice(
 
 @triton.jit
 def prepare(
-    codes, normalised, code_terms, num_codes, channels,
-    COSINE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
+    codes, searched, code_terms, centre, num_codes, channels,
+    COSINE: tl.constexpr, SOME: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Computes -|c|²/2, the term of each code in its scores. With COSINE it is zero, and the dense normalised codes
-    c / max(|c|, 1e-12) are written as well.
+    """Writes the centre of the codebook, the codes counted from it, and -|c|²/2, the term of each code in its scores.
+    With COSINE, centre and terms are zero, and the codes are the normalised ones, c / max(|c|, 1e-12).
 
     Codes are divided, not scores, so that codes of one direction that normalise to the same numbers tie.
     """
@@ -101,6 +117,15 @@ def prepare(
     for c0 in tl.range(0, channels, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         tile = load_codes(codes, v0, num_codes, c, channels, BLOCK_V)
+        mask = (v[None, :] < num_codes) & (c[:, None] < channels)
+        if COSINE:
+            point = tl.zeros((BLOCK_C,), tl.float32)
+        else:
+            point = centre_of(codes, num_codes, c, channels, SOME)
+            tile = tl.where(mask, tile - point[:, None], 0.0)
+            tl.store(searched + v.to(tl.int64)[None, :] * channels + c[:, None], tile, mask=mask)
+        if v0 == 0:
+            tl.store(centre + c, point, mask=c < channels)
         squares_of_tile += tile * tile
     squares = tl.sum(squares_of_tile, axis=0)
     if COSINE:
@@ -108,7 +133,7 @@ def prepare(
         for c0 in tl.range(0, channels, BLOCK_C):
             c = c0 + tl.arange(0, BLOCK_C)
             tile = load_codes(codes, v0, num_codes, c, channels, BLOCK_V)
-            pointers = normalised + v.to(tl.int64)[None, :] * channels + c[:, None]
+            pointers = searched + v.to(tl.int64)[None, :] * channels + c[:, None]
             mask = (v[None, :] < num_codes) & (c[:, None] < channels)
             tl.store(pointers, tl.div_rn(tile, length[None, :]), mask=mask)
         squares = tl.zeros((BLOCK_V,), tl.float32)
@@ -117,7 +142,7 @@ def prepare(
 
 @triton.jit(do_not_specialize=["num_rows", "image_tokens", "image_stride", "token_offset"])
 def search(
-    z, codes, code_terms, scores, candidates, tokens, num_rows, num_codes, channels, split_codes,
+    z, centre, codes, code_terms, scores, candidates, tokens, num_rows, num_codes, channels, split_codes,
     row_stride, z_channel_stride, image_tokens, image_stride, token_offset,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -129,7 +154,9 @@ def search(
     end = tl.minimum(begin + split_codes, num_codes)
     c = tl.arange(0, BLOCK_C)
     pointers = z + rows.to(tl.int64)[:, None] * row_stride + c[None, :] * z_channel_stride
-    tile = tl.load(pointers, mask=(rows[:, None] < num_rows) & (c[None, :] < channels), other=0.0).to(tl.float32)
+    mask = (rows[:, None] < num_rows) & (c[None, :] < channels)
+    tile = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tile -= tl.load(centre + c, mask=c < channels, other=0.0)[None, :]
     best, index = scan_codes(
         tile, codes, code_terms, begin, end, channels, BLOCK_N, BLOCK_V, BLOCK_C
     )
@@ -140,7 +167,7 @@ def search(
 
 @triton.jit(do_not_specialize=["num_rows", "image_tokens", "image_stride", "token_offset"])
 def search_wide(
-    z, codes, code_terms, scores, candidates, tokens, num_rows, num_codes, channels, split_codes,
+    z, centre, codes, code_terms, scores, candidates, tokens, num_rows, num_codes, channels, split_codes,
     row_stride, z_channel_stride, image_tokens, image_stride, token_offset,
     SPLIT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -158,6 +185,7 @@ def search_wide(
             c = c0 + tl.arange(0, BLOCK_C)
             mask = (rows[:, None] < num_rows) & (c[None, :] < channels)
             chunk = tl.load(row_starts + c[None, :] * z_channel_stride, mask=mask, other=0.0).to(tl.float32)
+            chunk -= tl.load(centre + c, mask=c < channels, other=0.0)[None, :]
             tile = load_codes(codes, v0, end, c, channels, BLOCK_V)
             products = tl.dot(chunk, tile, products, input_precision="ieee")
         best, index = keep_better(products, v0, end, code_terms, best, index, BLOCK_V)
@@ -184,6 +212,9 @@ def reduce(
     at = (rows // image_tokens).to(tl.int64) * image_stride + token_offset + rows % image_tokens
     tl.store(tokens + at, lowest.to(tl.int64), mask=rows < num_rows)
 
+
+# The centre is computed from so many codes, as in the reference.
+CENTRE_CODES = 32
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
@@ -214,10 +245,11 @@ class Codebook:
         self.codes = codes.float().contiguous()
         self.size, self.channels = codes.shape
         self.terms = self.codes.new_empty(self.size)
-        self.searched = torch.empty_like(self.codes) if cosine else self.codes
+        self.centre = self.codes.new_empty(self.channels)
+        self.searched = torch.empty_like(self.codes)
         config = choose("nearest_code.prepare", target_of(codes.device), self.channels, 4)
-        arguments = {"codes": self.codes, "normalised": self.searched, "code_terms": self.terms, "COSINE": cosine}
-        arguments |= {"num_codes": self.size, "channels": self.channels}
+        arguments = {"codes": self.codes, "searched": self.searched, "code_terms": self.terms, "centre": self.centre}
+        arguments |= {"num_codes": self.size, "channels": self.channels, "COSINE": cosine, "SOME": CENTRE_CODES}
         launch(prepare, (triton.cdiv(self.size, config.tiles["BLOCK_V"]),), arguments, config)
 
     def search(
@@ -241,8 +273,8 @@ class Codebook:
         candidates = scores.new_empty(scores.shape, dtype=torch.int32)
         places = {"scores": scores, "candidates": candidates, "tokens": tokens, "num_rows": num_rows}
         places |= dict(zip(("image_tokens", "image_stride", "token_offset"), image, strict=True))
-        codes = {"codes": self.searched, "code_terms": self.terms, "num_codes": self.size, "channels": self.channels}
-        codes |= {"split_codes": tiles * block_v, "SPLIT": splits > 1}
+        codes = {"codes": self.searched, "centre": self.centre, "code_terms": self.terms, "num_codes": self.size}
+        codes |= {"channels": self.channels, "split_codes": tiles * block_v, "SPLIT": splits > 1}
         launch(kernel, (row_tiles, splits), codes | rows | places, config)
         if splits > 1:
             grid = (triton.cdiv(num_rows, reduction.tiles["BLOCK_N"]),)

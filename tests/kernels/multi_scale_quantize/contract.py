@@ -81,6 +81,16 @@ def assert_right(result, derivatives, tensors, maps, **options):
     return plain.tokens
 
 
+def assert_exact_far_from_the_origin(quantize, images: int = 2) -> None:
+    """`quantize(f, codebook, weight, bias, maps)` finds the tokens that float64 finds for codes far from the origin."""
+    f, codebook, weight, bias = inputs((images, 32, 300, 1, (7,)))
+    f, codebook = f + 1000, codebook + 1000
+    tokens = quantize(f, codebook, weight, bias, (7,)).tokens
+    rows = f.double().flatten(2).mT
+    exact = (rows.unsqueeze(2) - codebook.double()).square().sum(-1).argmin(-1)
+    assert torch.equal(tokens, exact)
+
+
 def assert_right_step(found, tensors, maps, k, **options):
     """`found`, the next_scale_input of `tensors` after scale k, is as accurate as plain PyTorch."""
     with stated_order():

@@ -1,5 +1,7 @@
 """multi_scale_quantize and next_scale_input: tokens, values and gradients against an independent composition."""
 
+import functools
+
 import numpy
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from tests.kernels.multi_scale_quantize.contract import (
     SHAPES,
     SMALL,
+    assert_exact_far_from_the_origin,
     assert_right,
     assert_right_step,
     composition,
@@ -51,6 +54,10 @@ def test_reference_is_the_composition(name, metric):
         torch.autograd.grad(ours.vq_loss, tensors), torch.autograd.grad(loss, tensors), strict=True
     ):
         torch.testing.assert_close(ours_part, part)
+
+
+def test_codes_far_from_the_origin(backend):
+    assert_exact_far_from_the_origin(functools.partial(multi_scale_quantize, backend=backend))
 
 
 def test_gradcheck_of_the_codebook_part():

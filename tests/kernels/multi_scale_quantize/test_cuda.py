@@ -8,6 +8,7 @@ import torch
 from tests.helpers.cuda_emulation import EmulatedKernels
 from tests.kernels.multi_scale_quantize.contract import (
     SHAPES,
+    assert_exact_far_from_the_origin,
     assert_right,
     assert_right_step,
     gradients,
@@ -59,6 +60,13 @@ def test_forward_and_backward(name):
         check(SHAPES[name], seed=seed, metric=metric)
 
 
+def test_codes_far_from_the_origin():
+    # One image is searched by the kernels of single steps, six by the resident kernel.
+    for images in (1, 6):
+        with emulation():
+            assert_exact_far_from_the_origin(functools.partial(multi_scale_quantize, backend="cuda"), images)
+
+
 @pytest.mark.parametrize("name", [name for name in SHAPES if name not in ("VAR", "two strips")])
 def test_races_and_bounds(name):
     check(SHAPES[name], "race", seed=7)
@@ -69,9 +77,9 @@ def test_several_tiles():
     check(TILED, "race", seed=1, metric="cosine")
 
 
-# If the residual fits a block, forward is one launch. Otherwise each scale takes several: a pool, a search with its
-# candidates, and an update. Backward takes 7 launches.
-@pytest.mark.parametrize(("shape", "launches"), [(SHAPES["nine images"], 1), (LARGE, 1 + 3 * 2 + 1)])
+# If the residual fits a block, forward is one launch after that of the centre. Otherwise each scale takes several: a
+# pool, a search with its candidates, and an update. Backward takes 7 launches.
+@pytest.mark.parametrize(("shape", "launches"), [(SHAPES["nine images"], 2), (LARGE, 2 + 3 * 2 + 1)])
 def test_one_launch_if_the_residual_fits_a_block(shape, launches):
     tensors = inputs(shape)
     with emulation() as record:
@@ -92,7 +100,7 @@ def test_stepwise_and_resident_kernels_give_the_same_bits():
     with emulation() as record:
         stepwise = multi_scale_quantize(*tensors, shape[-1], backend="cuda")
         resident = multi_scale_quantize(tensors[0].repeat(6, 1, 1, 1), *tensors[1:], shape[-1], backend="cuda")
-    assert record.counters["launches"] == 1 + 3 * (1 + 2 + 1) + 1 + 1
+    assert record.counters["launches"] == 2 + 3 * (1 + 2 + 1) + 1 + 2
     assert torch.equal(resident.tokens, stepwise.tokens.repeat(6, 1))
     assert torch.equal(resident.f_hat, stepwise.f_hat.repeat(6, 1, 1, 1))
 

@@ -1,5 +1,7 @@
 """The Triton kernels of multi_scale_quantize and next_scale_input, interpreted and as compiled for sm_80."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ pytest.importorskip("triton")
 from tests.helpers.triton_launches import recorded
 from tests.kernels.multi_scale_quantize.contract import (
     SHAPES,
+    assert_exact_far_from_the_origin,
     assert_right,
     assert_right_step,
     gradients,
@@ -161,6 +164,13 @@ def test_compiled_products_are_fp32():
         ptx = compile_for(launches[name], TARGETS["sm_80"]).asm["ptx"]
         assert "fma.rn.f32" in ptx and "mma.sync" not in ptx and "tf32" not in ptx, name
         assert "cp.async.cg.shared.global" in ptx, name  # 16 bytes per thread
+
+
+def test_codes_far_from_the_origin():
+    with executing(interpret):
+        for configs in (SMALL, ROOMY):  # the first searches rows that are pooled before, the second pools them itself
+            with override(configs):
+                assert_exact_far_from_the_origin(functools.partial(multi_scale_quantize, backend="triton"))
 
 
 # ---- the call --------------------------------------------------------------------------------------------------------

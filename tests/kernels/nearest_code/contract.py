@@ -1,10 +1,21 @@
 """What the tests of every backend of the search share: problems, and the comparison with float64."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from var_kernels.testing import randn
+
+
+def centre_of(codebook: torch.Tensor) -> torch.Tensor:
+    """The documented centre (C,), in float64: by channel the middle of 32 codes, or 0 if they are not far from it."""
+    centre = []
+    for column in codebook.double().T.tolist():
+        some = [x for x in (column[i * len(column) // 32] for i in range(32)) if math.isfinite(x)] or [0.0]
+        middle = (min(some) + max(some)) / 2
+        centre.append(middle if abs(middle) > max(some) - min(some) else 0.0)
+    return torch.tensor(centre, dtype=torch.float64)
 
 
 def scores_and_band(z: torch.Tensor, codebook: torch.Tensor, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -12,8 +23,8 @@ def scores_and_band(z: torch.Tensor, codebook: torch.Tensor, metric: str) -> tup
 
     The score z·c - |c|²/2 is a chain of C multiply-adds that starts at the rounded |c|²/2, which is a chain of C
     multiply-adds too. In any order of summation, the error is at most gamma(2C + 2) times the sum of the magnitudes of
-    the terms, with gamma(n) = n·u / (1 - n·u) and u = 2^-24. Cosine normalises the codes, which adds C + 3 roundings to
-    each factor.
+    the terms, with gamma(n) = n·u / (1 - n·u) and u = 2^-24. Subtracting the centre adds one rounding to each factor.
+    Cosine normalises the codes, which adds C + 3 roundings to each factor.
     """
     z, codes = z.double(), codebook.double()
     unit_roundoff, channels = 2.0**-24, z.shape[-1]
@@ -22,8 +33,10 @@ def scores_and_band(z: torch.Tensor, codebook: torch.Tensor, metric: str) -> tup
         half_norm = torch.zeros(codes.shape[0], dtype=torch.float64)
         roundings = 2 * channels + 3
     else:
+        centre = centre_of(codebook)
+        z, codes = z - centre, codes - centre
         half_norm = 0.5 * codes.square().sum(-1)
-        roundings = 2 * channels + 2
+        roundings = 2 * channels + 4
     gamma = roundings * unit_roundoff / (1 - roundings * unit_roundoff)
     return z @ codes.T - half_norm, gamma * (z.abs() @ codes.abs().T + half_norm)
 
@@ -66,11 +79,34 @@ def problems_with_special_values(cases: int, codes: int, spoiled: int) -> Iterat
         yield z, codebook
 
 
+def problem_far_from_the_origin() -> tuple[torch.Tensor, torch.Tensor]:
+    """z (N, 32) and 300 codes around a point that is a thousand times as far from 0 as the codes are from it.
+
+    Its coordinates have both signs, and some are 0. Without a centre, the scores would round by more than most
+    distances differ.
+    """
+    point = 1000.0 * (torch.arange(32) % 3 - 1)
+    point[5], point[6] = -3e4, 0.0
+    return randn(70, 32, seed=11) + point, randn(300, 32, seed=12) + point
+
+
+def assert_as_exact_as_near_the_origin(search: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """The search finds what float64 finds for codes far from the origin, and breaks exact ties as documented there."""
+    z, codebook = problem_far_from_the_origin()
+    found = search(z, codebook)
+    assert_nearest(found, z, codebook, "l2")
+    exact = (z.double().unsqueeze(1) - codebook.double()).square().sum(-1).argmin(-1)
+    assert (found != exact).sum() <= 1
+    for z, codebook, first in problems_of_small_integers(((17, 31), (20, 200))):
+        assert torch.equal(search(z + 4096, codebook + 4096), first)
+
+
 def problem_of_tiny_codes() -> tuple[torch.Tensor, torch.Tensor]:
     """z and a codebook whose code 2 is the nearest by cosine.
 
-    Code 1 has the direction of z, but a length of 2e-20. Cosine divides a code shorter than 1e-12 by 1e-12 instead of
-    its length, so that it loses against any code of ordinary length.
+    Codes 1 and 2 have the direction of z. Cosine divides a code shorter than 1e-12 by 1e-12 instead of its length, so
+    that code 1, of length 2e-20, loses against any code of ordinary length. Code 2, of length 2e-11, does not.
     """
     z, direction = torch.ones(1, 4), torch.tensor([[1.0, 1.0, 1.0, 1.0]])
-    return z, torch.cat([torch.zeros(1, 4), direction * 1e-20, direction * 1e-3 + torch.eye(4)[:1] * 1e-3])
+    ordinary = direction * 1e-3 + torch.eye(4)[:1] * 1e-3
+    return z, torch.cat([torch.zeros(1, 4), direction * 1e-20, direction * 1e-11, ordinary])

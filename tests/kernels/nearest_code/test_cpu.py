@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from tests.kernels.nearest_code.contract import (
+    assert_as_exact_as_near_the_origin,
     assert_nearest,
     problem_of_tiny_codes,
     problems_of_small_integers,
     problems_with_special_values,
 )
 from var_kernels import nearest_code
+from var_kernels.reference.nearest_code import centre_of
 from var_kernels.testing import poison, randn
 
 METRICS = ("l2", "cosine")
@@ -57,6 +59,28 @@ def test_near_ties_within_rounding(backend):
     z = randn(97, 32, seed=1, std=1e-3) + 3
     codebook = randn(500, 32, seed=2, std=1e-3) + 3
     assert_nearest(nearest_code(z, codebook, backend=backend), z, codebook, "l2")
+
+
+def test_codes_far_from_the_origin(backend):
+    assert_as_exact_as_near_the_origin(lambda z, codebook: nearest_code(z, codebook, backend=backend))
+
+
+def test_codes_far_from_the_origin_in_float64():
+    # At 1e8 the scores of float64 round by 50, if they are not counted from a point near the codes.
+    z, codebook = randn(70, 32, seed=1, dtype=torch.float64), randn(300, 32, seed=2, dtype=torch.float64)
+    expected = nearest_code(z, codebook)
+    assert torch.equal(nearest_code(z + 1e8, codebook + 1e8), expected)
+
+
+def test_nothing_is_subtracted_from_codes_around_the_origin():
+    # So their scores are rounded as those of other implementations, and tokens stay the same.
+    codebook = randn(500, 32, seed=2)
+    codebook[:, :3] += 1.5
+    assert not centre_of(codebook).any()
+    codebook[:, 3] += 100
+    codebook[0, 3] = torch.nan
+    assert centre_of(codebook).nonzero().tolist() == [[3]]
+    assert not centre_of(torch.full((4, 2), torch.nan)).any()
 
 
 def test_exact_on_small_integers(backend):

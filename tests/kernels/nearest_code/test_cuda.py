@@ -6,7 +6,9 @@ import torch
 
 from tests.helpers.cuda_emulation import EmulatedKernels
 from tests.kernels.nearest_code.contract import (
+    assert_as_exact_as_near_the_origin,
     assert_nearest,
+    problem_far_from_the_origin,
     problem_of_tiny_codes,
     problems_of_small_integers,
     problems_with_special_values,
@@ -58,7 +60,12 @@ def test_few_rows_are_searched_in_splits():
     with emulation() as record:
         found = nearest_code(z, codebook, backend="cuda")
         assert torch.equal(nearest_code(z.repeat(60, 1), codebook, backend="cuda"), found.repeat(60))
-    assert record.counters["launches"] == 2 + 1  # the many rows keep the emulated GPU busy without splits
+    # The centre, then a search with its candidates. The many rows keep the emulated GPU busy without splits.
+    assert record.counters["launches"] == 3 + 2
+
+
+def test_codes_far_from_the_origin():
+    assert_as_exact_as_near_the_origin(search)
 
 
 @pytest.mark.parametrize("variant", ["fast", "race"])
@@ -178,17 +185,20 @@ def test_ptx_is_accurate(metric, dtype):
 
 
 # Three blocks of 128 threads fit on a multiprocessor.
-REGISTERS = {"nearest_code_kernel": 168, "normalise_codes_kernel": 40, "best_candidate_kernel": 40}
+REGISTERS = {
+    "nearest_code_kernel": 168, "normalise_codes_kernel": 40, "best_candidate_kernel": 40, "centre_kernel": 64
+}  # fmt: skip
 
 
 @pytest.mark.evidence
 @pytest.mark.parametrize("arch", machine_code.ARCHS)
 def test_machine_code(arch, selected):
     kernels = machine_code.kernels(SOURCE, arch, selected("arch"))
-    assert len(kernels) == 4 * (2 + 1 + 1) + 3 + 1  # search, by rows of a thread and width of loads; norms; candidates
+    # The search, by rows of a thread and width of loads; centre and norms, by dtype; candidates.
+    assert len(kernels) == 4 * 2 + 3 + 3 + 1
     for kernel in kernels:
         machine_code.assert_resources(kernel, REGISTERS)
-        if kernel.name.startswith("nearest_code_kernel<float, true"):
+        if kernel.name.startswith("nearest_code_kernel<true"):
             assert kernel.having("LDGSTS") and not kernel.narrow("LDGSTS") and not kernel.having("LDG"), kernel.name
             # Operands of 8 codes and of the thread's rows are loaded in 16 bytes. No product is rounded to fewer bits.
             wide = len(kernel.having("LDS")) - len(kernel.narrow("LDS"))
@@ -218,9 +228,16 @@ MUTANTS = {
     "rows past the end": Mutant("nearest_code.cuh", " || row >= a.z.rows) return;", ") return;", "out_of_bounds"),
     "splits overlap": Mutant("nearest_code.cuh", "int64_t(blockIdx.y) * a.z.rows + row] = best",
                              "int64_t(blockIdx.y) * (a.z.rows - 1) + row] = best", "cross_block_race"),
+    "vectors are not counted from the centre": Mutant(
+        "nearest_code.cuh", "to_float(from[row * stride + c]) - point;",
+        "to_float(from[row * stride + c]) - (of_codes ? point : 0.0f);", "far"),
     "a warp leaves early": Mutant("nearest_code.cuh", "if (code >= codebook.rows) return;",
                                   "if (code >= codebook.rows || lane >= codebook.channels) return;", "deadlock"),
 }  # fmt: skip
+
+
+def nearest_far():
+    return nearest_code(*problem_far_from_the_origin(), backend="reference")
 
 
 def steps(faulty, looked_for):
@@ -232,7 +249,11 @@ def steps(faulty, looked_for):
     if looked_for == "ties":
         codebook[5:] = z[:1]
         yield lambda: {"ties"} if search(z, codebook, "l2", faulty)[0] > 5 else set()
-    metric = "cosine" if looked_for == "deadlock" else "l2"
+    if looked_for == "far":
+        far, far_codes = problem_far_from_the_origin()
+        yield lambda: {"far"} if (search(far, far_codes, "l2", faulty) != nearest_far()).any() else set()
+    # Vectors keep the alignment of the caller's only if nothing is subtracted from them.
+    metric = "cosine" if looked_for in ("deadlock", "misaligned") else "l2"
     yield lambda: assert_nearest(search(z, codebook, metric, faulty, seed=1), z, codebook, metric)
 
 

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from tests.helpers.triton_launches import recorded
 from tests.kernels.nearest_code.contract import (
+    assert_as_exact_as_near_the_origin,
     assert_nearest,
     problem_of_tiny_codes,
     problems_of_small_integers,
@@ -66,6 +67,13 @@ def test_shipped_tiles(rows, codes, channels):
     z, codebook = randn(rows, channels, seed=rows), randn(codes, channels, seed=codes + 7)
     with executing(interpret):
         assert_nearest(triton(z, codebook), z, codebook, "l2")
+
+
+def test_codes_far_from_the_origin():
+    with executing(interpret):
+        assert_as_exact_as_near_the_origin(triton)
+    with small_tiles():
+        assert_as_exact_as_near_the_origin(triton)  # several chunks of channels
 
 
 def test_exact_on_small_integers():

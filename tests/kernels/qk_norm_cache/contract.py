@@ -58,5 +58,19 @@ def assert_zero_and_nan_vectors(op, dim, views):
         assert not q[0, 0, 0].any()
 
 
+def assert_short_vectors_are_normalised(op):
+    """Vectors become unit vectors down to a length of 1e-12; shorter ones are divided by 1e-12.
+
+    `op` takes the arguments of `qk_norm_cache`. The lengths lie on both sides of 1e-12, and of larger floors.
+    """
+    lengths = torch.tensor([1e-4, 1e-7, 1e-9, 2e-11, 2e-12, 5e-13, 1e-15])
+    qkv = normalize(randn(1, len(lengths), 3, 2, 24, seed=1), dim=-1) * lengths.view(-1, 1, 1, 1)
+    k_cache, v_cache = torch.zeros(2, 1, 2, len(lengths), 24)
+    q = op(qkv, k_cache, v_cache, 0)
+    want = (lengths / 1e-12).clamp(max=1).expand(1, 2, -1)
+    torch.testing.assert_close(q.norm(dim=-1), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(k_cache.norm(dim=-1), want, rtol=1e-5, atol=0)
+
+
 def without_dense_rows(qkv):
     return torch.stack((qkv, qkv), dim=-1)[..., 0]

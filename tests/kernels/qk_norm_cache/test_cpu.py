@@ -1,9 +1,18 @@
 """qk_norm_cache on the CPU: accuracy against fp64, rows of the caches, layouts, arguments."""
 
+import functools
+
 import pytest
 import torch
 
-from tests.kernels.qk_norm_cache.contract import DTYPES, assert_right, expected, problem, without_dense_rows
+from tests.kernels.qk_norm_cache.contract import (
+    DTYPES,
+    assert_right,
+    assert_short_vectors_are_normalised,
+    expected,
+    problem,
+    without_dense_rows,
+)
 from var_kernels import qk_norm_cache
 
 # Head dimensions on both sides of every vector width, 126 and 104 of Infinity among them. Tokens make several tasks.
@@ -37,6 +46,13 @@ def test_strided_inputs_and_caches(layout):
             torch.testing.assert_close(cache, old, rtol=1e-6, atol=0, equal_nan=True)
 
 
+def test_caches_of_different_layouts():
+    qkv, q_factor, k_cache, v_cache = problem(2, 6, 3, 24)
+    v_cache = v_cache.transpose(1, 2).contiguous().transpose(1, 2)
+    q = qk_norm_cache(qkv, k_cache, v_cache, 2, q_factor=q_factor)
+    assert_right(q, qkv, q_factor, k_cache, v_cache, start=2)
+
+
 def test_default_factor_zeros_and_nan():
     qkv, _, k_cache, v_cache = problem(1, 2, 2, 20)
     qkv[0, 0, 0, 0] = 0
@@ -45,6 +61,10 @@ def test_default_factor_zeros_and_nan():
     assert not q[0, 0, 0].any(), "a vector of zeros must stay one"
     torch.testing.assert_close(q[0, 1].norm(dim=-1), torch.ones(2))
     assert k_cache[0, 1, 1].isnan().all() and not k_cache[0, 0, :2].isnan().any() and not k_cache[0, 1, 0].isnan().any()
+
+
+def test_short_vectors(backend):
+    assert_short_vectors_are_normalised(functools.partial(qk_norm_cache, backend=backend))
 
 
 def test_equals_the_reference_in_float64():

@@ -9,6 +9,7 @@ from tests.helpers.cuda_emulation import EmulatedKernels
 from tests.kernels.qk_norm_cache.contract import (
     DTYPES,
     assert_right,
+    assert_short_vectors_are_normalised,
     assert_zero_and_nan_vectors,
     problem,
     without_dense_rows,
@@ -43,6 +44,11 @@ def check(shape, dtype, variant="fast", layout="BHLD", **options):
 def test_against_float64(dtype, variant):
     for index, shape in enumerate(EDGES):
         check(shape, dtype, variant, layout=("BHLD", "BLHD")[index % 2], seed=index)
+
+
+def test_short_vectors():
+    with emulation():
+        assert_short_vectors_are_normalised(functools.partial(qk_norm_cache, backend="cuda"))
 
 
 def test_strides_alignment_zeros_and_nan():

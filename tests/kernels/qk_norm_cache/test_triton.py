@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from tests.helpers.triton_launches import recorded
 from tests.kernels.qk_norm_cache.contract import (
     assert_right,
+    assert_short_vectors_are_normalised,
     assert_zero_and_nan_vectors,
     problem,
     without_dense_rows,
@@ -41,6 +42,11 @@ def test_interpreted(shape, dtype):
 def test_compiled(dtype):
     for shape in (SHAPES[1], SHAPES[2], SHAPES[4]):
         check(run_ptx, shape, dtype, layout="BLHD")
+
+
+def test_short_vectors():
+    with executing(interpret):
+        assert_short_vectors_are_normalised(functools.partial(qk_norm_cache, backend="triton"))
 
 
 def test_strides_zeros_and_nan():

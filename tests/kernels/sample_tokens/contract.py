@@ -26,6 +26,23 @@ def noise_for_each_token(vocab):
     return noise
 
 
+def assert_top_p_uses_its_budget(op):
+    """Tokens are dropped as long as their probabilities add up to at most 1 - top_p, not to a little less or more.
+
+    `op` takes the arguments of `sample_tokens`. The sums exceed the budget, or fall short of it, by 2e-5, which is far
+    more than they are rounded by, and less than the smallest probability.
+    """
+    logits = randn(1, 1, 70, seed=3)
+    shares, order = logits.double().softmax(-1).flatten().sort()
+    assert shares[0] > 1e-4
+    sums = shares.cumsum(0)
+    for last in (0, 1, 20, 50, 68):
+        for margin, dropped in ((2e-5, last + 1), (-2e-5, last)):
+            tokens = op(logits.expand(1, 70, 70), top_p=1 - float(sums[last] + margin), noise=noise_for_each_token(70))
+            found = (tokens[0] == torch.arange(70)).nonzero().flatten()
+            assert found.tolist() == sorted(order[dropped:].tolist()), (last, margin)
+
+
 def logits_with_special_values(positions=4):
     """(1, positions, 40): rows of NaN, of -inf, with one finite logit, and with NaN at the even tokens; then others."""
     logits = randn(1, positions, 40, seed=1)

@@ -7,6 +7,7 @@ import torch
 
 from tests.kernels.sample_tokens.contract import (
     OPTIONS,
+    assert_top_p_uses_its_budget,
     logits_with_special_values,
     noise_for_each_token,
     noise_of,
@@ -59,6 +60,19 @@ def test_equal_logits_on_the_border(options):
         ascending = restrict(logits.double(), options[0], 0).softmax(-1).sort(-1).values.cumsum(-1)
         assert top_p in (0, 1) or ((ascending[..., :-1] - (1 - top_p)).abs() > 1e-6).all()
         assert torch.equal(kept(logits, *options), expected)
+
+
+def test_top_p_uses_its_budget(backend):
+    assert_top_p_uses_its_budget(functools.partial(sample_tokens, backend=backend))
+
+
+@pytest.mark.parametrize("vocab", [20, 100])
+def test_of_equal_winners_the_first_is_drawn(backend, vocab):
+    logits = torch.zeros(1, 4, vocab)
+    for position, first in enumerate((0, 1, 7, 18)):
+        logits[0, position, :first] = -1
+    tokens = sample_tokens(logits, noise=torch.ones_like(logits), backend=backend)
+    assert tokens.tolist() == [[0, 1, 7, 18]]
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.7, 1.5])

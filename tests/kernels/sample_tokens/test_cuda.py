@@ -8,6 +8,7 @@ import torch
 from tests.helpers.cuda_emulation import EmulatedKernels
 from tests.kernels.sample_tokens.contract import (
     OPTIONS,
+    assert_top_p_uses_its_budget,
     logits_with_special_values,
     noise_for_each_token,
     noise_of,
@@ -61,6 +62,11 @@ def test_equal_logits_on_the_border():
         with emulation("race"):
             found = sample_tokens(logits.expand(1, 40, 40), top_k=top_k, top_p=top_p, noise=noise, backend="cuda")
         assert torch.equal(found[0] == torch.arange(40), restrict(logits.double(), top_k, top_p)[0, 0].isfinite())
+
+
+def test_top_p_uses_its_budget():
+    with emulation():
+        assert_top_p_uses_its_budget(functools.partial(sample_tokens, backend="cuda"))
 
 
 def test_nan_and_infinite_logits():

@@ -1,5 +1,7 @@
 """The Triton kernel of sample_tokens, interpreted and as compiled for sm_80."""
 
+import functools
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ pytest.importorskip("triton")
 
 from tests.kernels.sample_tokens.contract import (
     OPTIONS,
+    assert_top_p_uses_its_budget,
     logits_with_special_values,
     noise_for_each_token,
     noise_of,
@@ -50,6 +53,11 @@ def test_equal_logits_on_the_border():
     for top_k, top_p in ((7, 0.0), (0, 0.3), (15, 0.9), (0, 1e-9)):
         found, _ = both(interpret, rows, top_k=top_k, top_p=top_p, noise=noise)
         assert torch.equal(found[0] == torch.arange(20), restrict(logits.double(), top_k, top_p)[0, 0].isfinite())
+
+
+def test_top_p_uses_its_budget():
+    with executing(interpret):
+        assert_top_p_uses_its_budget(functools.partial(sample_tokens, backend="triton"))
 
 
 def test_nan_and_infinite_logits():
