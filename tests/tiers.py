@@ -36,7 +36,10 @@ _PATHS = {
     "gpu": ("tests/kernels/test_gpu.py",),
 }  # fmt: skip
 
-_LONG = ("test_lower_levels.py", "test_cpu_sanitizers.py", "test_cuda_library.py", "test_triton_mutants.py")
+_LONG = (
+    "test_lower_levels.py", "test_cpu_sanitizers.py", "test_cuda_library.py", "test_triton_mutants.py",
+    "test_cpu_mutants.py",
+)  # fmt: skip
 
 
 def tiers_of(path: Path) -> list[str]:

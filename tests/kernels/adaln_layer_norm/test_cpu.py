@@ -73,6 +73,11 @@ def test_accurate_over_modulation_forms(cpu, op):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_one_token_with_one_modulation_for_all_samples(cpu, op):
+    assert_op_accurate(op, inputs(op, (3, 1, 24), seed=7, forms=("(1,1,C)",) * 3))
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_one_channel(cpu, op):
     # The norm of a single value is 0, so y is shift and x has no influence on y.
     tensors = inputs(op, (2, 3, 1), seed=1)

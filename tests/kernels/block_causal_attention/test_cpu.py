@@ -71,6 +71,16 @@ def test_grouped_heads(cpu, heads, kv_heads, queries, dtype):
     check(inputs, SHORT, rows_cancel=queries < 8)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("queries", [3, 60])
+def test_grouped_heads_over_many_keys(cpu, queries, dtype):
+    # The keys are divided into ranges, each of which has a share of dq for every head of a group. The softmax goes
+    # through the keys in several blocks, in which the scores grow, so that what came before is rescaled.
+    q, k, v = attention_inputs(1, 4, 755, 24, seed=6, dtype=dtype, kv_heads=2, query_length=queries)
+    k[:, :, 300:] *= 3
+    check((q, k, v), (*SHORT, 600), rows_cancel=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits(cpu, dtype):
     """With logits of standard deviation 30, up to about 120, rows are nearly one-hot, and most gradients cancel."""
@@ -158,6 +168,22 @@ def test_non_finite_values_propagate(cpu, where, value, queries):
         ]
     assert not results[2].isfinite().all()
     assert_accurate(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("where", ["k", "v"])
+def test_a_bad_key_does_not_reach_rows_of_its_tile_that_do_not_see_it(cpu, where, dtype):
+    # Rows 0 to 4 and key 10 belong to scales that share a tile. 0 times NaN would be NaN.
+    q, k, v = (x.requires_grad_() for x in attention_inputs(1, 1, 155, 24, seed=11, dtype=dtype))
+    clean = block_causal_attention(q, k, v, SHORT, backend="cpu")[:, :, :5]
+    (expected,) = torch.autograd.grad(clean.float().sum(), q)
+    bad_k, bad_v = (x.detach().clone() for x in (k, v))
+    (bad_k if where == "k" else bad_v)[:, :, 10] = torch.nan
+    out = block_causal_attention(q, bad_k, bad_v, SHORT, backend="cpu")
+    assert torch.equal(out[:, :, :5], clean) and out[:, :, 5:].isnan().all()
+    if where == "v":  # dq is a sum of multiples of keys, some of which are 0, as in attention with a mask
+        (found,) = torch.autograd.grad(out[:, :, :5].float().sum(), q)
+        assert torch.equal(found[:, :, :5], expected[:, :, :5])
 
 
 @pytest.mark.parametrize("bad_keys", [5, 155])
