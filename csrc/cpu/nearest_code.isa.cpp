@@ -1,7 +1,8 @@
 // Nearest code as a matrix product that never leaves the registers.
 //
 // score(row, code) = z·c - |c|²/2 is minus half of |z - c|² without the |z|² that all codes share; the largest score
-// wins. Codes and vectors are counted from the centre of the codebook. A strip of the codebook is packed as its -|c|²/2, then its channels, with codes side by side in the lanes:
+// wins. Codes and vectors are counted from the centre of the codebook. A strip of the codebook is packed as its
+// -|c|²/2, then its channels, with codes side by side in the lanes:
 //   packed = [ -|c|²/2 : strip ][ channel 0 : strip ] … [ channel C-1 : strip ]
 // The accumulators start with the first line, and every further step is one fused multiply-add per element. For cosine
 // the codes are normalised while packing, and the first line is zero. Lanes beyond the last code start at -inf.
