@@ -87,8 +87,9 @@ void pack_winograd(const Tensor& weight, const Tensor& transform, const Tensor& 
                 weight.numel() > 0 && weight.size(2) == 3 && weight.size(3) == 3,
             "weight", "a dense float32 tensor (C_out, C_in, 3, 3)", weight.numel(), " elements");
   VAR_CHECK(transform.scalar_type() == ScalarType::Double && transform.dim() == 2 && transform.is_contiguous() &&
-                transform.size(0) <= 6 && transform.size(1) == 3,
-            "transform", "a dense float64 tensor (at most 6, 3)", transform.numel(), " elements");
+                (transform.size(0) == 3 || transform.size(0) == 4 || transform.size(0) == 6) &&
+                transform.size(1) == 3,
+            "transform", "a dense float64 tensor (3, 4 or 6, 3)", transform.numel(), " elements");
   const bool pairs = packed.scalar_type() == ScalarType::BFloat16;
   VAR_CHECK(pairs || packed.scalar_type() == ScalarType::Float, "packed", "float32 or bfloat16",
             torch::headeronly::toString(packed.scalar_type()));
@@ -105,8 +106,7 @@ void pack_winograd(const Tensor& weight, const Tensor& transform, const Tensor& 
   VAR_CHECK(kernel != nullptr, "packed", "float32: this instruction set has no product of bfloat16", "bfloat16");
   const int64_t blocks = filters.depth / kWinogradDepth;
   parallel_tasks(blocks * ceil_div(filters.columns, kWinogradStrip), 8 * elements, [&](int64_t task) {
-    const int64_t first = task % blocks * kWinogradDepth;
-    kernel(filters, task / blocks * kWinogradStrip, first, first + kWinogradDepth);
+    kernel(filters, task / blocks * kWinogradStrip, task % blocks * kWinogradDepth);
   });
 }
 

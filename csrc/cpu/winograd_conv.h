@@ -52,9 +52,9 @@ struct WinogradConvTable {
   // null if this level has no such product.
   void (*tiles[3][kWinogradTypes])(const WinogradConv&, int64_t image, int64_t first, int64_t count, int64_t column,
                                    int64_t end, float* scratch);
-  // Transforms and packs the filters of input channels [first, end) for the strip of output channels that begins at
-  // `column`; the two borders are multiples of kWinogradDepth. The table is indexed by whether bf16 is packed, as pairs.
-  void (*pack[2])(const WinogradFilters&, int64_t column, int64_t first, int64_t end);
+  // Transforms and packs the filters of kWinogradDepth input channels from `first` on for the strip of output channels
+  // that begins at `column`. The table is indexed by whether bf16 is packed, as pairs.
+  void (*pack[2])(const WinogradFilters&, int64_t column, int64_t first);
 };
 
 }  // namespace var_kernels

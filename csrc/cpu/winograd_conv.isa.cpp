@@ -192,54 +192,69 @@ void tiles(const WinogradConv& a, int64_t image, int64_t first, int64_t count, i
   if (a.stream) stream_fence();
 }
 
-// The filters from one input channel to kWinogradColumns output channels, transformed in fp64: point after point.
-struct TransformedFilters {
-  static constexpr int kLanes = kWinogradColumns, kMost = 6;
-  float points[kMost * kMost][kLanes];
+constexpr int kLanes = kWinogradColumns;
 
-  // Channels that do not exist have zeros.
-  void read(const WinogradFilters& f, int64_t column, int64_t channel) {
-    double taps[3][3][kLanes], rows[kMost][3][kLanes];
+// The filters of kLanes output channels and kWinogradDepth input channels; those that do not exist are zero. They are
+// copied row by row, because filters that are read one by one from rows far apart wait for memory each time.
+struct FilterBlock {
+  float rows[kLanes][kWinogradDepth * 9];
+
+  FilterBlock(const WinogradFilters& f, int64_t column, int64_t channel) {
+    const int64_t count = max_i(0, min_i(f.in_channels - channel, kWinogradDepth)) * 9;
     for (int lane = 0; lane < kLanes; ++lane) {
-      const bool exists = column + lane < f.out_channels && channel < f.in_channels;
-      const float* w = f.weight + ((column + lane) * f.in_channels + channel) * 9;
-      for (int t = 0; t < 9; ++t) taps[t / 3][t % 3][lane] = exists ? w[t] : 0;
+      const int64_t taps = column + lane < f.out_channels ? count : 0;
+      memcpy(rows[lane], f.weight + ((column + lane) * f.in_channels + channel) * 9, taps * sizeof(float));
+      memset(rows[lane] + taps, 0, sizeof rows[lane] - taps * sizeof(float));
     }
-    for (int p = 0; p < f.points; ++p)
-      for (int j = 0; j < 3; ++j)
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const double* g = f.transform + 3 * p;
-          rows[p][j][lane] = g[0] * taps[0][j][lane] + g[1] * taps[1][j][lane] + g[2] * taps[2][j][lane];
-        }
-    for (int p = 0; p < f.points; ++p)
-      for (int q = 0; q < f.points; ++q)
-        for (int lane = 0; lane < kLanes; ++lane) {
-          const double* g = f.transform + 3 * q;
-          points[p * f.points + q][lane] =
-              float(g[0] * rows[p][0][lane] + g[1] * rows[p][1][lane] + g[2] * rows[p][2][lane]);
-        }
   }
 };
 
-template <class S>
-void pack(const WinogradFilters& f, int64_t column, int64_t first, int64_t end) {
+// The filters from one input channel of the block, transformed in fp64 and rounded once, point after point.
+template <int Points>
+VAR_INLINE void transform_filters(const FilterBlock& block, int64_t channel, const double* g,
+                                  float (&points)[Points * Points][kLanes]) {
+  float taps[9][kLanes];
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int t = 0; t < 9; ++t) taps[t][lane] = block.rows[lane][channel * 9 + t];
+  double rows[Points][3][kLanes];
+  for (int p = 0; p < Points; ++p)
+    for (int j = 0; j < 3; ++j)
+      for (int lane = 0; lane < kLanes; ++lane)
+        rows[p][j][lane] = g[3 * p] * taps[j][lane] + g[3 * p + 1] * taps[3 + j][lane] + g[3 * p + 2] * taps[6 + j][lane];
+  for (int p = 0; p < Points; ++p)
+    for (int q = 0; q < Points; ++q)
+      for (int lane = 0; lane < kLanes; ++lane)
+        points[p * Points + q][lane] =
+            float(g[3 * q] * rows[p][0][lane] + g[3 * q + 1] * rows[p][1][lane] + g[3 * q + 2] * rows[p][2][lane]);
+}
+
+template <class S, int Points>
+void pack_points(const WinogradFilters& f, int64_t column, int64_t first) {
   const int64_t strip = min_i(kWinogradStrip, f.columns - column), scalars = f.depth / kPerScalar<S>;
-  const int points = f.points * f.points;
-  float* const to = (float*)f.packed + points * scalars * column;
-  for (int64_t c = first; c < end; c += kPerScalar<S>)
-    for (int64_t n = 0; n < strip; n += kWinogradColumns) {
-      TransformedFilters filters[kPerScalar<S>];
-      for (int i = 0; i < kPerScalar<S>; ++i) filters[i].read(f, column + n, c + i);
-      for (int p = 0; p < points; ++p)
-        for (int lane = 0; lane < kWinogradColumns; lane += kWidth) {
-          Vec v = load(filters[0].points[p] + lane);
+  float* const to = (float*)f.packed + Points * Points * scalars * column;
+  for (int64_t n = 0; n < strip; n += kLanes) {
+    const FilterBlock block(f, column + n, first);
+    for (int64_t c = 0; c < kWinogradDepth; c += kPerScalar<S>) {
+      float filters[kPerScalar<S>][Points * Points][kLanes];
+      for (int i = 0; i < kPerScalar<S>; ++i) transform_filters<Points>(block, c + i, f.transform, filters[i]);
+      for (int p = 0; p < Points * Points; ++p)
+        for (int lane = 0; lane < kLanes; lane += kWidth) {
+          Vec v = load(filters[0][p] + lane);
 #if defined(__AVX512BF16__)
-          if constexpr (kPerScalar<S> == 2) v = interleave(v, load(filters[1].points[p] + lane));
+          if constexpr (kPerScalar<S> == 2) v = interleave(v, load(filters[1][p] + lane));
 #endif
-          stream(to + (p * scalars + c / kPerScalar<S>) * strip + n + lane, v);
+          stream(to + (p * scalars + (first + c) / kPerScalar<S>) * strip + n + lane, v);
         }
     }
+  }
   stream_fence();
+}
+
+template <class S>
+void pack(const WinogradFilters& f, int64_t column, int64_t first) {
+  return f.points == 3   ? pack_points<S, 3>(f, column, first)
+         : f.points == 4 ? pack_points<S, 4>(f, column, first)
+                         : pack_points<S, 6>(f, column, first);
 }
 
 #if defined(__AVX512BF16__)
