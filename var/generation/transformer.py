@@ -15,7 +15,7 @@ from var_kernels import (
     block_causal_attention,
     qk_norm_cache,
 )
-from var_kernels.inference import huge_pages
+from var_kernels.inference import huge_pages, packing
 
 from ..model.modules import dtype_of, is_plain, unwrapped
 from ..model.transformer import (
@@ -195,9 +195,12 @@ class TransformerWeights:
     ) -> None:
         self.config, self.dtype, self.device = var.config, dtype, var.pos_1LC.device
         self.backend = var.backend if backend is None else backend
-        prepare = Preparation(dtype, self.backend, pack)
+        with packing.reused_memory():
+            self._prepare(var, Preparation(dtype, self.backend, pack))
+
+    def _prepare(self, var: VAR, prepare: Preparation) -> None:
         self.blocks: list[PreparedBlock] = [
-            FusedBlock(block, prepare) if is_plain(block, Block) else CalledBlock(block, dtype)
+            FusedBlock(block, prepare) if is_plain(block, Block) else CalledBlock(block, prepare.dtype)
             for block in map(unwrapped, var.blocks)
         ]
         self.shared_modulation = prepare.modulation(var.shared_ada_lin) if var.config.shared_aln else None

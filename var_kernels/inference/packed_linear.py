@@ -104,7 +104,7 @@ class PackedLinear(packing.Packed):
             addend = torch.zeros(self.out_features) if bias is None else self._bias.float()
             self._bias = F.pad(addend, (0, -self.out_features % _COLUMNS))
         elif self.backend == "cpu":
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype).contiguous())
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(packing.converted(weight, self.dtype))
         else:
             self._weight = weight.to(self.dtype)
         self._copied = self.backend == "cpu" or self.dtype != weight.dtype
