@@ -118,8 +118,8 @@ MUTANTS = {
         ATTENTION + "a_bad_key_does_not_reach_rows_of_its_tile_that_do_not_see_it"),
     # ---- nearest_code
     "of equal codes in two strips the last": Mutant(
-        "nearest_code.isa.cpp", "top > best[i].score ? IVec{}", "top >= best[i].score ? IVec{}", NEAREST,
-        representative=True),
+        "nearest_code.isa.cpp", "top > best[i].score ? IVec{}", "top >= best[i].score ? IVec{}",
+        NEAREST + "first_of_two_equal_codes", representative=True),
     "of equal codes in a strip the last": Mutant(
         "nearest_code.isa.cpp", "for (int j = kVectors - 1; j >= 0; --j)", "for (int j = 0; j < kVectors; ++j)",
         NEAREST + "first_of_two_equal_codes"),
@@ -132,9 +132,9 @@ MUTANTS = {
     "vectors are not counted from the centre": Mutant(
         "nearest_code.isa.cpp", "x[c] -= centre[c];", "x[c] -= 0.0f * centre[c];",
         NEAREST + "codes_far_from_the_origin"),
-    "the centre is subtracted from all codes": Mutant(
-        "nearest_code.isa.cpp", "distance > high - low ? middle : Vec{}", "distance >= 0.0f ? middle : Vec{}",
-        NEAREST + "exact_on_small_integers"),
+    "the centre counts for codes very far from 0 only": Mutant(
+        "nearest_code.isa.cpp", "distance > high - low ? middle : Vec{}",
+        "distance > (high - low) * 4096.0f ? middle : Vec{}", NEAREST + "codes_far_from_the_origin"),
     "the last of five rows is not searched": Mutant(
         "nearest_code.isa.cpp", "case 5: update<5>(", "case 5: update<4>(", NEAREST + "nearest_within_rounding"),
     # ---- multi_scale_quantize
@@ -170,8 +170,8 @@ MUTANTS = {
         "codes * (range + 1) / ranges - 1, dcodebook", BOTH_WAYS),
     # ---- qk_norm_cache
     "keys go to the first row of the cache": Mutant(
-        "qk_norm_cache.isa.cpp", "(a.start + token) * cache.per_token", "token * cache.per_token", QK_NORM,
-        representative=True),
+        "qk_norm_cache.isa.cpp", "(a.start + token) * cache.per_token", "token * cache.per_token",
+        QK_NORM + "against_float64", representative=True),
     "vectors shorter than 1e-6 are not normalised": Mutant(
         "qk_norm_cache.isa.cpp", "norm < 1e-12f ? 1e-12f : norm", "norm < 1e-6f ? 1e-6f : norm",
         QK_NORM + "short_vectors"),
@@ -180,11 +180,11 @@ MUTANTS = {
         QK_NORM + "caches_of_different_layouts"),
     # ---- sample_tokens
     "the budget of top-p is short by a thousandth": Mutant(
-        "sample_tokens.isa.cpp", "a.dropped * total, key", "(a.dropped - 1e-3f) * total, key", SAMPLE,
-        representative=True),
-    "top-k counts what exceeds the key": Mutant(
-        "sample_tokens.isa.cpp", "counts -= keys_of(load(logits + v)) >= key;",
-        "counts -= keys_of(load(logits + v)) > key;", SAMPLE + "the_kept_tokens_are_those_of_the_sorted_definition"),
+        "sample_tokens.isa.cpp", "a.dropped * total, key", "(a.dropped - 1e-3f) * total, key",
+        SAMPLE + "top_p_uses_its_budget", representative=True),
+    "top-k keeps one token too many": Mutant(
+        "sample_tokens.isa.cpp", "    if (count > k)\n", "    if (count > k + 1)\n",
+        SAMPLE + "the_kept_tokens_are_those_of_the_sorted_definition"),
     "all positions draw the same noise": Mutant(
         "sample_tokens.isa.cpp", "uint32_t(a.offset + token)", "uint32_t(a.offset)", SEEDS),
     "all samples have the seed of the first": Mutant("sample_tokens.isa.cpp", "a.seeds[sample]", "a.seeds[0]", SEEDS),

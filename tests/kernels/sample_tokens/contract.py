@@ -15,7 +15,8 @@ def noise_of(shape, seed):
 def tied_logits(shape):
     """Logits of five values, so that ties are everywhere; zeros of both signs, which are equal."""
     logits = torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(1)).float()
-    logits[logits == 0] *= -1
+    zeros = (logits == 0).nonzero().T
+    logits[tuple(zeros[:, ::2])] = -0.0
     return logits
 
 
