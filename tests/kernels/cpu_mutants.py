@@ -16,6 +16,8 @@ SEEDS = SAMPLE + "seeds_stand_for_the_documented_noise"
 GROUP_NORM = "inference/test_group_norm_silu.py::test_against_float64"
 LINEAR = "inference/test_packed_linear.py::test_against_float64"
 CONV = "inference/test_winograd_conv.py::test_against_float64"
+LINEAR_ORDER = "inference/test_packed_linear.py::test_the_order_of_packed_weights"
+CONV_ORDER = "inference/test_winograd_conv.py::test_the_order_of_packed_filters"
 
 # Faults in lines that only the products of pairs of bf16 execute.
 PAIRS = ("the last keys of a step are not cut off",)
@@ -114,7 +116,7 @@ MUTANTS = {
         "block_causal_attention_backward.isa.cpp", "      memset(share, 0, rows * share_row * sizeof(float));\n", "",
         ATTENTION + "schedules"),
     "the last keys of a step are not cut off": Mutant(
-        "block_causal_attention_pairs.h", "if (key < begin || next > end) {", "if (key < begin) {",
+        "block_causal_attention_pairs.h", "<< min_i(end - key, kStep))", "<< kStep)",
         ATTENTION + "a_bad_key_does_not_reach_rows_of_its_tile_that_do_not_see_it"),
     # ---- nearest_code
     "of equal codes in two strips the last": Mutant(
@@ -218,4 +220,12 @@ MUTANTS = {
     "the point at infinity has a wrong sign": Mutant("winograd_conv.isa.cpp", " + m[5];", " - m[5];", CONV),
     "outputs beyond the border are written": Mutant(
         "winograd_conv.isa.cpp", "        if (j >= columns) break;\n", "", CONV),
+    "the last row of a weight is not packed": Mutant(
+        "packed_linear.isa.cpp", "row < outputs ? scalars_from", "row + 1 < outputs ? scalars_from", LINEAR_ORDER),
+    "the last input of a weight is not packed": Mutant(
+        "packed_linear.isa.cpp", "if (i < count) stream(", "if (i + 1 < count) stream(", LINEAR_ORDER),
+    "the last filter is not packed": Mutant(
+        "winograd_conv.isa.cpp", "column + lane < f.out_channels ?", "column + lane + 1 < f.out_channels ?", CONV_ORDER),
+    "filters are transformed in one direction": Mutant(
+        "winograd_conv.isa.cpp", "float(g[3 * q] * rows[p][0][lane] +", "float(g[3 * p] * rows[p][0][lane] +", CONV_ORDER),
 }  # fmt: skip
