@@ -225,7 +225,9 @@ MUTANTS = {
     "the last input of a weight is not packed": Mutant(
         "packed_linear.isa.cpp", "if (i < count) stream(", "if (i + 1 < count) stream(", LINEAR_ORDER),
     "the last filter is not packed": Mutant(
-        "winograd_conv.isa.cpp", "column + lane < f.out_channels ?", "column + lane + 1 < f.out_channels ?", CONV_ORDER),
+        "winograd_conv.isa.cpp", "column + lane < f.out_channels ?", "column + lane + 1 < f.out_channels ?",
+        CONV_ORDER),
     "filters are transformed in one direction": Mutant(
-        "winograd_conv.isa.cpp", "float(g[3 * q] * rows[p][0][lane] +", "float(g[3 * p] * rows[p][0][lane] +", CONV_ORDER),
+        "winograd_conv.isa.cpp", "float(g[3 * q] * rows[p][0][lane] +", "float(g[3 * p] * rows[p][0][lane] +",
+        CONV_ORDER),
 }  # fmt: skip
