@@ -19,7 +19,7 @@ import filelock
 from tests.helpers.processes import child_environment
 from tests.tiers import ROOT
 from tools.gpu_emulation.planted_faults import Mutant
-from var_kernels.native import build
+from var_kernels.native import build, cache
 
 # The package accepts the library, because it has the build info of the sources without the fault.
 _RUN = """
@@ -39,7 +39,7 @@ class FaultyLibraries:
     def __init__(self, folder: Path, level: str) -> None:
         self._folder, self.level = folder, level
         torch = build.require_torch(build.find_torch())
-        objects = build.object_dir(torch)
+        objects = build.object_dir(cache.private_directory(cache.cache_root()), torch)
         objects.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(str(objects / "lock")):
             build.build(folder / build.LIBRARY_NAME, objects, mode="cpu", torch=torch)
