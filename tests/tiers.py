@@ -24,7 +24,8 @@ TIERS = {
 _PATHS = {
     "evidence": (
         "tests/emulation/test_report*.py", "tests/kernels/test_triton_mutants.py", "tests/kernels/test_lower_levels.py",
-        "tests/kernels/test_cpu_mutants.py", "tests/kernels/test_cpu_sanitizers.py", "tests/packaging/test_cuda_library.py",
+        "tests/kernels/test_cpu_mutants.py", "tests/kernels/test_cpu_sanitizers.py",
+        "tests/packaging/test_cuda_library.py",
     ),
     "emulated": (
         "tests/kernels/*/test_cuda*.py", "tests/kernels/*/test_triton*.py", "tests/model/test_cuda_model.py",
