@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TIERS = {
     "emulated": "the GPU kernels on a CPU: CUDA C++ in the emulation, Triton in its interpreter, PTX",
-    "evidence": "machine code, planted faults, races, sanitizers, lower instruction sets, builds by nvcc",
-    "packaging": "installations and builds in fresh environments",
+    "evidence": "machine code, planted faults, races, sanitizers, lower instruction sets, builds by nvcc, compilations",
+    "packaging": "installations and builds in fresh environments, programs in processes of their own",
     "gpu": "needs a GPU",
 }
 # The tier of all tests in the files that match. Single tests of other files have the marker of a tier in their code.
@@ -25,7 +25,7 @@ _PATHS = {
     "evidence": (
         "tests/emulation/test_report*.py", "tests/kernels/test_triton_mutants.py", "tests/kernels/test_lower_levels.py",
         "tests/kernels/test_cpu_mutants.py", "tests/kernels/test_cpu_sanitizers.py",
-        "tests/packaging/test_cuda_library.py",
+        "tests/packaging/test_cuda_library.py", "tests/kernels/test_compile.py", "tests/model/test_compile.py",
     ),
     "emulated": (
         "tests/kernels/*/test_cuda*.py", "tests/kernels/*/test_triton*.py", "tests/model/test_cuda_model.py",
@@ -33,6 +33,7 @@ _PATHS = {
     ),
     "packaging": (
         "tests/packaging/test_installation.py", "tests/packaging/test_packaging.py", "tests/packaging/test_cache.py",
+        "tests/cli/test_console.py", "tests/cli/test_two_writers.py",
     ),
     "gpu": ("tests/kernels/test_gpu.py",),
 }  # fmt: skip
