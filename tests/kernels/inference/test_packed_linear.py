@@ -187,24 +187,22 @@ def strip_widths(columns):
     return widths
 
 
-@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape", [(1, 1), (16, 16), (64, 33), (48, 15), (65, 34), (560, 31), (1100, 130), (576, 7)], ids=str
 )
-def test_the_order_of_packed_weights(shape, dtype, source):
-    weight = randn(*shape, seed=1).to(source)
+def test_the_order_of_packed_weights(shape, dtype):
     if (reason := kernel_unavailable_reason(dtype)) is not None:
         pytest.skip(reason)
-    layer = PackedLinear(weight, dtype=dtype)
     together = 2 if dtype == torch.bfloat16 else 1
-    padded = F.pad(weight.to(dtype), (0, -shape[1] % together, 0, -shape[0] % 16))
-    strips = (strip.unflatten(1, (-1, together)).transpose(0, 1) for strip in padded.split(strip_widths(len(padded))))
-    assert torch.equal(layer._weight, torch.cat([strip.flatten() for strip in strips]))
-    transposed = randn(*shape[::-1], seed=1).to(source).t()  # a weight that is not dense
-    assert torch.equal(
-        PackedLinear(transposed, dtype=dtype)._weight, PackedLinear(transposed.contiguous(), dtype=dtype)._weight
-    )
+    for source in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        weight = randn(*shape, seed=1).to(source)
+        padded = F.pad(weight.to(dtype), (0, -shape[1] % together, 0, -shape[0] % 16))
+        strips = padded.split(strip_widths(len(padded)))
+        expected = torch.cat([strip.unflatten(1, (-1, together)).transpose(0, 1).flatten() for strip in strips])
+        assert torch.equal(PackedLinear(weight, dtype=dtype)._weight, expected), source
+        not_dense = weight.t().contiguous().t()
+        assert torch.equal(PackedLinear(not_dense, dtype=dtype)._weight, expected), source
 
 
 @pytest.mark.parametrize(
