@@ -184,8 +184,9 @@ def test_the_reference_serves_where_there_is_no_home_and_no_compiler(tmp_path, n
         assert len(caught) == 1 and "no C++ compiler found" in str(caught[0].message), caught
         import var
         from var.data import DataError, open_dataset
-        from var.data import datasets
-        datasets._IDX_SEARCH_PATH = [path for path in datasets._IDX_SEARCH_PATH if str(path).startswith("~")]
+        from var.data import fashion_mnist
+        homes = [path for path in fashion_mnist._IDX_SEARCH_PATH if str(path).startswith("~")]
+        fashion_mnist._IDX_SEARCH_PATH = homes
         for path in (None, "~/data"):
             try:
                 open_dataset(path)
