@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from var_kernels import backends, next_scale_input, sample_tokens
+from var_kernels import backends, sample_tokens
 from var_kernels.reference.sample_tokens import restrict
 
 from ..model.modules import dtype_of
 from ..model.transformer import VAR
-from ..model.vqvae import VQVAE, Quantizer
+from ..model.vqvae import VQVAE
 from . import graphs as graph_capture
 from .decoder import InferenceDecoder
 from .noise import Noise
@@ -97,7 +97,7 @@ class Generator:
         dtype = PRECISIONS[precision]
         of_var, of_vqvae = prepared_from(var), prepared_from(vqvae)
         with torch.inference_mode(), of_var.lock, of_vqvae.lock:
-            self._codes = Codes(vqvae.quantize, self._decoding)
+            self._quantize = copy.deepcopy(vqvae.quantize).float()
             weights = of_var.weights(
                 (dtype, self._backend, pack), lambda: TransformerWeights(var, dtype, backend=self._backend, pack=pack)
             )
@@ -107,7 +107,7 @@ class Generator:
             )
             self._transformer = InferenceTransformer(weights, 2 * batch_size)
         self.decode = self._decoder or vqvae.decode_features  # features (B, z_channels, h, w) -> images
-        self.begin, self.empty_features = self._transformer.begin, self._codes.empty_features
+        self.begin, self.empty_features = self._transformer.begin, self._quantize.empty_features
         on_gpu = self.device.type == "cuda"
         if graphs and not on_gpu:
             raise ValueError(f"graphs: expected a model on a GPU, got one on {self.device}")
@@ -227,12 +227,13 @@ class Generator:
             logits, top_k=options.top_k, top_p=options.top_p, noise=noise, seeds=seeds,
             offset=0 if seeds is None else schedule.starts[k], backend=self._backend,
         )
-        codes = self._codes(tokens)
+        codebook = self._quantize.embedding
+        codes = codebook(tokens)
         if gumbel is not None:
-            codes = soft_codes(restrict(logits, options.top_k, options.top_p), self._codes.codebook, ratio, gumbel)
+            codes = soft_codes(restrict(logits, options.top_k, options.top_p), codebook.weight, ratio, gumbel)
         if given is not None:
-            codes = torch.where(given[1].view(1, -1, 1), self._codes(given[0]), codes)
-        f_hat, following = self._codes.accumulate(f_hat, codes, k)
+            codes = torch.where(given[1].view(1, -1, 1), codebook(given[0]), codes)
+        f_hat, following = self._quantize.accumulate(f_hat, codes, k, self._decoding)
         last = following is None
         return tokens, f_hat, None if last else self._transformer.embed(following, k + 1, options.guided)
 
@@ -257,30 +258,6 @@ class Generator:
                 self._capture = None
                 return None
         return self._captured[key]
-
-
-class Codes:
-    """The codebook and the φ convolutions of a quantizer, copied in fp32."""
-
-    def __init__(self, quantize: Quantizer, backend: str) -> None:
-        self.codebook = quantize.embedding.weight.detach().float().clone()
-        self._phi = tuple(parameters.detach().float().clone() for parameters in quantize.phi())
-        self._config, self._backend = quantize.config, backend
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.codebook)
-
-    def accumulate(self, f_hat: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor | None]:
-        """See `Quantizer.accumulate`."""
-        return next_scale_input(
-            f_hat, codes, *self._phi, self._config.patch_nums, k, phi_ratio=self._config.phi_ratio,
-            backend=self._backend,
-        )
-
-    def empty_features(self, batch: int) -> Tensor:
-        """The features f_hat before the first scale: zeros."""
-        side = self._config.schedule.side
-        return self.codebook.new_zeros(batch, self._config.z_channels, side, side)
 
 
 def _refuse_sharded(**models: nn.Module) -> None:
