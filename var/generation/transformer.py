@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ class Preparation:
         """`module`, plus `bias` if it is given, then tanh-GELU with `gelu`: in `dtype`, by default that of all."""
         dtype, module = dtype or self.dtype, unwrapped(module)
         if not is_plain(module, nn.Linear) or (bias is not None and module.bias is not None):
-            return CalledLinear(module, dtype, bias, gelu)
+            return CalledModule(module, dtype, bias, gelu)
         packed = PackedLinear(
             module.weight, module.bias if bias is None else bias, dtype=dtype, gelu=gelu, backend=self._linear_backend
         )
@@ -62,18 +62,18 @@ class Preparation:
         if is_plain(ada_lin, nn.Sequential) and len(ada_lin) == 2 and is_plain(ada_lin[0], nn.SiLU):
             linear = self.linear(ada_lin[1])
             return lambda cond: linear(F.silu(cond).to(self.dtype))
-        return CalledLinear(ada_lin, torch.float32)
+        return CalledModule(ada_lin, torch.float32)
 
 
-class CalledLinear:
-    """A layer that is called as it is. Its input and its result are converted."""
+class CalledModule:
+    """A module that is called as it is: a layer, attention or FFN. Its input and its result are converted."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, bias: Tensor | None = None, gelu: bool = False) -> None:
         self._module, self._dtype = module, dtype
         self._bias, self._gelu = None if bias is None else bias.detach(), gelu
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self._module(x.to(dtype_of(self._module)))
+    def __call__(self, x: Tensor, *arguments: Any) -> Tensor:
+        y = self._module(x.to(dtype_of(self._module)), *arguments)
         if self._bias is not None:
             y = y + self._bias.to(y.dtype)
         return (F.gelu(y, approximate="tanh") if self._gelu else y).to(self._dtype)
@@ -103,12 +103,12 @@ class FusedBlock:
             self._ada_lin = prepare.modulation(block.ada_lin)
         attn, ffn = unwrapped(block.attn), unwrapped(block.ffn)
         plain = is_plain(attn, SelfAttention)
-        self._attn = FusedAttention(attn, prepare) if plain else CalledAttention(attn, prepare.dtype)
+        self._attn = FusedAttention(attn, prepare) if plain else CalledModule(attn, prepare.dtype)
         if is_plain(ffn, FFN):
             fc1, fc2 = prepare.linear(ffn.fc1, gelu=True), prepare.linear(ffn.fc2)
             self._ffn: Function = lambda y: fc2(fc1(y))
         else:
-            self._ffn = CalledLinear(ffn, prepare.dtype)
+            self._ffn = CalledModule(ffn, prepare.dtype)
 
     def modulation(self, condition: Tensor) -> Tensor:
         parameters = condition + self._offset if self._ada_lin is None else self._ada_lin(condition)
@@ -150,16 +150,6 @@ class FusedAttention:
             backend=self._backend,
         )
         return self._proj(out_BHLD.transpose(1, 2).reshape(rows, length, width))
-
-
-class CalledAttention:
-    """An attention module that is called as it is. Its input and its result are converted."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self._module, self._dtype = module, dtype
-
-    def __call__(self, y_BLC: Tensor, scale_lens: tuple[int, ...], cache: KVCache) -> Tensor:
-        return self._module(y_BLC.to(dtype_of(self._module)), scale_lens, cache).to(self._dtype)
 
 
 class CalledBlock:
