@@ -166,8 +166,6 @@ def prepare_output(path: Path, *suffixes: str, folder: bool = False) -> None:
 
     try:
         _outputs.enter_context(only_writer(path, folder=is_folder))
-    except BlockingIOError as error:
-        raise ValueError(f"--output: cannot write {path}: another process is writing to it") from error
     except OSError as error:
         raise ValueError(f"--output: cannot write {path}: {error.strerror or error}") from error
 
