@@ -142,7 +142,7 @@ class Generator:
         """
         if "seed" in options:
             raise ValueError("seed: expected seeds, one for each image, got one seed for all groups")
-        labels = class_numbers(labels, self.config.num_classes, self.device)
+        labels = class_numbers(labels, self.config.num_classes)
         if seeds is not None:
             seeds = checked_seeds(seeds, None, len(labels))
         for start in range(0, len(labels), self.batch_size):
@@ -156,7 +156,7 @@ class Generator:
     ) -> Generated:
         """Generate one image for each of up to `batch_size` labels. The options are those of `generate`."""
         options = checked_options(cfg, top_k, top_p)
-        labels = class_numbers(labels, self.config.num_classes, self.device)
+        labels = class_numbers(labels, self.config.num_classes).to(self.device)
         batch, seed = len(labels), checked_seed(seed)
         if batch > self.batch_size:
             raise ValueError(f"labels: expected at most batch_size = {self.batch_size}, got {batch}")
@@ -306,11 +306,11 @@ def generate(
     backend that is not available, and for a VQ-VAE of another schedule, vocabulary or width. Raises TypeError for
     labels, seeds or options that are no numbers, or no integers where integers are expected.
     """
-    device = var.pos_1LC.device
+    device = var.pos_1LC.device.type
     if precision is None:
-        low = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.bfloat16
+        low = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
         precision = "bf16" if low else "fp32"
-    labels = class_numbers(labels, var.config.num_classes, device)
+    labels = class_numbers(labels, var.config.num_classes)
     generator = _kept_generator(var, vqvae, len(labels), precision=precision, pack=pack, backend=backend)
     return generator(
         labels, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, seeds=seeds, more_smooth=more_smooth, keep=keep,

@@ -57,15 +57,15 @@ def checked_options(cfg: float, top_k: int, top_p: float) -> Options:
     return Options(cfg, top_k, top_p)
 
 
-def class_numbers(labels: Labels, num_classes: int, device: torch.device) -> Tensor:
-    """The labels as a tensor (B,) int64 on `device`.
+def class_numbers(labels: Labels, num_classes: int) -> Tensor:
+    """The labels as a tensor (B,) int64, on the device where they are: on a GPU, looking at them waits for it.
 
     Raises TypeError for what is no integer, and ValueError for a rank above 1 or a value outside of [0, num_classes].
     """
     tensor = _integers("labels", labels)
     if tensor.dim() > 1:
         raise ValueError(f"labels: expected one class number for each image, got shape {tuple(tensor.shape)}")
-    return checked_labels(tensor.reshape(-1).to(device), num_classes)
+    return checked_labels(tensor.reshape(-1), num_classes)
 
 
 def checked_seeds(seeds: Sequence[int] | Tensor | None, seed: int | None, batch: int) -> Tensor | None:
