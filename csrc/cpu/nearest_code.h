@@ -2,14 +2,14 @@
 #pragma once
 #include <cstdint>
 
+#include "../nearest_code_centre.h"
+
 namespace var_kernels {
 
 // The centre of a codebook is a point near its codes. Distances stay the same if it is subtracted from codes and
 // vectors, while the scores become as small as the distances, and so do their rounding errors. In each channel it is
-// the middle between the least and the greatest finite element of 32 codes, which are spread evenly over the codebook,
-// if it is farther from 0 than they are apart; else it is 0, and nothing is subtracted.
-constexpr int64_t kCentreCodes = 32;
-
+// the middle between the least and the greatest finite element of kCentreCodes codes, if it is farther from 0 than they
+// are apart; else it is 0, and nothing is subtracted.
 struct NearestCodeTable {
   int64_t strip;  // codes per strip of the packed codebook; a strip is (channels + 1) · strip floats
 

@@ -2,6 +2,7 @@
 // few vectors to keep the GPU busy, it searches in one of several splits of the codebook, and a second kernel compares
 // the winners of the splits.
 #pragma once
+#include "../nearest_code_centre.h"
 #include "nearest_code_search.cuh"
 
 namespace var_kernels {
@@ -80,8 +81,6 @@ __global__ void __launch_bounds__(kSearchThreads) normalise_codes_kernel(Matrix 
 
 // The centre of the codebook in channel c, a point near the codes: the middle between the least and the greatest finite
 // element of kCentreCodes codes, spread evenly over the codebook, if it is farther from 0 than they are apart; else 0.
-constexpr int kCentreCodes = 32;
-
 template <class T>
 __device__ __forceinline__ float centre_of(const Matrix& codebook, int c) {
   float low = INFINITY, high = -INFINITY;

@@ -14,7 +14,7 @@ from tests.helpers import host_code
 from var_kernels.inference import packed_linear, winograd_conv
 from var_kernels.native import build
 
-HEADERS = ("cpu/packed_linear.h", "cpu/winograd_conv.h")
+HEADERS = ("cpu/packed_linear.h", "cpu/winograd_conv.h", "nearest_code_centre.h")
 # Constants of files that only a CUDA compiler, or a compiler for a single instruction set, accepts.
 STATEMENTS = {
     "kNames": "cpu/dispatch.cpp",
@@ -27,7 +27,7 @@ STATEMENTS = {
     "kHighestKey": "cuda/sample_tokens.cuh",
 }
 NUMBERS = (
-    "kLinearColumns", "kWinogradColumns", "kWinogradDepth",
+    "kLinearColumns", "kWinogradColumns", "kWinogradDepth", "kCentreCodes",
     "a", "b", *(name for name in STATEMENTS if name not in ("kNames", "a")), "kLowestKey",
 )  # fmt: skip
 
@@ -73,6 +73,12 @@ def number(cpp, name: str) -> float:
 
 def test_packed_linear(cpp):
     assert packed_linear._COLUMNS == number(cpp, "kLinearColumns")
+
+
+def test_centre_of_a_codebook(cpp):
+    for package in ("reference", "triton"):
+        module = importlib.import_module(f"var_kernels.{package}.nearest_code")
+        assert module.CENTRE_CODES == number(cpp, "kCentreCodes"), package
 
 
 def test_winograd_conv(cpp):
