@@ -9,28 +9,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from functools import cached_property
 from pathlib import Path
 
 import filelock
 
-from tests.helpers.processes import child_environment
+from tests.helpers.processes import child_environment, run_pytest
 from tests.tiers import ROOT
 from tools.gpu_emulation.planted_faults import Mutant
 from var_kernels.native import build, cache
-
-# The package accepts the library, because it has the build info of the sources without the fault.
-_RUN = """
-import sys
-from pathlib import Path
-from var_kernels.native import build, load
-build.AHEAD_OF_TIME_LIBRARY = Path(sys.argv[1])
-assert load.native_library().path == build.AHEAD_OF_TIME_LIBRARY
-import pytest
-sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
-"""
 
 
 class FaultyLibraries:
@@ -95,8 +83,5 @@ class FaultyLibraries:
 
     def run(self, library: Path, *tests: str) -> subprocess.CompletedProcess:
         """Runs tests, "file.py::function" in `tests/kernels`, with this library until the first failure."""
-        command = [sys.executable, "-c", _RUN, str(library), *(f"tests/kernels/{test}" for test in tests)]
-        return subprocess.run(
-            command, env=child_environment(VAR_KERNELS_ISA=self.level), cwd=ROOT, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, timeout=600,
-        )  # fmt: skip
+        arguments = [f"tests/kernels/{test}" for test in tests]
+        return run_pytest(ROOT, arguments, child_environment(VAR_KERNELS_ISA=self.level), library)
