@@ -1,0 +1,74 @@
+"""Tests `swap.apply` itself: options, reports, strictness, and models with nothing to swap."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers.foreign_var import make
+from var_kernels import swap
+from var_kernels.swap.block_causal import BlockCausalBias, schedule_of
+
+
+def test_nothing_to_swap_is_a_word_and_not_an_error():
+    with pytest.warns(UserWarning, match="nothing to swap"):
+        report = swap.apply(nn.Linear(2, 2))
+    assert "nothing to swap" in str(report)
+    with pytest.raises(ValueError, match="(?s)module: expected .*nothing to swap"):
+        swap.apply(nn.Linear(2, 2), strict=True)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match="module: expected a torch.nn.Module, got dict"):
+        swap.apply({})
+
+
+@pytest.mark.parametrize("part", ["attention", "adaln", "quantizer"])
+def test_parts_are_chosen(part):
+    model = make()
+    classes = {
+        "attention": {"SelfAttention", "VAR"}, "adaln": {"AdaLNSelfAttn", "AdaLNBeforeHead"},
+        "quantizer": {"VectorQuantizer2"},
+    }  # fmt: skip
+    report = swap.apply(model, **{other: other == part for other in classes})
+    assert {entry.cls for entry in report.swapped} == classes[part]
+
+
+def test_strict_changes_nothing_if_it_raises():
+    model = make()
+    first = swap.apply(model.blocks[0].ffn and model.blocks[1])
+    model.blocks[0].ln_wo_grad.register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="ln_wo_grad has hooks"):
+        swap.apply(model, strict=True)
+    assert "forward" not in vars(model) and "forward" not in vars(model.blocks[0].attn)
+    assert all("forward" in vars(module) for _, module, _ in first._places)  # from before
+
+
+def test_report_groups_blocks():
+    text = str(swap.apply(make(depth=12)))
+    assert len(text.splitlines()) == 5
+    assert "blocks.*.attn (12)" in text and "vae_quant_proxy[0]" in text
+
+
+@pytest.mark.parametrize("lens", [[1], [3], [1, 4, 9], [2, 2, 2], [1, 1, 1, 1]], ids=str)
+def test_schedule_of_a_mask(lens):
+    level = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens))
+    visible = level[:, None] >= level
+    for mask in (visible, torch.where(visible, 0.0, -torch.inf), torch.where(visible, 0.0, torch.finfo().min)):
+        assert schedule_of(mask, len(level)) == lens
+        assert schedule_of(mask[None, None].expand(2, 3, -1, -1), len(level)) == lens
+    if len(lens) > 1:  # the last scale is padding
+        assert schedule_of(visible, len(level) - lens[-1]) == lens[:-1]
+
+
+def test_padding_that_earlier_tokens_see_is_no_padding():
+    assert schedule_of(torch.ones(6, 6, dtype=torch.bool), 4) == "a mask that is not block-causal"
+
+
+def test_the_stand_in_of_a_mask_is_cut_and_converted_like_it():
+    mask = torch.zeros(1, 1, 5, 5)
+    bias = BlockCausalBias([1, 4], mask)
+    cut = bias[:, :, :1, :1].to(dtype=torch.bfloat16)
+    assert isinstance(cut, BlockCausalBias) and cut.lens == [1]
+    assert cut.tensor().dtype == torch.bfloat16 and cut.shape == (1, 1, 1, 1)
+    assert bias[:, :, :3, :3].shape == (1, 1, 3, 3)  # not the end of a scale: the mask itself
+    assert bias.shape == mask.shape

@@ -1,0 +1,13 @@
+"""Swaps our ops into models of other repositories, by one line, and out again.
+
+    from var_kernels import swap
+    report = swap.apply(model)
+    print(report)
+    report.revert()
+
+Nothing of another repository is imported or needed. docs/swaps.md says what is swapped and what changes.
+"""
+
+from .handle import Report, Skipped, Swapped, applied, apply
+
+__all__ = ["Report", "Skipped", "Swapped", "applied", "apply"]

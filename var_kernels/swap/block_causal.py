@@ -1,0 +1,90 @@
+"""Recognising a mask as block-causal, so that it need not be read again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# Of every mask that was read: its version, and the lengths of its scales or, as a string, why it is not block-causal.
+_READ: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+class BlockCausalBias:
+    """Stands for the float mask `mask` (1, 1, L, L) of a schedule of scales, so that no converted copy of it is made.
+
+    It can be cut to the first scales, `bias[:, :, :end, :end]`, and converted by `to`. Everything else is done with the
+    mask itself.
+    """
+
+    def __init__(self, lens: Sequence[int], mask: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+        self.lens, self._mask, self._dtype = list(lens), mask, dtype
+
+    def __getitem__(self, index) -> BlockCausalBias | torch.Tensor:
+        ends = list(accumulate(self.lens))
+        for scales, end in enumerate(ends, start=1):
+            if index == (slice(None), slice(None), slice(None, end), slice(None, end)):
+                return BlockCausalBias(self.lens[:scales], self._mask, self._dtype)
+        return self.tensor()[index]
+
+    def to(self, *, dtype: torch.dtype) -> BlockCausalBias:
+        return BlockCausalBias(self.lens, self._mask, dtype)
+
+    def tensor(self) -> torch.Tensor:
+        length = sum(self.lens)
+        return self._mask[:, :, :length, :length].to(dtype=self._dtype)
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+
+def schedule_of(mask: torch.Tensor, length: int) -> list[int] | str:
+    """The lengths of the scales of which `mask` is the block-causal mask, or why it is none.
+
+    mask: (..., L, L), 0 or True where a query sees a key, -inf (or less than any float of another value) or False where
+    it does not; the leading dimensions must have size 1 or be expanded. If L is more than `length`, the rest is
+    padding, which no earlier query may see. A mask is read once, and again if it was written to since.
+    """
+    known = _READ.get(mask)
+    if known is None or known[0] != mask._version or known[1] != length:
+        known = (mask._version, length, _read(mask, length))
+        _READ[mask] = known
+    return known[2]
+
+
+def _read(mask: torch.Tensor, length: int) -> list[int] | str:
+    if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < length:
+        return f"a mask of shape {tuple(mask.shape)} for {length} tokens"
+    while mask.dim() > 2:
+        if mask.shape[0] != 1 and mask.stride(0) != 0:
+            return f"a mask of shape {tuple(mask.shape)}, which differs by sample or head"
+        mask = mask[0]
+    mask = mask.detach()[:length]
+    if mask.dtype == torch.bool:
+        visible = mask
+    else:
+        visible = mask == 0
+        if not bool((visible | (mask <= torch.finfo(mask.dtype).min)).all()):
+            return "a mask with other values than 0 and -inf"
+    ends = visible.sum(-1)
+    keys = torch.arange(mask.shape[-1], device=mask.device)
+    lens = _lens(ends.tolist())
+    if not lens or not bool((visible == (keys < ends[:, None])).all()):
+        return "a mask that is not block-causal"
+    return lens
+
+
+def _lens(ends: list[int]) -> list[int]:
+    """The lengths of the scales in which token i sees the keys before ends[i]; none if there are no such scales."""
+    lens, start = [], 0
+    while start < len(ends):
+        end = ends[start]
+        if end <= start or ends[start:end] != [end] * (end - start):
+            return []
+        lens.append(end - start)
+        start = end
+    return lens
