@@ -195,8 +195,9 @@ def test_no_mask_is_converted_for_each_step(monkeypatch):
     x = model.vae_quant_proxy[0].idxBl_to_var_input(tokens)
     seen = []
     with swap.applied(model):
-        model.blocks[0].attn.register_forward_pre_hook(lambda module, args, kw: seen.append(kw["attn_bias"]),
-                                                       with_kwargs=True)
+        model.blocks[0].attn.register_forward_pre_hook(
+            lambda module, args, kw: seen.append(kw["attn_bias"]), with_kwargs=True
+        )
         step(model, x, autocast=True)
     assert [type(bias).__name__ for bias in seen] == ["BlockCausalBias"]
     assert isinstance(model.attn_bias_for_masking, torch.Tensor)  # outside of a step it is theirs

@@ -8,6 +8,8 @@
 Nothing of another repository is imported or needed. docs/swaps.md says what is swapped and what changes.
 """
 
+from . import flash_attn
+from .flash_attn import provide_flash_attn
 from .handle import Report, Skipped, Swapped, applied, apply
 
-__all__ = ["Report", "Skipped", "Swapped", "applied", "apply"]
+__all__ = ["Report", "Skipped", "Swapped", "applied", "apply", "flash_attn", "provide_flash_attn"]

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# Of every mask that was read: its version, and the lengths of its scales or, as a string, why it is not block-causal.
+# Of every tensor that was read: its version, the number of tokens, and the result.
 _READ: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+Schedule = list[int] | str  # the lengths of the scales, or why there are none
+
+
+def _read_once(tensor: torch.Tensor, length: int, read: Callable[[torch.Tensor, int], Schedule]) -> Schedule:
+    """`read(tensor, length)`, remembered until the tensor is written to or dies."""
+    known = _READ.get(tensor)
+    if known is None or known[:2] != (tensor._version, length):
+        known = _READ[tensor] = (tensor._version, length, read(tensor, length))
+    return known[2]
 
 
 class BlockCausalBias:
@@ -42,21 +52,35 @@ class BlockCausalBias:
         return getattr(self.tensor(), name)
 
 
-def schedule_of(mask: torch.Tensor, length: int) -> list[int] | str:
+def schedule_of(mask: torch.Tensor, length: int) -> Schedule:
     """The lengths of the scales of which `mask` is the block-causal mask, or why it is none.
 
     mask: (..., L, L), 0 or True where a query sees a key, -inf (or less than any float of another value) or False where
     it does not; the leading dimensions must have size 1 or be expanded. If L is more than `length`, the rest is
     padding, which no earlier query may see. A mask is read once, and again if it was written to since.
     """
-    known = _READ.get(mask)
-    if known is None or known[0] != mask._version or known[1] != length:
-        known = (mask._version, length, _read(mask, length))
-        _READ[mask] = known
-    return known[2]
+    return _read_once(mask, length, _read_mask)
 
 
-def _read(mask: torch.Tensor, length: int) -> list[int] | str:
+def schedule_of_ends(ends: torch.Tensor) -> Schedule:
+    """The lengths of the scales in which token i sees the first ends[i] keys, for integers ends (L,)."""
+    return _read_once(ends, len(ends), lambda ends, _: _lens(ends.tolist()) or "no ends of scales")
+
+
+def schedule_of_starts(starts: torch.Tensor) -> Schedule:
+    """The lengths of the scales in which the first starts[j] tokens don't see key j, for integers starts (L,)."""
+    return _read_once(starts, len(starts), _read_starts)
+
+
+def _read_starts(starts: torch.Tensor, length: int) -> Schedule:
+    numbers = starts.tolist()
+    later = sorted({*numbers, length})
+    if numbers != [start for start, end in zip(later, later[1:], strict=False) for _ in range(end - start)]:
+        return "no starts of scales"
+    return [end - start for start, end in zip(later, later[1:], strict=False)]
+
+
+def _read_mask(mask: torch.Tensor, length: int) -> Schedule:
     if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < length:
         return f"a mask of shape {tuple(mask.shape)} for {length} tokens"
     while mask.dim() > 2:

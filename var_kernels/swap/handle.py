@@ -17,6 +17,7 @@ from .structure import LEFT, Target
 
 TARGETS: tuple[Target, ...] = (*var.TARGETS,)
 
+
 class Swapped(NamedTuple):
     """A module that was swapped: its path in the model, its class, and what it was recognised as."""
 
