@@ -219,7 +219,7 @@ class VAR(nn.Module):
 
     def __init__(
         self, quantizer, channels=32, heads=2, depth=2, shared_aln=False, attn_l2_norm=True, attn_drop=0.0,
-        drop_path=0.0, using_xform=False,
+        drop_path=0.0, using_xform=False, num_classes=10,
     ):  # fmt: skip
         super().__init__()
         self.patch_nums, self.vae_quant_proxy, self.prog_si, self.C = quantizer.v_patch_nums, (quantizer,), -1, channels
@@ -227,7 +227,8 @@ class VAR(nn.Module):
         ends = [sum(lens[: i + 1]) for i in range(len(lens))]
         self.begin_ends = [(end - length, end) for end, length in zip(ends, lens, strict=True)]
         self.word_embed = nn.Linear(quantizer.Cvae, channels)
-        self.class_emb, self.pos_start = nn.Embedding(11, channels), nn.Parameter(torch.randn(1, lens[0], channels))
+        self.class_emb = nn.Embedding(num_classes + 1, channels)
+        self.pos_start = nn.Parameter(torch.randn(1, lens[0], channels))
         self.shared_ada_lin = nn.Identity()
         if shared_aln:
             self.shared_ada_lin = nn.Sequential(nn.Linear(channels, 6 * channels), nn.Unflatten(1, (1, 6, channels)))
@@ -259,6 +260,11 @@ class VAR(nn.Module):
         wide = self.head.weight.dtype
         return self.head(self.head_nm(x.to(wide), cond_BD).to(wide)).to(wide)
 
+    def autoregressive_infer_cfg(self, B, label_B, **options):
+        """Greedy images of one class, in [0, 1]; the options of sampling have no effect."""
+        _, f_hat = self.sample(torch.full((B,), label_B))
+        return self.vae_proxy[0].fhat_to_img(f_hat).add_(1).mul_(0.5)
+
     @torch.no_grad()
     def sample(self, label_B):
         """Greedy tokens (B, L), scale by scale with a cache, and f_hat."""
@@ -288,3 +294,22 @@ def make(patch_nums=(1, 2, 3, 4, 6), using_znorm=False, seed=0, **options) -> VA
         model = VAR(quantizer, **options)
     quantizer.requires_grad_(False)
     return model
+
+
+class VQVAE(nn.Module):
+    """The quantizer as `quantize`, and a decoder."""
+
+    def __init__(self, quantizer):
+        super().__init__()
+        self.quantize, self.decoder = quantizer, nn.Conv2d(quantizer.Cvae, 3, 1)
+
+    def fhat_to_img(self, f_hat):
+        return self.decoder(f_hat).clamp(-1, 1)
+
+
+def build_vae_var(V, Cvae, patch_nums, depth, attn_l2_norm, shared_aln, **others):
+    """Both networks, by the function and the arguments of the original; a checkout of tests exports it."""
+    quantizer = VectorQuantizer2(V, Cvae, tuple(patch_nums), using_znorm=False)
+    model = VAR(quantizer, depth=depth, attn_l2_norm=attn_l2_norm, shared_aln=shared_aln, num_classes=1000)
+    model.vae_proxy = (VQVAE(quantizer),)
+    return model.vae_proxy[0], model

@@ -1,0 +1,97 @@
+"""`python -m var_kernels.swap check PATH`: a checkout of VAR with random weights, before and after the swap."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+# With these, malloc keeps freed memory, so that page faults of temporaries are not part of the times.
+_KEEP_MEMORY = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
+
+
+class Size(str, Enum):
+    """The sizes of the model that is made: a small one, and that of the released VAR-d16."""
+
+    small = "small"
+    d16 = "d16"
+
+
+@app.callback()
+def _commands() -> None:
+    """Swaps our ops into other repositories."""
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="the checkout of a repository, such as a clone of FoundationVision/VAR")],
+    size: Annotated[Size, typer.Option(help="the model to make, with random weights")] = Size.small,
+    batch: Annotated[int, typer.Option(min=1, help="images in a training step")] = 2,
+    seconds: Annotated[float, typer.Option(min=0, help="time for measuring each row")] = 20.0,
+) -> None:
+    """Runs a checkout in a process of its own with random weights, before and after the swap, and compares both.
+
+    Differences are relative to the unswapped result; for bf16 autocast, both are compared with fp32. Times are medians
+    of alternating runs on all cores. Exits with 1 if tokens differ, or if a result is farther from the right one than
+    rounding explains.
+    """
+    if not path.is_dir():
+        raise typer.BadParameter(f"expected the directory of a checkout, got {path}", param_hint="PATH")
+    if not (path / "models" / "basic_var.py").is_file():
+        raise typer.BadParameter(
+            f"{path}: expected a checkout of VAR (models/basic_var.py), found none", param_hint="PATH"
+        )
+    command = [sys.executable, "-m", "var_kernels.swap.checkout", str(path), size.value, str(batch)]
+    environment = dict(os.environ)
+    if platform.libc_ver()[0] == "glibc":
+        environment["GLIBC_TUNABLES"] = _KEEP_MEMORY
+    console = Console()
+    with console.status(f"running {path} before and after the swap"):
+        answers = [
+            subprocess.run([*command, *options], env=env, capture_output=True, text=True)
+            for options, env in (
+                (["compare", str(seconds)], environment), (["memory", "before"], os.environ),
+                (["memory", "after"], os.environ),
+            )
+        ]  # fmt: skip
+    for answer in answers:
+        if answer.returncode != 0:
+            print(answer.stderr, file=sys.stderr)
+            raise typer.Exit(1)
+    result, before, after = (json.loads(answer.stdout.splitlines()[-1]) for answer in answers)
+    console.print(result["report"], markup=False, highlight=False)
+    table = Table(title=f"{path.name}, {size.value}, random weights, {result['threads']} threads")
+    for column in ("", "results", "before", "after", "ratio"):
+        table.add_column(column, justify="left" if column in ("", "results") else "right")
+    for row in result["rows"]:
+        table.add_row(row["name"], row["difference"], *_times(row))
+    table.add_row(
+        "peak memory of a training step, bf16 autocast", "", *(f"{peak >> 20} MiB" for peak in (before, after)),
+        f"{before / after:.2f}",
+    )  # fmt: skip
+    console.print(table)
+    if wrong := [row["name"] for row in result["rows"] if not row["right"]]:
+        console.print(f"wrong: {', '.join(wrong)}")
+        raise typer.Exit(1)
+
+
+def _times(row: dict) -> tuple[str, str, str]:
+    if not row["times"]:
+        return "", "", ""
+    before, after, ratio = row["times"]
+    return f"{before:.3g} s", f"{after:.3g} s", f"{ratio:.2f}"
+
+
+if __name__ == "__main__":
+    app()
