@@ -34,6 +34,7 @@ _PATHS = {
     "packaging": (
         "tests/packaging/test_installation.py", "tests/packaging/test_packaging.py", "tests/packaging/test_cache.py",
         "tests/cli/test_console.py", "tests/cli/test_two_writers.py", "tests/swap/test_check.py",
+        "tests/swap/test_hub.py",
     ),
     "gpu": ("tests/kernels/test_gpu.py",),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""`python -m var_kernels.swap check PATH`: a checkout of VAR with random weights, before and after the swap."""
+"""The commands `python -m var_kernels.swap check PATH` and `python -m var_kernels.swap kernels FOLDER`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from . import hub
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -84,6 +86,15 @@ def check(
     if wrong := [row["name"] for row in result["rows"] if not row["right"]]:
         console.print(f"wrong: {', '.join(wrong)}")
         raise typer.Exit(1)
+
+
+@app.command()
+def kernels(
+    folder: Annotated[Path, typer.Argument(help="the folder of the repository, which is made if it is missing")],
+) -> None:
+    """Builds a kernel repository for the `kernels` package of Hugging Face, with the layers that our ops serve."""
+    for path in hub.build_repository(folder):
+        print(path)
 
 
 def _times(row: dict) -> tuple[str, str, str]:
