@@ -19,6 +19,26 @@ def checkout(tmp_path):
     return models.parent
 
 
+@pytest.fixture
+def infinity(tmp_path):
+    """A directory with the layout of Infinity's repository."""
+    models, utils = (tmp_path / "Infinity" / "infinity" / name for name in ("models", "utils"))
+    for folder in (models, utils):
+        folder.mkdir(parents=True)
+    (models / "basic.py").touch()
+    (models / "infinity.py").write_text(
+        "import tests.helpers.foreign_infinity as foreign\n"
+        "from infinity.utils.dynamic_resolution import dynamic_resolution_h_w\n"
+        "class Infinity(foreign.Infinity):\n"
+        "    def __init__(self, **options):\n"
+        "        super().__init__(schedules=[dynamic_resolution_h_w[1.0]['0.06M']['scales']], **options)\n"
+    )
+    (utils / "dynamic_resolution.py").write_text(
+        "dynamic_resolution_h_w = {1.0: {'0.06M': {'scales': [(1, 1, 1), (1, 2, 2), (1, 4, 4)]}}}\n"
+    )
+    return tmp_path / "Infinity"
+
+
 def check(path, *options):
     command = [sys.executable, "-m", "var_kernels.swap", "check", str(path), "--seconds", "0", *options]
     environment = child_environment(PYTHONPATH=str(ROOT), COLUMNS="200")
@@ -46,6 +66,34 @@ def test_a_wrong_result_is_reported(checkout):
     answer = check(checkout)
     assert answer.returncode == 1
     assert "wrong: inputs of training, generation" in answer.stdout, answer.stdout + answer.stderr
+
+
+def test_a_checkout_of_infinity_is_compared_before_and_after(infinity):
+    answer = check(infinity)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    for expected in (
+        "swapped: attention of Infinity", "swapped: AdaLN block of Infinity", "672 of 672 bits equal",
+        "training step, bf16 autocast", "customized_flash_attn, fp32", "peak memory", "ratio",
+    ):  # fmt: skip
+        assert expected in answer.stdout
+
+
+def test_a_wrong_result_of_infinity_is_reported(infinity):
+    (infinity / "infinity" / "models" / "__init__.py").write_text(
+        "from var_kernels.swap import infinity\n"
+        "kept = infinity.gated_residual_adaln\n"
+        "infinity.gated_residual_adaln = lambda x, branch, *rest, **options: kept(x, 1.01 * branch, *rest, **options)\n"
+    )
+    answer = check(infinity)
+    assert answer.returncode == 1
+    assert "wrong: training step, fp32" in answer.stdout, answer.stdout + answer.stderr
+
+
+def test_sizes_of_another_repository_are_refused(checkout, infinity):
+    for path, size, expected in ((checkout, "layer12", "small or d16"), (infinity, "d16", "small or layer12")):
+        answer = check(path, "--size", size)
+        assert answer.returncode == 2
+        assert f"expected {expected}" in answer.stderr and "--size" in answer.stderr
 
 
 def test_what_is_no_checkout_is_refused(tmp_path):

@@ -62,6 +62,15 @@ def test_without_a_mask_every_key_is_visible(queries):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [16, 20], ids=["block-causal", "full"])
+def test_results_are_dense_because_callers_view_them(queries, dtype):
+    q, k, v = (x.detach().to(dtype) for x in qkv(queries))
+    assert flash_attn_func(q, k, v).view(2, queries, 32).shape == (2, queries, 32)
+    heads_first = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    assert flash_attn_func(*heads_first).view(2, queries, 32).shape == (2, queries, 32)
+
+
 @pytest.mark.parametrize("queries", [16, 5])
 def test_causal_masks_end_at_the_last_key(queries):
     q, k, v = qkv(queries)

@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.helpers.foreign_var import make
 from var_kernels import swap
-from var_kernels.swap.block_causal import BlockCausalBias, schedule_of
+from var_kernels.swap.block_causal import BlockCausalBias, padded_schedule_of, schedule_of
 
 
 def test_nothing_to_swap_is_a_word_and_not_an_error():
@@ -58,6 +58,26 @@ def test_schedule_of_a_mask(lens):
         assert schedule_of(mask[None, None].expand(2, 3, -1, -1), len(level)) == lens
     if len(lens) > 1:  # the last scale is padding
         assert schedule_of(visible, len(level) - lens[-1]) == lens[:-1]
+
+
+@pytest.mark.parametrize("padding", [0, 1, 3])
+@pytest.mark.parametrize("lens", [[1], [3], [1, 1], [1, 4, 9]], ids=str)
+def test_schedule_of_a_mask_with_rows_that_see_only_key_0(lens, padding):
+    length = sum(lens)
+    level = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens))
+    visible = nn.functional.pad(level[:, None] >= level, (0, padding, 0, padding))
+    visible[length:, 0] = True
+    mask = torch.where(visible, 0.0, -torch.inf)[None, None]
+    assert padded_schedule_of(mask, length + padding) == (lens, padding)
+    assert schedule_of(mask, length + padding) == ("a mask that is not block-causal" if padding else lens)
+
+
+def test_a_mask_of_inference_mode_is_read():
+    with torch.inference_mode():
+        mask = torch.zeros(3, 3)
+        assert schedule_of(mask, 3) == [3]
+        mask[0, 1:] = -torch.inf  # it has no version that would tell
+        assert schedule_of(mask, 3) == [1, 2]
 
 
 def test_padding_that_earlier_tokens_see_is_no_padding():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.foreign_var import make
+from tests.helpers.steps import assert_as_near, gradients_of
 from var_kernels import swap
 
 LABELS = torch.tensor([1, 4, 7])
@@ -27,21 +28,7 @@ def step(model, x, autocast=False):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(LABELS, x)
     logits.square().mean().backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return logits.detach(), gradients
-
-
-def assert_as_near(found, plain, exact, unit=2.0**-24):
-    """Logits and every gradient are as near to the exact ones as those of plain PyTorch, up to a factor of 3.
-
-    A gradient of few elements, or one that sums to nearly 0, may be wrong by a rounding of all gradients together.
-    """
-    whole = torch.cat([grad.flatten() for grad in exact[1].values()]).norm()
-    assert found[1].keys() == exact[1].keys()
-    pairs = [(found[0], plain[0], exact[0], exact[0].norm())]
-    pairs += [(found[1][name], plain[1][name], grad, whole) for name, grad in exact[1].items()]
-    for ours, theirs, right, norm in pairs:
-        assert (ours - right).norm() <= 3 * (theirs - right).norm() + unit * norm
+    return logits.detach(), gradients_of(model)
 
 
 def step_in_fp64(model, x):
@@ -141,6 +128,66 @@ def test_caches_have_the_layout_and_content_of_the_original(model):
     for swapped_parts in ((0, 1, 2, 3), (1, 2), (0, 3)):  # a swap, or its end, in the middle of a sequence
         for found, right in zip(caches(swapped_parts), expected, strict=True):
             torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("using_xform", [False, True], ids=["heads-first", "tokens-first"])
+@pytest.mark.parametrize("attn_l2_norm", [False, True], ids=["plain", "norm"])
+def test_a_cache_to_which_somebody_goes_back_is_not_overwritten(using_xform, attn_l2_norm):
+    attention = make(using_xform=using_xform, attn_l2_norm=attn_l2_norm).blocks[0].attn.eval()
+    first, second, other = torch.randn(3, 2, 4, 32).unbind(0)
+    with swap.applied(attention), torch.no_grad():
+        attention.kv_caching(True)
+        attention(first, None)
+        short = attention.cached_k, attention.cached_v
+        attention(second, None)
+        long = attention.cached_k, attention.cached_v
+        before = [cache.clone() for cache in long]
+        attention.cached_k, attention.cached_v = short
+        attention(other, None)
+        assert all(torch.equal(cache, kept) for cache, kept in zip(long, before, strict=True))
+        assert not torch.equal(attention.cached_k, long[0])
+
+
+@pytest.mark.parametrize("attn_l2_norm", [False, True], ids=["plain", "norm"])
+def test_a_cache_grows_under_another_dtype_and_outside_of_inference_mode(attn_l2_norm):
+    attention = make(attn_l2_norm=attn_l2_norm).blocks[0].attn.eval()
+    x = torch.randn(2, 4, 32)
+
+    def run():
+        attention.kv_caching(True)
+        with torch.inference_mode():
+            attention(x, None)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return attention(x, None), attention.cached_k, attention.cached_v
+
+    expected = run()
+    with swap.applied(attention):
+        found = run()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=2.0**-6, atol=2.0**-6)
+
+
+def test_a_cache_of_another_batch_is_refused_as_by_the_original():
+    attention = make().blocks[0].attn.eval()
+    with swap.applied(attention), torch.no_grad():
+        attention.kv_caching(True)
+        attention(torch.randn(2, 4, 32), None)
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            attention(torch.randn(1, 4, 32), None)
+
+
+def test_drop_path_of_a_condition_that_samples_share_draws_one_number_for_each_sample():
+    block = make(drop_path=0.5).blocks[0].train()
+    x, condition = torch.randn(8, 5, 32), torch.randn(1, 32)
+
+    def run():
+        torch.manual_seed(3)
+        return block(x, condition, None)
+
+    expected = run()
+    with swap.applied(block):
+        torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("using_znorm", [False, True], ids=["l2", "cosine"])

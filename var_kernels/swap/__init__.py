@@ -11,5 +11,8 @@ Nothing of another repository is imported or needed. docs/swaps.md says what is 
 from . import flash_attn
 from .flash_attn import provide_flash_attn
 from .handle import Report, Skipped, Swapped, applied, apply
+from .infinity import fused_ada_layer_norm
 
-__all__ = ["Report", "Skipped", "Swapped", "applied", "apply", "flash_attn", "provide_flash_attn"]
+__all__ = [
+    "Report", "Skipped", "Swapped", "applied", "apply", "flash_attn", "fused_ada_layer_norm", "provide_flash_attn",
+]  # fmt: skip

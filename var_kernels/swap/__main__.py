@@ -9,7 +9,7 @@ import subprocess
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -24,10 +24,28 @@ _KEEP_MEMORY = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_thresho
 
 
 class Size(str, Enum):
-    """The sizes of the model that is made: a small one, and that of the released VAR-d16."""
+    """The sizes of the model that is made: a small one, and those of VAR-d16 and Infinity's smallest."""
 
     small = "small"
     d16 = "d16"
+    layer12 = "layer12"
+
+
+class Repository(NamedTuple):
+    """How a checkout is recognised, the module that runs it, and the sizes of its models."""
+
+    name: str
+    file: str
+    module: str
+    sizes: tuple[Size, ...]
+
+
+REPOSITORIES = (
+    Repository("VAR", "models/basic_var.py", "var_kernels.swap.checkout", (Size.small, Size.d16)),
+    Repository(
+        "Infinity", "infinity/models/basic.py", "var_kernels.swap.checkout_infinity", (Size.small, Size.layer12)
+    ),
+)
 
 
 @app.callback()
@@ -37,7 +55,7 @@ def _commands() -> None:
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(help="the checkout of a repository, such as a clone of FoundationVision/VAR")],
+    path: Annotated[Path, typer.Argument(help="a clone of FoundationVision/VAR or Infinity")],
     size: Annotated[Size, typer.Option(help="the model to make, with random weights")] = Size.small,
     batch: Annotated[int, typer.Option(min=1, help="images in a training step")] = 2,
     seconds: Annotated[float, typer.Option(min=0, help="time for measuring each row")] = 20.0,
@@ -50,11 +68,14 @@ def check(
     """
     if not path.is_dir():
         raise typer.BadParameter(f"expected the directory of a checkout, got {path}", param_hint="PATH")
-    if not (path / "models" / "basic_var.py").is_file():
-        raise typer.BadParameter(
-            f"{path}: expected a checkout of VAR (models/basic_var.py), found none", param_hint="PATH"
-        )
-    command = [sys.executable, "-m", "var_kernels.swap.checkout", str(path), size.value, str(batch)]
+    repository = next((known for known in REPOSITORIES if (path / known.file).is_file()), None)
+    if repository is None:
+        files = " or ".join(f"{known.name} ({known.file})" for known in REPOSITORIES)
+        raise typer.BadParameter(f"{path}: expected a checkout of {files}, found neither", param_hint="PATH")
+    if size not in repository.sizes:
+        sizes = " or ".join(known.value for known in repository.sizes)
+        raise typer.BadParameter(f"expected {sizes} for {repository.name}, got {size.value}", param_hint="--size")
+    command = [sys.executable, "-m", repository.module, str(path), size.value, str(batch)]
     environment = dict(os.environ)
     if platform.libc_ver()[0] == "glibc":
         environment["GLIBC_TUNABLES"] = _KEEP_MEMORY
@@ -98,8 +119,6 @@ def kernels(
 
 
 def _times(row: dict) -> tuple[str, str, str]:
-    if not row["times"]:
-        return "", "", ""
     before, after, ratio = row["times"]
     return f"{before:.3g} s", f"{after:.3g} s", f"{ratio:.2f}"
 

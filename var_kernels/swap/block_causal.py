@@ -8,18 +8,21 @@ from itertools import accumulate
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# Of every tensor that was read: its version, the number of tokens, and the result.
+# Of every tensor that was read: the function that read it, the number of tokens, its version, and the result.
 _READ: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 Schedule = list[int] | str  # the lengths of the scales, or why there are none
 
 
-def _read_once(tensor: torch.Tensor, length: int, read: Callable[[torch.Tensor, int], Schedule]) -> Schedule:
+def _read_once(tensor: torch.Tensor, length: int, read: Callable):
     """`read(tensor, length)`, remembered until the tensor is written to or dies."""
+    if tensor.is_inference():  # it has no version
+        return read(tensor, length)
+    key = (read, length, tensor._version)
     known = _READ.get(tensor)
-    if known is None or known[:2] != (tensor._version, length):
-        known = _READ[tensor] = (tensor._version, length, read(tensor, length))
-    return known[2]
+    if known is None or known[0] != key:
+        known = _READ[tensor] = (key, read(tensor, length))
+    return known[1]
 
 
 class BlockCausalBias:
@@ -59,17 +62,33 @@ def schedule_of(mask: torch.Tensor, length: int) -> Schedule:
     it does not; the leading dimensions must have size 1 or be expanded. If L is more than `length`, the rest is
     padding, which no earlier query may see. A mask is read once, and again if it was written to since.
     """
+    found = padded_schedule_of(mask, length)
+    if isinstance(found, str):
+        return found
+    lens, padding = found
+    return "a mask that is not block-causal" if padding else lens
+
+
+def padded_schedule_of(mask: torch.Tensor, length: int) -> tuple[list[int], int] | str:
+    """As `schedule_of`, for masks whose last rows may be padding: the lengths of the scales, and how many such rows.
+
+    A row of padding sees key 0 and nothing else, and no other row sees its key.
+    """
     return _read_once(mask, length, _read_mask)
 
 
 def schedule_of_ends(ends: torch.Tensor) -> Schedule:
     """The lengths of the scales in which token i sees the first ends[i] keys, for integers ends (L,)."""
-    return _read_once(ends, len(ends), lambda ends, _: _lens(ends.tolist()) or "no ends of scales")
+    return _read_once(ends, len(ends), _read_ends)
 
 
 def schedule_of_starts(starts: torch.Tensor) -> Schedule:
     """The lengths of the scales in which the first starts[j] tokens don't see key j, for integers starts (L,)."""
     return _read_once(starts, len(starts), _read_starts)
+
+
+def _read_ends(ends: torch.Tensor, length: int) -> Schedule:
+    return _lens(ends.tolist()) or "no ends of scales"
 
 
 def _read_starts(starts: torch.Tensor, length: int) -> Schedule:
@@ -80,7 +99,7 @@ def _read_starts(starts: torch.Tensor, length: int) -> Schedule:
     return [end - start for start, end in zip(later, later[1:], strict=False)]
 
 
-def _read_mask(mask: torch.Tensor, length: int) -> Schedule:
+def _read_mask(mask: torch.Tensor, length: int) -> tuple[list[int], int] | str:
     if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < length:
         return f"a mask of shape {tuple(mask.shape)} for {length} tokens"
     while mask.dim() > 2:
@@ -94,12 +113,16 @@ def _read_mask(mask: torch.Tensor, length: int) -> Schedule:
         visible = mask == 0
         if not bool((visible | (mask <= torch.finfo(mask.dtype).min)).all()):
             return "a mask with other values than 0 and -inf"
-    ends = visible.sum(-1)
+    counts = visible.sum(-1)
     keys = torch.arange(mask.shape[-1], device=mask.device)
-    lens = _lens(ends.tolist())
-    if not lens or not bool((visible == (keys < ends[:, None])).all()):
+    ends = counts.tolist()
+    tokens = length
+    while tokens > 1 and ends[tokens - 1] == 1:  # only the first row of a schedule may see one key
+        tokens -= 1
+    lens = _lens(ends[:tokens])
+    if not lens or not bool((visible == (keys < counts[:, None])).all()):
         return "a mask that is not block-causal"
-    return lens
+    return lens, length - tokens
 
 
 def _lens(ends: list[int]) -> list[int]:

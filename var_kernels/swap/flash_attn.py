@@ -42,7 +42,7 @@ def flash_attn_func(
     VAR_visible_kvlen: torch.Tensor | None = None,
     VAR_invisible_qlen: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of q (B, Lq, H, D) to k and v (B, Lk, Hkv, D), in the layout of flash-attn; (B, Lq, H, D).
+    """Attention of q (B, Lq, H, D) to k and v (B, Lk, Hkv, D), in the layout of flash-attn; (B, Lq, H, D), dense.
 
     Without a mask every query sees every key. With `causal`, query i sees the keys up to i + Lk - Lq. With
     `VAR_visible_kvlen` (L,), integers, query i sees the first VAR_visible_kvlen[i] keys, which must be those of its own
@@ -72,11 +72,11 @@ def flash_attn_func(
         raise ValueError("causal: expected False beside VAR_visible_kvlen, got True")
     by_heads = [x.transpose(1, 2) for x in (q, k, v)]
     if lens is None and (dropout_p or q.shape[1] > k.shape[1]):
-        return _full(*by_heads, dropout_p, softmax_scale).transpose(1, 2)
+        return _full(*by_heads, dropout_p, softmax_scale).transpose(1, 2).contiguous()
     if dropout_p:
         raise NotImplementedError(f"dropout_p: expected 0 beside a mask, got {dropout_p}")
     lens = [k.shape[1]] if lens is None else lens
-    return block_causal_attention(*by_heads, lens, softmax_scale=softmax_scale).transpose(1, 2)
+    return block_causal_attention(*by_heads, lens, softmax_scale=softmax_scale).transpose(1, 2).contiguous()
 
 
 def _scales(visible, invisible, queries: int, keys: int) -> list[int] | None:

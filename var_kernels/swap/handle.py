@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from . import var
+from . import infinity, var
 from .structure import LEFT, Target
 
-TARGETS: tuple[Target, ...] = (*var.TARGETS,)
+TARGETS: tuple[Target, ...] = (*var.TARGETS, *infinity.TARGETS)
 
 
 class Swapped(NamedTuple):
@@ -84,7 +84,10 @@ def _grouped(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
 
 
 def _modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All modules inside, and those that a module keeps in a tuple, out of its state dict, as VAR keeps its VQVAE."""
+    """All modules inside, and those that a module keeps out of its state dict, in a tuple or a dict.
+
+    VAR keeps its VQVAE so, and Infinity the attention of each schedule.
+    """
     found: dict[int, tuple[str, nn.Module]] = {}
     waiting = [("", module)]
     while waiting:
@@ -95,11 +98,11 @@ def _modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
                 continue
             found[id(inner)] = (path, inner)
             for attribute, value in vars(inner).items():
-                if isinstance(value, tuple):
-                    waiting += [
-                        (f"{path}.{attribute}[{i}]".strip("."), item)
-                        for i, item in enumerate(value) if isinstance(item, nn.Module)
-                    ]  # fmt: skip
+                items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+                waiting += [
+                    (f"{path}.{attribute}[{i}]".strip("."), item)
+                    for i, item in enumerate(items) if isinstance(item, nn.Module) and attribute != "_modules"
+                ]  # fmt: skip
     return list(found.values())
 
 

@@ -42,6 +42,11 @@ class Method:
         return None
 
 
+def known(parameters: str, names: str, variables: str = "") -> Method:
+    """A method by words with spaces between them."""
+    return Method(tuple(parameters.split()), frozenset(names.split()), tuple(variables.split()))
+
+
 def _names(code: CodeType) -> Iterator[str]:
     """Names of attributes and globals in `code` and in the functions and comprehensions inside it."""
     yield from code.co_names

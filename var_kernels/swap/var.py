@@ -16,8 +16,10 @@ from ..adaln_layer_norm import adaln_layer_norm, gated_residual_adaln
 from ..block_causal_attention import MAX_HEAD_DIM, block_causal_attention
 from ..multi_scale_quantize import multi_scale_quantize, next_scale_input, phi_index
 from ..qk_norm_cache import qk_norm_cache
+from .adaln_parts import drop_path_refusal, norm_refusal, with_drop_path
 from .block_causal import BlockCausalBias, schedule_of
-from .structure import Method, Target, hooks_of, left_to_the_original
+from .kv_cache import append, keep, rows_with_room
+from .structure import Target, known, left_to_the_original
 
 # ---- attention ---------------------------------------------------------------------------------------------------
 
@@ -62,55 +64,25 @@ def _append(self: nn.Module, qkv: torch.Tensor, factor: torch.Tensor | None) -> 
     """Appends keys and values to the cache of the module. Returns q of the new tokens, and all k and v, (B, H, ·, D).
 
     `cached_k` and `cached_v` keep the layout of the original, (B, L, H, D) for flash-attn and xformers, else
-    (B, H, L, D). They are the first rows of memory that has room for more, so that no scale copies the earlier ones.
+    (B, H, L, D).
     """
     tokens_first = self.using_xform or (self.using_flash and qkv.dtype != torch.float32)
-    by_heads = (lambda x: x.transpose(1, 2)) if tokens_first else (lambda x: x)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     old_k, old_v = self.cached_k, self.cached_v
-    start = 0 if old_k is None else by_heads(old_k).shape[2]
-    end = start + q.shape[2]
-    if torch.is_grad_enabled() and qkv.requires_grad:
+    needs_grad = torch.is_grad_enabled() and qkv.requires_grad
+    if factor is None or needs_grad or any(old is not None and old.dtype != qkv.dtype for old in (old_k, old_v)):
         q, k = _normalised(q, k, factor)
-        if old_k is not None:
-            k, v = torch.cat((by_heads(old_k), k), dim=2), torch.cat((by_heads(old_v), v), dim=2)
-        self.cached_k, self.cached_v = by_heads(k), by_heads(v)
-        return q, k, v
-    k_rows, v_rows = (_with_room(old, end, new, tokens_first) for old, new in ((old_k, k), (old_v, v)))
-    if factor is None:
-        k_rows[:, :, start:end], v_rows[:, :, start:end] = k, v
-    else:
-        q = qk_norm_cache(qkv.detach(), k_rows, v_rows, start, q_factor=factor.detach().flatten().float())
-    for name, rows in (("cached_k", k_rows), ("cached_v", v_rows)):
-        cached = by_heads(rows[:, :, :end])
-        cached.rows_with_room = rows
-        setattr(self, name, cached)
-    return q, k_rows[:, :, :end], v_rows[:, :, :end]
-
-
-def _with_room(old: torch.Tensor | None, end: int, new: torch.Tensor, tokens_first: bool) -> torch.Tensor:
-    """Memory (B, H, rows, D) for `end` rows or more like `new`, of which the first are those of the cache `old`."""
-    rows = getattr(old, "rows_with_room", None)
-    if rows is not None and rows.shape[2] >= end and rows.dtype == new.dtype:
-        return rows
-    batch, heads, count, dim = new.shape
-    start = end - count
-    room = max(end, 2 * start, 64)
-    shape = (batch, room, heads, dim) if tokens_first else (batch, heads, room, dim)
-    rows = new.new_empty(shape)
-    if old is not None:
-        rows.narrow(1 if tokens_first else 2, 0, start).copy_(old)
-    return rows.transpose(1, 2) if tokens_first else rows
+        return q, *append(self, k, v, tokens_first)
+    (k_rows, start), (v_rows, _) = (rows_with_room(old, new, tokens_first) for old, new in ((old_k, k), (old_v, v)))
+    q = qk_norm_cache(qkv.detach(), k_rows, v_rows, start, q_factor=factor.detach().flatten().float())
+    end = start + q.shape[2]
+    return q, *(keep(self, *cache, end, tokens_first) for cache in (("cached_k", k_rows), ("cached_v", v_rows)))
 
 
 def _attention_refusal(module: nn.Module) -> str | None:
     if module.head_dim > MAX_HEAD_DIM:
         return f"head dimension {module.head_dim}, at most {MAX_HEAD_DIM} is supported"
     return None
-
-
-def _known(parameters: str, names: str, variables: str = "") -> Method:
-    return Method(tuple(parameters.split()), frozenset(names.split()), tuple(variables.split()))
 
 
 ATTENTION = Target(
@@ -121,7 +93,7 @@ ATTENTION = Target(
         "num_heads", "head_dim", "using_flash", "using_xform", "caching", "cached_k", "cached_v", "kv_caching",
     ),
     methods={
-        "forward": _known(
+        "forward": known(
             "x attn_bias",
             # The last line is that of FlexVAR, whose masks may be larger than the sequence.
             "F attn_drop attn_l2_norm cached_k cached_v caching cat clamp_max dtype exp expand flash_attn_func float32 "
@@ -131,7 +103,7 @@ ATTENTION = Target(
             "ones device",
             "qkv q k v",
         ),
-        "kv_caching": _known("enable", "cached_k cached_v caching"),
+        "kv_caching": known("enable", "cached_k cached_v caching"),
     },
     refusal=_attention_refusal,
     replacements={"forward": _attention},
@@ -150,19 +122,12 @@ def _block(self: nn.Module, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias) -
     eps = self.ln_wo_grad.eps
     h = adaln_layer_norm(x, scale1.to(x.dtype), shift1.to(x.dtype), eps=eps)
     branch = self.attn(h, attn_bias=attn_bias)
-    gate = _with_drop_path(self, gamma1, branch.dtype)
+    gate = with_drop_path(self, gamma1, len(x), branch.dtype)
     with torch.autocast(x.device.type, enabled=False):  # it would convert the branch to the dtype of x
         residual, h = gated_residual_adaln(x, branch, *(part.to(x.dtype) for part in (gate, scale2, shift2)), eps=eps)
     branch = self.ffn(h)
-    gate = _with_drop_path(self, gamma2, torch.promote_types(branch.dtype, gamma2.dtype))
+    gate = with_drop_path(self, gamma2, len(x), torch.promote_types(branch.dtype, gamma2.dtype))
     return torch.addcmul(residual, branch, gate)
-
-
-def _with_drop_path(self: nn.Module, gate: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The gate times the factor of each sample by which stochastic depth multiplies a branch of this dtype."""
-    if not self.training or not getattr(self.drop_path, "drop_prob", 0.0):
-        return gate
-    return gate * self.drop_path(gate.new_ones((gate.shape[0], 1, 1), dtype=dtype))
 
 
 def _head_norm(self: nn.Module, x_BLC: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
@@ -171,18 +136,8 @@ def _head_norm(self: nn.Module, x_BLC: torch.Tensor, cond_BD: torch.Tensor) -> t
     return adaln_layer_norm(x_BLC, scale, shift, eps=self.ln_wo_grad.eps)
 
 
-def _norm_refusal(module: nn.Module) -> str | None:
-    norm = module.ln_wo_grad
-    if type(norm) is not nn.LayerNorm or norm.elementwise_affine or len(norm.normalized_shape) != 1:
-        return f"ln_wo_grad: expected an nn.LayerNorm over the channels without weights, got {norm}"
-    return hooks_of(module, "ln_wo_grad")
-
-
 def _block_refusal(module: nn.Module) -> str | None:
-    drop_path = module.drop_path
-    if not isinstance(drop_path, nn.Identity) and not hasattr(drop_path, "drop_prob"):
-        return f"drop_path: expected nn.Identity or DropPath, got {type(drop_path).__name__}"
-    return _norm_refusal(module) or hooks_of(module, "drop_path")
+    return norm_refusal(module) or drop_path_refusal(module)
 
 
 BLOCK = Target(
@@ -190,7 +145,7 @@ BLOCK = Target(
     part="adaln",
     attributes=("attn", "ffn", "ln_wo_grad", "shared_aln", "drop_path", "C"),
     methods={
-        "forward": _known(
+        "forward": known(
             "x cond_BD attn_bias",
             "C ada_gss ada_lin add add_ attn drop_path ffn ln_wo_grad mul mul_ shared_aln unbind view",
             "gamma1 gamma2 scale1 scale2 shift1 shift2",
@@ -204,11 +159,11 @@ HEAD = Target(
     part="adaln",
     attributes=("ln_wo_grad", "ada_lin", "C", "D"),
     methods={
-        "forward": _known("x_BLC cond_BD", "C ada_lin add add_ ln_wo_grad mul unbind view", "scale shift"),
+        "forward": known("x_BLC cond_BD", "C ada_lin add add_ ln_wo_grad mul unbind view", "scale shift"),
     },
-    refusal=_norm_refusal,
+    refusal=norm_refusal,
     replacements={"forward": _head_norm},
-    others=BLOCK.attributes[:2],
+    others=(*BLOCK.attributes[:2], "fused_norm_func"),  # the last is that of Infinity
 )
 
 # ---- the mask of training ----------------------------------------------------------------------------------------
@@ -246,7 +201,7 @@ MODEL = Target(
     part="attention",
     attributes=("blocks", "begin_ends", "prog_si", _MASK),
     methods={
-        "forward": _known(
+        "forward": known(
             "label_B x_BLCv_wo_first_l",
             "AdaLNSelfAttn L Linear amp attn_bias_for_masking autocast begin_ends bias blocks cat class_emb "
             "cond_drop_rate cuda device dtype enumerate expand first_l float forward get_logits isinstance lvl_1L "
@@ -402,29 +357,29 @@ QUANTIZER = Target(
     attributes=("vocab_size", "Cvae", "using_znorm", "v_patch_nums", "quant_resi", "ema_vocab_hit_SV", "record_hit",
                 "beta", "embedding", "prog_si"),
     methods={
-        "forward": _known(
+        "forward": known(
             "f_BChw ret_usages",
             "F T add_ addmm_ all_reduce amp argmax argmin autocast beta bincount clone contiguous copy_ cuda data "
             "detach device dist dtype ema_vocab_hit_SV embedding enumerate float float32 get_world_size initialized "
             "interpolate item len mean mse_loss mul mul_ normalize numel permute quant_resi record_hit reshape shape "
             "square sum tdist torch training using_znorm v_patch_nums view vocab_size wait weight zeros zeros_like",
         ),
-        "embed_to_fhat": _known(
+        "embed_to_fhat": known(
             "ms_h_BChw all_to_max_scale last_one",
             "Cvae F add_ append clone enumerate float32 interpolate len new_zeros quant_resi shape torch v_patch_nums",
         ),
-        "f_to_idxBl_or_fhat": _known(
+        "f_to_idxBl_or_fhat": known(
             "f_BChw to_fhat v_patch_nums",
             "F T add_ addmm_ append argmax argmin clone contiguous data detach embedding enumerate int interpolate "
             "isinstance len normalize permute prog_si quant_resi reshape shape square sub_ sum torch using_znorm "
             "v_patch_nums view weight zeros_like",
         ),
-        "idxBl_to_var_input": _known(
+        "idxBl_to_var_input": known(
             "gt_ms_idx_Bl",
             "Cvae F add_ append cat embedding float32 interpolate len new_zeros prog_si quant_resi range shape torch "
             "transpose transpose_ v_patch_nums view",
         ),
-        "get_next_autoregressive_input": _known("si SN f_hat h_BChw", "F add_ interpolate quant_resi v_patch_nums"),
+        "get_next_autoregressive_input": known("si SN f_hat h_BChw", "F add_ interpolate quant_resi v_patch_nums"),
     },
     refusal=_quantizer_refusal,
     replacements={
