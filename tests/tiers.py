@@ -34,6 +34,7 @@ _PATHS = {
     "packaging": (
         "tests/packaging/test_installation.py", "tests/packaging/test_packaging.py", "tests/packaging/test_cache.py",
         "tests/cli/test_console.py", "tests/cli/test_two_writers.py", "tests/swap/test_check.py",
+        "tests/swap/test_hub.py",
     ),
     "gpu": ("tests/kernels/test_gpu.py",),
 }  # fmt: skip
@@ -59,8 +60,11 @@ def mark(items: Iterable[pytest.Item]) -> None:
 
 
 def long_ones_first(items: list[pytest.Item]) -> None:
-    """Sorts the tests that take minutes to the front. At the end, they would leave all workers but one idle."""
-    items.sort(key=lambda item: item.path.name not in _LONG)
+    """Sorts the tests that take minutes to the front. At the end, they would leave all workers but one idle.
+
+    Among them are those of machine code, the first of which compiles the kernels of a file.
+    """
+    items.sort(key=lambda item: item.path.name not in _LONG and not item.name.startswith("test_machine_code"))
 
 
 def is_left_out(item: pytest.Item, named: Iterable[Path]) -> bool:

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("**/*.md"))
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
 
 
@@ -22,7 +23,7 @@ def test_there_are_examples():
     assert len(EXAMPLES) >= 2
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
 def test_linked_files_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = [t for t in re.findall(r"\]\(([^)#]+)", text) if "://" not in t]
@@ -31,7 +32,7 @@ def test_linked_files_exist(page):
     assert not missing
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *PAGES])
 def test_names_of_the_packages_are_reachable(page):
     """`var_kernels.multi_scale_quantize.phi_index` was documented, but `multi_scale_quantize` is a function there."""
     names = re.findall(r"`((?:var|var_kernels)(?:\.\w+)+)[`(]", (ROOT / page).read_text(encoding="utf-8"))

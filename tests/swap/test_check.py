@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+import types
 
 import pytest
 
+from tests.helpers import foreign_var
 from tests.helpers.processes import child_environment
 from tests.tiers import ROOT
+from var_kernels.swap import checkout_block
 
 
 @pytest.fixture
@@ -90,7 +93,9 @@ def test_a_wrong_result_of_infinity_is_reported(infinity):
 
 
 def test_sizes_of_another_repository_are_refused(checkout, infinity):
-    for path, size, expected in ((checkout, "layer12", "small or d16"), (infinity, "d16", "small or layer12")):
+    for path, size, expected in (
+        (checkout, "layer12", "small, d16, block512, block1024"), (infinity, "d16", "small, layer12"),
+    ):  # fmt: skip
         answer = check(path, "--size", size)
         assert answer.returncode == 2
         assert f"expected {expected}" in answer.stderr and "--size" in answer.stderr
@@ -101,3 +106,21 @@ def test_what_is_no_checkout_is_refused(tmp_path):
         answer = check(path)
         assert answer.returncode == 2
         assert "expected" in answer.stderr and "PATH" in answer.stderr
+
+
+def test_one_block_is_compared(monkeypatch):
+    def block(block_idx, last_drop_p, embed_dim, cond_dim, shared_aln, norm_layer, num_heads, attn_l2_norm):
+        attention = {"attn_drop": 0.0, "attn_l2_norm": attn_l2_norm, "using_xform": False}
+        return foreign_var.AdaLNSelfAttn(embed_dim, num_heads, shared_aln, 0.0, **attention)
+
+    module = types.ModuleType("models.basic_var")
+    module.AdaLNSelfAttn = block
+    monkeypatch.setitem(sys.modules, "models", types.ModuleType("models"))
+    monkeypatch.setitem(sys.modules, "models.basic_var", module)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setitem(checkout_block.SIZES, "block512", ((1, 2, 3), 128))
+    inputs = checkout_block.make("", "block512")
+    result = checkout_block.compare(inputs, batch=1, seconds=0)
+    [row] = result["rows"]
+    assert row["right"] and "L 14, width 128" in row["name"] and "swapped: AdaLN block of VAR" in result["report"]
+    assert checkout_block.peak_memory(inputs, batch=1, swapped=True) > 0

@@ -3,6 +3,9 @@
 They exist twice, under the same names and schemas: in `torch.ops.var_kernels`, implemented for each device by the
 native library, and in `torch.ops.var_kernels_triton`, implemented by Triton kernels. A second namespace is needed
 because Triton and CUDA kernels serve the same devices.
+
+A process may import two copies of this package, such as an installed one and one that a library of kernels has fetched.
+The second copy uses the operators that the first has defined.
 """
 
 import importlib
@@ -12,8 +15,8 @@ import torch
 from torch._C import _functorch
 from torch.autograd import forward_ad
 
-NATIVE = torch.library.Library("var_kernels", "DEF")
-TRITON = torch.library.Library("var_kernels_triton", "DEF")
+NATIVE = torch.library.Library("var_kernels", "FRAGMENT")
+TRITON = torch.library.Library("var_kernels_triton", "FRAGMENT")
 
 # The namespace of each backend's operators.
 NAMESPACES = {"cpu": NATIVE.ns, "cuda": NATIVE.ns, "triton": TRITON.ns}
@@ -21,6 +24,7 @@ NAMESPACES = {"cpu": NATIVE.ns, "cuda": NATIVE.ns, "triton": TRITON.ns}
 _schemas: list[str] = []
 _names: dict[str, list[str]] = {}  # the names of the raw operators, by the stem of the module that defines them
 _fakes: dict[str, Callable] = {}
+_of_another_copy: set[str] = set()
 
 
 def define(schema: str, op_module: str) -> None:
@@ -30,14 +34,17 @@ def define(schema: str, op_module: str) -> None:
     module with the same stem in `triton/`, which is imported at the first call.
     """
     stem = op_module.rpartition(".")[2]
+    name = schema.partition("(")[0]
     _schemas.append(schema)
+    _names.setdefault(stem, []).append(name)
+    if _has_another_copy(name, schema):
+        _of_another_copy.add(name)
+        return
     for library in (NATIVE, TRITON):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    name = schema.partition("(")[0]
-    _names.setdefault(stem, []).append(name)
 
     def in_triton(*args, **kwargs):
-        module = importlib.import_module(f"var_kernels.triton.{stem}")
+        module = importlib.import_module(f"..triton.{stem}", __package__)
         return getattr(module, name.removeprefix("_"))(*args, **kwargs)
 
     # backends.py chooses Triton for CPU tensors only if launches are handed to a function instead of a GPU.
@@ -45,11 +52,25 @@ def define(schema: str, op_module: str) -> None:
         TRITON.impl(name, in_triton, key)
 
 
+def _has_another_copy(name: str, schema: str) -> bool:
+    """Whether another copy of this package has defined the operator; ImportError if it has another schema there."""
+    for found in torch._C._jit_get_schemas_for_operator(f"{NATIVE.ns}::{name}"):
+        if found != torch._C.parse_schema(f"{NATIVE.ns}::{schema}"):
+            raise ImportError(
+                f"{__name__}: expected no other release of var_kernels in this process, found one whose operator is "
+                f"{found}"
+            )
+        return True
+    return False
+
+
 def register_fake(name: str):
     """A decorator that registers the shape function of the raw operator `name`."""
 
     def register(function):
         _fakes[name] = function
+        if name in _of_another_copy:
+            return function
         for library in (NATIVE, TRITON):
             torch.library.register_fake(f"{library.ns}::{name}", function, lib=library)
         return function

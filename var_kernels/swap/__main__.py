@@ -1,4 +1,4 @@
-"""`python -m var_kernels.swap check PATH`: a checkout of VAR or Infinity, before and after the swap."""
+"""The commands `python -m var_kernels.swap check PATH` and `python -m var_kernels.swap kernels FOLDER`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import hub
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 # With these, malloc keeps freed memory, so that page faults of temporaries are not part of the times.
@@ -26,24 +28,30 @@ class Size(str, Enum):
 
     small = "small"
     d16 = "d16"
+    block512 = "block512"
+    block1024 = "block1024"
     layer12 = "layer12"
 
 
 class Repository(NamedTuple):
-    """How a checkout is recognised, the module that runs it, and the sizes of its models."""
+    """How a checkout is recognised, and the modules that run its models, by size."""
 
     name: str
     file: str
-    module: str
-    sizes: tuple[Size, ...]
+    modules: dict[Size, str]
 
 
 REPOSITORIES = (
-    Repository("VAR", "models/basic_var.py", "var_kernels.swap.checkout", (Size.small, Size.d16)),
     Repository(
-        "Infinity", "infinity/models/basic.py", "var_kernels.swap.checkout_infinity", (Size.small, Size.layer12)
+        "VAR", "models/basic_var.py",
+        {Size.small: "checkout", Size.d16: "checkout", Size.block512: "checkout_block",
+         Size.block1024: "checkout_block"},
     ),
-)
+    Repository(
+        "Infinity", "infinity/models/basic.py",
+        {Size.small: "checkout_infinity", Size.layer12: "checkout_infinity"},
+    ),
+)  # fmt: skip
 
 
 @app.callback()
@@ -70,10 +78,10 @@ def check(
     if repository is None:
         files = " or ".join(f"{known.name} ({known.file})" for known in REPOSITORIES)
         raise typer.BadParameter(f"{path}: expected a checkout of {files}, found neither", param_hint="PATH")
-    if size not in repository.sizes:
-        sizes = " or ".join(known.value for known in repository.sizes)
+    if size not in repository.modules:
+        sizes = ", ".join(known.value for known in repository.modules)
         raise typer.BadParameter(f"expected {sizes} for {repository.name}, got {size.value}", param_hint="--size")
-    command = [sys.executable, "-m", repository.module, str(path), size.value, str(batch)]
+    command = [sys.executable, "-m", f"var_kernels.swap.{repository.modules[size]}", str(path), size.value, str(batch)]
     environment = dict(os.environ)
     if platform.libc_ver()[0] == "glibc":
         environment["GLIBC_TUNABLES"] = _KEEP_MEMORY
@@ -105,6 +113,15 @@ def check(
     if wrong := [row["name"] for row in result["rows"] if not row["right"]]:
         console.print(f"wrong: {', '.join(wrong)}")
         raise typer.Exit(1)
+
+
+@app.command()
+def kernels(
+    folder: Annotated[Path, typer.Argument(help="the folder of the repository, which is made if it is missing")],
+) -> None:
+    """Builds a kernel repository for the `kernels` package of Hugging Face, with the layers that our ops serve."""
+    for path in hub.build_repository(folder):
+        print(path)
 
 
 def _times(row: dict) -> tuple[str, str, str]:
