@@ -43,7 +43,7 @@ class Method:
 
 
 def known(parameters: str, names: str, variables: str = "") -> Method:
-    """A method by words with spaces between them."""
+    """The `Method` of these names, which spaces separate."""
     return Method(tuple(parameters.split()), frozenset(names.split()), tuple(variables.split()))
 
 
