@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers.foreign_infinity import make as make_infinity
 from tests.helpers.foreign_var import make
 from var_kernels import swap
 from var_kernels.swap.block_causal import BlockCausalBias, padded_schedule_of, schedule_of
@@ -41,6 +42,27 @@ def test_strict_changes_nothing_if_it_raises():
         swap.apply(model, strict=True)
     assert "forward" not in vars(model) and "forward" not in vars(model.blocks[0].attn)
     assert all("forward" in vars(module) for _, module, _ in first._places)  # from before
+
+
+def test_a_wrapper_that_answers_for_its_module_is_not_reported():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("inner"), name)
+
+        def forward(self, *args):
+            return self.inner(*args)
+
+    for make_one in (make, lambda: make_infinity(schedules=[[(1, 2, 2)]])):
+        for wrapper in (Wrapper(make_one()), torch.compile(make_one())):
+            report = swap.apply(wrapper, strict=True)
+            assert all(entry.cls not in ("Wrapper", "OptimizedModule") for entry in report.swapped)
 
 
 def test_report_groups_blocks():

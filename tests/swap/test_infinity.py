@@ -12,7 +12,7 @@ import torch
 
 from tests.helpers import foreign_infinity
 from tests.helpers.foreign_infinity import FlexAttn, make
-from tests.helpers.steps import assert_as_near, gradients_of
+from tests.helpers.rounding import assert_as_near
 from var_kernels import swap
 from var_kernels.swap.infinity import vectors_of
 
@@ -51,7 +51,7 @@ def step(model, schedule=SCHEDULES[0], autocast=False, vectors=False):
         for name in VECTORS if vectors else ():
             del vars(model)[name]
     logits.square().mean().backward()
-    return logits.detach(), gradients_of(model)
+    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def step_in_fp64(model, schedule=SCHEDULES[0], **options):
@@ -132,6 +132,41 @@ def test_sampling_draws_the_same_bits(model, schedule):
     with swap.applied(model) as report:
         assert torch.equal(sample(model, schedule), expected)
         assert not report.left_to_the_original
+
+
+@pytest.mark.parametrize("part", ["attention", "adaln"])
+def test_parts_are_swapped_alone(part):
+    model = make(schedules=SCHEDULES, shared_aln=True)
+    exact, plain = step_in_fp64(model), step(model)
+    with swap.applied(model, **{other: other == part for other in ("attention", "adaln", "quantizer")}) as report:
+        expected = {"attention": {"SelfAttention", "Infinity"}, "adaln": {"CrossAttnBlock", "AdaLNBeforeHead"}}[part]
+        assert {entry.cls for entry in report.swapped} == expected
+        assert_as_near(step(model), plain, exact)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"pad_to_multiplier": 32}, {"customized_flash_attn": True}, {"use_flex_attn": True},
+], ids=str)  # fmt: skip
+def test_inference_mode(options):
+    model = make(schedules=SCHEDULES, **options).eval()
+    schedule = SCHEDULES[0]
+    if model.customized_flash_attn:
+        vars(model).update(zip(VECTORS, vectors_of(lens_of(schedule), torch.device("cpu")), strict=True))
+    x = torch.randn(2, sum(lens_of(schedule)) - 1, 8)
+
+    def run():
+        random.seed(1)
+        with torch.inference_mode():
+            return model(text_of(), x, scale_schedule=schedule), sample(model)
+
+    logits, bits = run()
+    for name in VECTORS if model.customized_flash_attn else ():
+        del vars(model)[name]
+    with swap.applied(model) as report:
+        found = run()
+        assert not report.left_to_the_original
+    torch.testing.assert_close(found[0], logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[1], bits)
 
 
 @pytest.mark.parametrize("flash", [False, True], ids=["mask", "flash"])

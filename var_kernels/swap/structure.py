@@ -43,7 +43,7 @@ class Method:
 
 
 def known(parameters: str, names: str, variables: str = "") -> Method:
-    """A method by words with spaces between them."""
+    """The `Method` of these names, which spaces separate."""
     return Method(tuple(parameters.split()), frozenset(names.split()), tuple(variables.split()))
 
 
@@ -100,6 +100,8 @@ class Target:
 
     def matches(self, module: nn.Module) -> bool:
         """Whether the module has the attributes and methods of this class."""
+        if type(module).__getattr__ is not nn.Module.__getattr__:
+            return False  # a wrapper, such as those of torch.compile, FSDP and PEFT, has those of the module inside
         return all(hasattr(module, name) for name in (*self.attributes, *self.methods)) and not any(
             hasattr(module, name) for name in self.others
         )
