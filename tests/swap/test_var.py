@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.helpers.foreign_var import make
+from tests.helpers.rounding import assert_as_near
 from var_kernels import swap
 
 LABELS = torch.tensor([1, 4, 7])
@@ -29,19 +30,6 @@ def step(model, x, autocast=False):
     logits.square().mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return logits.detach(), gradients
-
-
-def assert_as_near(found, plain, exact, unit=2.0**-24):
-    """Logits and every gradient are as near to the exact ones as those of plain PyTorch, up to a factor of 3.
-
-    A gradient of few elements, or one that sums to nearly 0, may be wrong by a rounding of all gradients together.
-    """
-    whole = torch.cat([grad.flatten() for grad in exact[1].values()]).norm()
-    assert found[1].keys() == exact[1].keys()
-    pairs = [(found[0], plain[0], exact[0], exact[0].norm())]
-    pairs += [(found[1][name], plain[1][name], grad, whole) for name, grad in exact[1].items()]
-    for ours, theirs, right, norm in pairs:
-        assert (ours - right).norm() <= 3 * (theirs - right).norm() + unit * norm
 
 
 def step_in_fp64(model, x):

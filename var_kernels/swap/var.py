@@ -17,7 +17,7 @@ from ..block_causal_attention import MAX_HEAD_DIM, block_causal_attention
 from ..multi_scale_quantize import multi_scale_quantize, next_scale_input, phi_index
 from ..qk_norm_cache import qk_norm_cache
 from .block_causal import BlockCausalBias, schedule_of
-from .structure import Method, Target, hooks_of, left_to_the_original
+from .structure import Target, hooks_of, known, layer_norm_difference, left_to_the_original
 
 # ---- attention ---------------------------------------------------------------------------------------------------
 
@@ -109,10 +109,6 @@ def _attention_refusal(module: nn.Module) -> str | None:
     return None
 
 
-def _known(parameters: str, names: str, variables: str = "") -> Method:
-    return Method(tuple(parameters.split()), frozenset(names.split()), tuple(variables.split()))
-
-
 ATTENTION = Target(
     name="attention of VAR",
     part="attention",
@@ -121,7 +117,7 @@ ATTENTION = Target(
         "num_heads", "head_dim", "using_flash", "using_xform", "caching", "cached_k", "cached_v", "kv_caching",
     ),
     methods={
-        "forward": _known(
+        "forward": known(
             "x attn_bias",
             # The last line is that of FlexVAR, whose masks may be larger than the sequence.
             "F attn_drop attn_l2_norm cached_k cached_v caching cat clamp_max dtype exp expand flash_attn_func float32 "
@@ -131,7 +127,7 @@ ATTENTION = Target(
             "ones device",
             "qkv q k v",
         ),
-        "kv_caching": _known("enable", "cached_k cached_v caching"),
+        "kv_caching": known("enable", "cached_k cached_v caching"),
     },
     refusal=_attention_refusal,
     replacements={"forward": _attention},
@@ -172,10 +168,7 @@ def _head_norm(self: nn.Module, x_BLC: torch.Tensor, cond_BD: torch.Tensor) -> t
 
 
 def _norm_refusal(module: nn.Module) -> str | None:
-    norm = module.ln_wo_grad
-    if type(norm) is not nn.LayerNorm or norm.elementwise_affine or len(norm.normalized_shape) != 1:
-        return f"ln_wo_grad: expected an nn.LayerNorm over the channels without weights, got {norm}"
-    return hooks_of(module, "ln_wo_grad")
+    return layer_norm_difference(module, "ln_wo_grad")
 
 
 def _block_refusal(module: nn.Module) -> str | None:
@@ -190,7 +183,7 @@ BLOCK = Target(
     part="adaln",
     attributes=("attn", "ffn", "ln_wo_grad", "shared_aln", "drop_path", "C"),
     methods={
-        "forward": _known(
+        "forward": known(
             "x cond_BD attn_bias",
             "C ada_gss ada_lin add add_ attn drop_path ffn ln_wo_grad mul mul_ shared_aln unbind view",
             "gamma1 gamma2 scale1 scale2 shift1 shift2",
@@ -204,7 +197,7 @@ HEAD = Target(
     part="adaln",
     attributes=("ln_wo_grad", "ada_lin", "C", "D"),
     methods={
-        "forward": _known("x_BLC cond_BD", "C ada_lin add add_ ln_wo_grad mul unbind view", "scale shift"),
+        "forward": known("x_BLC cond_BD", "C ada_lin add add_ ln_wo_grad mul unbind view", "scale shift"),
     },
     refusal=_norm_refusal,
     replacements={"forward": _head_norm},
@@ -246,7 +239,7 @@ MODEL = Target(
     part="attention",
     attributes=("blocks", "begin_ends", "prog_si", _MASK),
     methods={
-        "forward": _known(
+        "forward": known(
             "label_B x_BLCv_wo_first_l",
             "AdaLNSelfAttn L Linear amp attn_bias_for_masking autocast begin_ends bias blocks cat class_emb "
             "cond_drop_rate cuda device dtype enumerate expand first_l float forward get_logits isinstance lvl_1L "
@@ -402,29 +395,29 @@ QUANTIZER = Target(
     attributes=("vocab_size", "Cvae", "using_znorm", "v_patch_nums", "quant_resi", "ema_vocab_hit_SV", "record_hit",
                 "beta", "embedding", "prog_si"),
     methods={
-        "forward": _known(
+        "forward": known(
             "f_BChw ret_usages",
             "F T add_ addmm_ all_reduce amp argmax argmin autocast beta bincount clone contiguous copy_ cuda data "
             "detach device dist dtype ema_vocab_hit_SV embedding enumerate float float32 get_world_size initialized "
             "interpolate item len mean mse_loss mul mul_ normalize numel permute quant_resi record_hit reshape shape "
             "square sum tdist torch training using_znorm v_patch_nums view vocab_size wait weight zeros zeros_like",
         ),
-        "embed_to_fhat": _known(
+        "embed_to_fhat": known(
             "ms_h_BChw all_to_max_scale last_one",
             "Cvae F add_ append clone enumerate float32 interpolate len new_zeros quant_resi shape torch v_patch_nums",
         ),
-        "f_to_idxBl_or_fhat": _known(
+        "f_to_idxBl_or_fhat": known(
             "f_BChw to_fhat v_patch_nums",
             "F T add_ addmm_ append argmax argmin clone contiguous data detach embedding enumerate int interpolate "
             "isinstance len normalize permute prog_si quant_resi reshape shape square sub_ sum torch using_znorm "
             "v_patch_nums view weight zeros_like",
         ),
-        "idxBl_to_var_input": _known(
+        "idxBl_to_var_input": known(
             "gt_ms_idx_Bl",
             "Cvae F add_ append cat embedding float32 interpolate len new_zeros prog_si quant_resi range shape torch "
             "transpose transpose_ v_patch_nums view",
         ),
-        "get_next_autoregressive_input": _known("si SN f_hat h_BChw", "F add_ interpolate quant_resi v_patch_nums"),
+        "get_next_autoregressive_input": known("si SN f_hat h_BChw", "F add_ interpolate quant_resi v_patch_nums"),
     },
     refusal=_quantizer_refusal,
     replacements={
