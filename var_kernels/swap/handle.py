@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from . import var
+from . import diffusers, var
 from .structure import LEFT, Target, replaced
 
-TARGETS: tuple[Target, ...] = (*var.TARGETS,)
+TARGETS: tuple[Target, ...] = (*var.TARGETS, *diffusers.TARGETS)
 
 
 class Swapped(NamedTuple):
