@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from . import var
+from . import var, vector_quantize
 from .structure import LEFT, Target
 
-TARGETS: tuple[Target, ...] = (*var.TARGETS,)
+TARGETS: tuple[Target, ...] = (*var.TARGETS, *vector_quantize.TARGETS)
 
 
 class Swapped(NamedTuple):

@@ -55,10 +55,15 @@ def _names(code: CodeType) -> Iterator[str]:
 LEFT = "_calls_left_to_the_original"
 
 
-def left_to_the_original(module: nn.Module, method: str, reason: str, *args, **kwargs):
-    """Calls the method that `module` had before the swap, because of `reason`, which the report shows."""
+def count_as_left(module: nn.Module, reason: str) -> None:
+    """Counts a call that `module` leaves to its own code because of `reason`, which the report shows."""
     counts = vars(module).setdefault(LEFT, {})
     counts[reason] = counts.get(reason, 0) + 1
+
+
+def left_to_the_original(module: nn.Module, method: str, reason: str, *args, **kwargs):
+    """Calls the method that `module` had before the swap, because of `reason`, which the report shows."""
+    count_as_left(module, reason)
     return getattr(type(module), method)(module, *args, **kwargs)
 
 
