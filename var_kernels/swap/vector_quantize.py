@@ -21,7 +21,8 @@ from torch import nn
 from ..nearest_code import nearest_code
 from .structure import Method, Target, count_as_left, hooks_of, left_to_the_original
 
-# The original does not tell apart distances below this one, and chooses the first of such codes.
+# The original does not tell apart distances below this one, and chooses the first of such codes. For vectors longer than
+# 1, the rounding of its squared distances is more than 10 times as large as the square of this one.
 _LEAST_DISTANCE = 1e-4
 _DISTANCES_AT_ONCE = 1 << 20  # where distances are computed, so that memory does not grow with N·V
 
@@ -143,6 +144,7 @@ def _nearest(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     found = nearest_code(vectors.transpose(0, 1), codes).T.contiguous()
     difference = vectors - F.embedding(_rows(found, codes), codes.flatten(0, 1))
     close = torch.linalg.vector_norm(difference, dim=-1) <= _LEAST_DISTANCE
+    close &= torch.linalg.vector_norm(vectors, dim=-1) <= 1
     if close.any():
         for head, of_head in enumerate(close):
             found[head, of_head] = _first_of_the_closest(vectors[head, of_head], codes[head])
