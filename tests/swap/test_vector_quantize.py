@@ -213,17 +213,30 @@ def test_another_codebook_is_named():
         def update_codebook(self, flatten, embed_onehot, *args, **kwargs):
             self.usage = embed_onehot.mean(dim=1)
 
-    for change in ("class", "method", "sampler"):
+    for change in ("class", "method", "sampler", "none"):
         module = make()
         if change == "class":
             module._codebook.__class__ = Averaged
         elif change == "method":
             module._codebook.update_codebook = lambda *args, **kwargs: None
+        elif change == "none":
+            module._codebook = None
         else:
             module._codebook.gumbel_sample = lambda logits, **kwargs: None
         with pytest.warns(UserWarning):
             report = swap.apply(module)
         assert "_codebook: " in report.skipped[0].reason
+
+
+def test_another_version_is_named():
+    class Older(type(make())):
+        def forward(self, x, indices=None, mask=None):
+            return x
+
+    with pytest.warns(UserWarning):
+        report = swap.apply(make(Older))
+    assert "its forward takes (x, indices, mask)" in report.skipped[0].reason
+    assert "versions 1.27 to 1.32" in report.skipped[0].reason
 
 
 def test_hooks_of_the_codebook_see_the_distances():

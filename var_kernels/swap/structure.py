@@ -92,6 +92,7 @@ class Target:
     replacements: Mapping[str, FunctionType]
     refusal: Callable[[nn.Module], str | None] = lambda module: None
     others: tuple[str, ...] = ()
+    versions: str = ""
 
     def __post_init__(self) -> None:
         # A pickle stores a bound method by its name, so that a loaded model has the method of its own class.
@@ -111,7 +112,7 @@ class Target:
             if own is not None and getattr(own, "__func__", own) is not getattr(type(module), name):
                 return f"its {name} was replaced by other code"
             if difference := method.difference(name, getattr(type(module), name)):
-                return difference
+                return f"{difference}; known: {self.versions}" if self.versions else difference
         return self.refusal(module)
 
     def is_swapped(self, module: nn.Module) -> bool:

@@ -21,8 +21,8 @@ from torch import nn
 from ..nearest_code import nearest_code
 from .structure import Method, Target, count_as_left, hooks_of, left_to_the_original
 
-# The original does not tell apart distances below this one, and chooses the first of such codes. For vectors longer than
-# 1, the rounding of its squared distances is more than 10 times as large as the square of this one.
+# The original does not tell apart distances below this one, and chooses the first of such codes. Vectors longer than 1
+# are not concerned: its squared distances of them round by more than 10 times the square of this one.
 _LEAST_DISTANCE = 1e-4
 _DISTANCES_AT_ONCE = 1 << 20  # where distances are computed, so that memory does not grow with N·V
 
@@ -224,6 +224,7 @@ def _known(parameters: str, names: str) -> Method:
     return Method(tuple(parameters.split()), frozenset(names.split()))
 
 
+_VERSIONS = "versions 1.27 to 1.32 of vector-quantize-pytorch"
 _FORWARD = "x sample_codebook_temp mask freeze_codebook codebook_transform_fn ema_update_weight accum_ema_update "
 _FORWARD_NAMES = (
     "F affine_param batch_mean batch_variance cdist clamp codebook_mean codebook_variance default detach dtype einsum "
@@ -256,7 +257,9 @@ _GUMBEL_SAMPLE = _known(
 )
 
 
-def _codebook_refusal(codebook: nn.Module) -> str | None:
+def _codebook_refusal(codebook: object) -> str | None:
+    if not isinstance(codebook, nn.Module):
+        return f"_codebook: expected a module, got {type(codebook).__name__}"
     known = _CODEBOOK if hasattr(codebook, "update_codebook") else _CODEBOOK_BEFORE
     for name, method in known.items():
         function = getattr(type(codebook), name, None)
@@ -265,12 +268,12 @@ def _codebook_refusal(codebook: nn.Module) -> str | None:
         if name in vars(codebook):
             return f"_codebook: its {name} was replaced by other code"
         if difference := method.difference(name, function):
-            return f"_codebook: {difference}"
-    sample, options = codebook.gumbel_sample, {"stochastic", "straight_through"}
+            return f"_codebook: {difference}; known: {_VERSIONS}"
+    sample, options = getattr(codebook, "gumbel_sample", None), {"stochastic", "straight_through"}
     if not isinstance(sample, partial) or sample.args or not sample.keywords.keys() <= options:
         return f"_codebook: gumbel_sample: expected that of VectorQuantize, got {sample}"
     if difference := _GUMBEL_SAMPLE.difference("gumbel_sample", sample.func):
-        return f"_codebook: {difference}"
+        return f"_codebook: {difference}; known: {_VERSIONS}"
     if codebook.affine_param:
         return "affine parameters of the codebook (affine_param)"
     if getattr(codebook, "vq_bridge", None) is not None:
@@ -312,6 +315,7 @@ QUANTIZER = Target(
         )
     },
     refusal=_refusal,
+    versions=_VERSIONS,
     replacements={"forward": _vector_quantize},
 )  # fmt: skip
 
