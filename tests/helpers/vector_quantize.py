@@ -41,12 +41,16 @@ def train(module, shape=SHAPE, dtype=torch.float32, steps=STEPS, scale=1.0, seed
 
 
 def assert_same(found, expected, terms):
-    """Integers are equal. Sums of `terms` floats in another order differ by the rounding of each addition."""
+    """Integers are equal. Sums of `terms` floats in another order differ by the rounding of each addition.
+
+    It is that of fp32, or of a dtype that rounds more: the package computes in fp32.
+    """
     assert found.shape == expected.shape and found.dtype == expected.dtype
     if not found.dtype.is_floating_point:
         assert torch.equal(found, expected)
     else:
-        bound = terms * torch.finfo(found.dtype).eps * expected.abs().max() if expected.numel() else 0
+        eps = max(torch.finfo(found.dtype).eps, torch.finfo(torch.float32).eps)
+        bound = terms * eps * expected.abs().max() if expected.numel() else 0
         assert (found - expected).abs().le(bound).all(), (found - expected).abs().max() / bound * terms
 
 
@@ -73,15 +77,15 @@ def train_with_clear_choices(module, **options):
 
 
 def assert_trains_alike(module, served=True, terms=4 * SHAPE[1], **options):
-    """Both trainings give the same. Before the first sum is used, in the first step, they do so bit by bit."""
+    """Both trainings give the same. The first codes, which depend on no sum, are the same bit by bit."""
     seed, expected = train_with_clear_choices(module, **options)
     ours, report = swapped_copy(module)
     found = train(ours, seed=seed, **options)
     for ours_of_step, theirs_of_step in zip(found[0], expected[0], strict=True):
         for a, b in zip(sum(ours_of_step, []), sum(theirs_of_step, []), strict=True):
             assert_same(a, b, terms)
-    for a, b in zip(found[0][0][0], expected[0][0][0], strict=True):
-        assert torch.equal(a, b)
+    if getattr(module, "in_place_codebook_optimizer", None) is None:
+        assert torch.equal(found[0][0][0][0], expected[0][0][0][0])
     assert found[1].keys() == expected[1].keys()
     for name, value in found[1].items():
         assert_same(value, expected[1][name], terms)

@@ -109,7 +109,10 @@ def _look_up(
     search = _of_greatest_product if codebook.use_cosine_sim else _nearest
     indices = search(vectors, codes)  # (H, N)
     rows = _rows(indices, codes)
-    quantized = F.embedding(rows, embed.flatten(0, 1))
+    table = embed.flatten(0, 1)
+    if table.requires_grad:
+        table = _wide(table)  # for the sums of its gradient
+    quantized = F.embedding(rows, table).to(vectors.dtype)
     if codebook.training and update_usage and not freeze_codebook:
         ema_update = codebook.ema_update if ema_update is None else ema_update
         onehot = _OneHot(rows, codes.shape[:2])
@@ -119,6 +122,11 @@ def _look_up(
             codebook.update_ema_part(vectors, onehot, mask=mask, **update_options)
     quantized, indices = quantized.view(shape), indices.view(shape[:-1])
     return (quantized[0], indices[0]) if x.ndim < 4 else (quantized, indices)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in fp64, in which many small floats are added to a large sum. MPS has fp32 only."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 def _rows(indices: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -207,8 +215,9 @@ class _OneHot:
 
         It is the gradient of F.embedding, which has the same bits in every run, on GPUs too; index_add_ has not.
         """
-        sums = torch.ops.aten.embedding_dense_backward(vectors, self.rows, self.size.numel() + 1, -1, False)
-        return sums[:-1].view(*self.size, -1)
+        number = self.size.numel() + 1
+        sums = torch.ops.aten.embedding_dense_backward(_wide(vectors), self.rows, number, -1, False)
+        return sums[:-1].view(*self.size, -1).to(vectors.dtype)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
