@@ -60,10 +60,15 @@ def _names(code: CodeType) -> Iterator[str]:
 LEFT = "_calls_left_to_the_original"
 
 
-def left_to_the_original(module: nn.Module, method: str, reason: str, *args, **kwargs):
-    """Calls the method that `module` had before the swap, because of `reason`, which the report shows."""
+def count_as_left(module: nn.Module, reason: str) -> None:
+    """Counts a call that `module` leaves to its own code because of `reason`, which the report shows."""
     counts = vars(module).setdefault(LEFT, {})
     counts[reason] = counts.get(reason, 0) + 1
+
+
+def left_to_the_original(module: nn.Module, method: str, reason: str, *args, **kwargs):
+    """Calls the method that `module` had before the swap, because of `reason`, which the report shows."""
+    count_as_left(module, reason)
     return getattr(type(module), method)(module, *args, **kwargs)
 
 
@@ -113,6 +118,7 @@ class Target:
     refusal: Callable[[nn.Module], str | None] = lambda module: None
     others: tuple[str, ...] = ()
     condition: Callable[[nn.Module], bool] = lambda module: True
+    versions: str = ""
 
     def __post_init__(self) -> None:
         # A pickle stores a bound method by its name, so that a loaded model has the method of its own class.
@@ -135,7 +141,7 @@ class Target:
             if replaced(module, name):
                 return f"its {name} was replaced by other code"
             if difference := method.difference(name, getattr(type(module), name)):
-                return difference
+                return f"{difference}; known: {self.versions}" if self.versions else difference
         return self.refusal(module)
 
     def is_swapped(self, module: nn.Module) -> bool:
