@@ -17,12 +17,12 @@ from torch.autograd import forward_ad
 from ..adaln_layer_norm import adaln_layer_norm, gated_residual_adaln
 from ..native.library import autocast_dtype
 from .gated_sum import are_ordinary, gated_sum
-from .structure import Target, known, layer_norm_difference
+from .structure import Target, exactly, layer_norm_difference
 
 # ---- the formulas ------------------------------------------------------------------------------------------------
 
 # `FP32LayerNorm`, which is a LayerNorm that computes in fp32, as our ops do.
-_FP32_FORWARD = known("inputs", "F bias dtype eps float layer_norm normalized_shape to weight", "origin_dtype")
+_FP32_FORWARD = exactly("inputs", "F bias dtype eps float layer_norm normalized_shape to weight", "origin_dtype")
 
 
 def _is_fp32_norm(cls: type) -> bool:
@@ -165,7 +165,7 @@ ZERO = Target(
     attributes=(*_ADAPTIVE_NORM, "emb"),
     condition=_makes(6),
     methods={
-        "forward": known(
+        "forward": exactly(
             "x timestep class_labels hidden_dtype emb", "chunk emb linear norm silu",
             "shift_msa scale_msa gate_msa shift_mlp scale_mlp gate_mlp",
         )
@@ -179,7 +179,7 @@ ZERO_SINGLE = Target(
     attributes=_ADAPTIVE_NORM,
     others=("emb",),
     condition=_makes(3),
-    methods={"forward": known("x emb", "chunk linear norm silu", "shift_msa scale_msa gate_msa")},
+    methods={"forward": exactly("x emb", "chunk linear norm silu", "shift_msa scale_msa gate_msa")},
     refusal=_norm_refusal,
     replacements={"forward": _ada_zero_single},
 )
@@ -190,7 +190,7 @@ ZERO_X = Target(
     others=("emb",),
     condition=_makes(9),
     methods={
-        "forward": known(
+        "forward": exactly(
             "hidden_states emb", "chunk linear norm silu",
             "shift_msa scale_msa gate_msa shift_mlp scale_mlp gate_mlp shift_msa2 scale_msa2 gate_msa2",
         )
@@ -205,7 +205,7 @@ CONTINUOUS = Target(
     others=("emb",),
     condition=_makes(2),
     methods={
-        "forward": known("x conditioning_embedding", "chunk dtype linear norm silu to torch", "scale shift")
+        "forward": exactly("x conditioning_embedding", "chunk dtype linear norm silu to torch", "scale shift")
     },
     refusal=_norm_refusal,
     replacements={"forward": _ada_continuous},
