@@ -17,6 +17,7 @@ from ..block_causal_attention import MAX_HEAD_DIM, block_causal_attention
 from ..multi_scale_quantize import multi_scale_quantize, next_scale_input, phi_index
 from ..qk_norm_cache import qk_norm_cache
 from .block_causal import BlockCausalBias, schedule_of
+from .gated_sum import gated_sum
 from .structure import Target, hooks_of, known, layer_norm_difference, left_to_the_original
 
 # ---- attention ---------------------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def _block(self: nn.Module, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias) -
         residual, h = gated_residual_adaln(x, branch, *(part.to(x.dtype) for part in (gate, scale2, shift2)), eps=eps)
     branch = self.ffn(h)
     gate = _with_drop_path(self, gamma2, torch.promote_types(branch.dtype, gamma2.dtype))
-    return torch.addcmul(residual, branch, gate)
+    return gated_sum(residual, branch, gate)
 
 
 def _with_drop_path(self: nn.Module, gate: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
