@@ -114,3 +114,25 @@ def test_the_stand_in_of_a_mask_is_cut_and_converted_like_it():
     assert cut.tensor().dtype == torch.bfloat16 and cut.shape == (1, 1, 1, 1)
     assert bias[:, :, :3, :3].shape == (1, 1, 3, 3)  # not the end of a scale: the mask itself
     assert bias.shape == mask.shape
+
+
+def test_a_method_that_was_wrapped_since_the_swap_keeps_its_wrapper():
+    model = make()
+    block = model.blocks[0]
+    report = swap.apply(model)
+    ours, calls = block.forward, []
+    block.forward = lambda *args, **kwargs: calls.append(1) or ours(*args, **kwargs)  # as accelerate's hooks do
+    with pytest.warns(UserWarning, match="wrapped since the swap, in blocks.0$"):
+        report.revert()
+    block(torch.zeros(1, 2, 32), torch.zeros(1, 32), None)
+    assert calls and "forward" not in vars(model.blocks[1])
+    block.forward = ours  # as accelerate removes them
+    report.revert()
+    assert "forward" not in vars(block)
+
+
+def test_a_method_that_is_again_that_of_the_class_is_no_hook():
+    model = make()
+    norm = model.blocks[0].ln_wo_grad
+    norm.forward = norm.forward
+    assert not swap.apply(model).skipped

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .structure import hooks_of
+from .structure import hooks_of, layer_norm_difference
 
 
 def with_drop_path(module: nn.Module, gate: torch.Tensor, samples: int, dtype: torch.dtype) -> torch.Tensor:
@@ -17,10 +17,7 @@ def with_drop_path(module: nn.Module, gate: torch.Tensor, samples: int, dtype: t
 
 def norm_refusal(module: nn.Module) -> str | None:
     """Why `module.ln_wo_grad` is not the norm of our ops, None if it is."""
-    norm = module.ln_wo_grad
-    if type(norm) is not nn.LayerNorm or norm.elementwise_affine or len(norm.normalized_shape) != 1:
-        return f"ln_wo_grad: expected an nn.LayerNorm over the channels without weights, got {norm}"
-    return hooks_of(module, "ln_wo_grad")
+    return layer_norm_difference(module, "ln_wo_grad")
 
 
 def drop_path_refusal(module: nn.Module) -> str | None:

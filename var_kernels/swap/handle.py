@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from . import infinity, var
-from .structure import LEFT, Target
+from . import diffusers, infinity, var
+from .structure import LEFT, Target, replaced
 
-TARGETS: tuple[Target, ...] = (*var.TARGETS, *infinity.TARGETS)
+TARGETS: tuple[Target, ...] = (*var.TARGETS, *infinity.TARGETS, *diffusers.TARGETS)
 
 
 class Swapped(NamedTuple):
@@ -52,11 +52,28 @@ class Report:
         return dict(counts)
 
     def revert(self) -> None:
-        """Gives every swapped module its own code back. A second call does nothing."""
-        for _, module, target in self._places:
-            for name in (*target.replacements, LEFT):
-                vars(module).pop(name, None)
-        self._places.clear()
+        """Gives every swapped module its own code back. A second call does nothing.
+
+        A module whose method was wrapped since the swap, for example by a hook of accelerate, keeps the wrapper and our
+        code in it, with a warning. It has its own code after the wrapper is removed and `revert` is called again.
+        """
+        wrapped = []
+        for place in self._places:
+            path, module, target = place
+            own = vars(module)
+            for name, function in target.replacements.items():
+                if getattr(own.get(name), "__func__", None) is function:
+                    del own[name]
+            if any(replaced(module, name) for name in target.replacements):
+                wrapped.append(place)
+            else:
+                own.pop(LEFT, None)
+        self._places[:] = wrapped
+        if wrapped:
+            paths = ", ".join(path or type(module).__name__ for path, module, _ in wrapped)
+            warnings.warn(
+                f"revert: expected our methods, got some that were wrapped since the swap, in {paths}", stacklevel=2
+            )
 
     def __str__(self) -> str:
         rows = [(path, cls, f"swapped: {target}") for path, cls, target in self.swapped]

@@ -67,22 +67,42 @@ def left_to_the_original(module: nn.Module, method: str, reason: str, *args, **k
     return getattr(type(module), method)(module, *args, **kwargs)
 
 
+def replaced(module: nn.Module, name: str) -> bool:
+    """Whether `module` has another method `name` than its class."""
+    own = vars(module).get(name)
+    return own is not None and getattr(own, "__func__", own) is not getattr(type(module), name)
+
+
 def hooks_of(module: nn.Module, name: str) -> str | None:
     """Why `module` can't do without calling its module `name`, None if it can."""
     inner = getattr(module, name)
     hooks = (inner._forward_hooks, inner._forward_pre_hooks, inner._backward_hooks, inner._backward_pre_hooks)
-    if any(hooks) or "forward" in vars(inner):
+    if any(hooks) or replaced(inner, "forward"):
         return f"{name} has hooks, which would not be called"
     return None
+
+
+def _is_layer_norm(norm: nn.Module) -> bool:
+    return type(norm) is nn.LayerNorm
+
+
+def layer_norm_difference(
+    module: nn.Module, name: str, is_layer_norm: Callable[[nn.Module], bool] = _is_layer_norm
+) -> str | None:
+    """Why our ops can't stand for the module `name` of `module`, None if it is a LayerNorm without weights or hooks."""
+    norm = getattr(module, name)
+    if not is_layer_norm(norm) or norm.elementwise_affine or len(norm.normalized_shape) != 1:
+        return f"{name}: expected an nn.LayerNorm over the channels without weights, got {norm}"
+    return hooks_of(module, name)
 
 
 @dataclass(frozen=True)
 class Target:
     """A class of another repository that `apply` swaps.
 
-    `part` is the option of `apply` that includes it. A module with all `attributes` is one of this class, and its
-    `methods` must be the known ones. `refusal` says why one of them is not swapped nevertheless. `replacements` maps
-    names of methods to our functions.
+    `part` is the option of `apply` that includes it. A module with all `attributes`, none of the `others`, and of which
+    `condition` holds, is one of this class, and its `methods` must be the known ones. `refusal` says why one of them is
+    not swapped nevertheless. `replacements` maps names of methods to our functions.
     """
 
     name: str
@@ -92,6 +112,7 @@ class Target:
     replacements: Mapping[str, FunctionType]
     refusal: Callable[[nn.Module], str | None] = lambda module: None
     others: tuple[str, ...] = ()
+    condition: Callable[[nn.Module], bool] = lambda module: True
 
     def __post_init__(self) -> None:
         # A pickle stores a bound method by its name, so that a loaded model has the method of its own class.
@@ -102,15 +123,16 @@ class Target:
         """Whether the module has the attributes and methods of this class."""
         if type(module).__getattr__ is not nn.Module.__getattr__:
             return False  # a wrapper, such as those of torch.compile, FSDP and PEFT, has those of the module inside
-        return all(hasattr(module, name) for name in (*self.attributes, *self.methods)) and not any(
-            hasattr(module, name) for name in self.others
+        return (
+            all(hasattr(module, name) for name in (*self.attributes, *self.methods))
+            and not any(hasattr(module, name) for name in self.others)
+            and self.condition(module)
         )
 
     def refusal_of(self, module: nn.Module) -> str | None:
         """Why a module that matches is not swapped, None if it is."""
         for name, method in self.methods.items():
-            own = vars(module).get(name)
-            if own is not None and getattr(own, "__func__", own) is not getattr(type(module), name):
+            if replaced(module, name):
                 return f"its {name} was replaced by other code"
             if difference := method.difference(name, getattr(type(module), name)):
                 return difference
