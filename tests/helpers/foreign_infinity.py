@@ -53,8 +53,8 @@ class SelfAttention(nn.Module):
         self.scale = 1 if cos_attn else self.head_dim**-0.5
         if cos_attn:
             size = (1, 1, num_heads, 1) if self.using_flash else (1, num_heads, 1, 1)
-            self.scale_mul_1H11 = nn.Parameter(torch.randn(num_heads).view(size) + 2)
-            self.max_scale_mul = 4.6
+            self.scale_mul_1H11 = nn.Parameter(torch.linspace(1, 3, num_heads).view(size))
+            self.max_scale_mul = 2.5  # less than one of them
         self.mat_qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=False)
         self.q_bias, self.v_bias = (nn.Parameter(torch.randn(embed_dim)) for _ in range(2))
         self.register_buffer("zero_k_bias", torch.zeros(embed_dim))

@@ -308,6 +308,64 @@ def test_a_mask_that_is_not_block_causal_is_obeyed():
             assert reason.strip() in str(report), reason
 
 
+@pytest.mark.parametrize("padding", [1, 3])
+@pytest.mark.parametrize("cos_attn", [False, True], ids=["plain", "norm"])
+def test_rows_of_padding_get_the_value_of_key_0(padding, cos_attn):
+    attention = make(schedules=SCHEDULES, cos_attn=cos_attn).blocks[0].sa
+    mask = torch.zeros(1, 1, 5, 5)
+    mask[..., :1, 1:] = -torch.inf
+    mask = torch.nn.functional.pad(mask, (0, padding, 0, padding), value=-torch.inf)
+    mask[:, :, 5:, 0] = 0
+    x, weights = torch.randn(2, 5 + padding, 32), torch.randn(2, 5 + padding, 32)
+
+    def run():
+        leaf = x.clone().requires_grad_(True)
+        out = attention(leaf, mask)
+        return out, *torch.autograd.grad((out * weights).sum(), (leaf, attention.v_bias, attention.mat_qkv.weight))
+
+    expected = run()
+    with swap.applied(attention) as report:
+        found = run()
+        assert not report.left_to_the_original
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared_aln", [False, True], ids=["per-block", "shared"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_stochastic_depth_draws_as_many_numbers_of_the_same_dtype(shared_aln, autocast):
+    model = make(schedules=SCHEDULES, drop_path_rate=0.5, shared_aln=shared_aln)
+    drawn = []
+    kept = torch.Tensor.bernoulli_
+
+    def draw(tensor, *args, **options):
+        drawn.append((tensor.dtype, tensor.shape))
+        return kept(tensor, *args, **options)
+
+    with mock.patch.object(torch.Tensor, "bernoulli_", draw):
+        step(model, autocast=autocast)
+        expected = drawn.copy()
+        drawn.clear()
+        with swap.applied(model):
+            step(model, autocast=autocast)
+    assert drawn == expected and len(drawn) == 4
+
+
+@pytest.mark.parametrize("checkpointing", [None, "self-attn", "full-block"])
+def test_what_is_checkpointed_is_computed_twice_as_before(checkpointing):
+    model = make(schedules=SCHEDULES, checkpointing=checkpointing, drop_path_rate=0.5)
+    called = []
+    for name, module in model.blocks.named_modules():
+        if name.endswith((".sa", ".ca", ".ffn")):
+            module.register_forward_pre_hook(lambda *args, name=name: called.append(name))
+    step(model)
+    expected = called.copy()
+    called.clear()
+    with swap.applied(model):
+        step(model)
+    assert called == expected and len(called) > 6 - (checkpointing is None)
+
+
 def test_vectors_that_are_no_schedule_are_left_to_the_original():
     model = make(schedules=SCHEDULES, customized_flash_attn=True)
     attention = model.blocks[0].sa.eval()
