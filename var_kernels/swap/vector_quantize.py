@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..nearest_code import nearest_code
-from .structure import Method, Target, count_as_left, hooks_of, left_to_the_original
+from .structure import Target, count_as_left, hooks_of, known, left_to_the_original
 
 # The original does not tell apart distances below this one, and chooses the first of such codes. Vectors longer than 1
 # are not concerned: its squared distances of them round by more than 10 times the square of this one.
@@ -229,10 +229,6 @@ class _OneHot:
 # ---- recognition -------------------------------------------------------------------------------------------------
 
 
-def _known(parameters: str, names: str) -> Method:
-    return Method(tuple(parameters.split()), frozenset(names.split()))
-
-
 _VERSIONS = "versions 1.27 to 1.32 of vector-quantize-pytorch"
 _FORWARD = "x sample_codebook_temp mask freeze_codebook codebook_transform_fn ema_update_weight accum_ema_update "
 _FORWARD_NAMES = (
@@ -249,18 +245,18 @@ _AVERAGES_NAMES = (
 _UPDATES = "expire_codes_ manual_ema_update update_ema "
 # The methods of a codebook: from version 1.28.3 on, and before.
 _CODEBOOK = {
-    "forward": _known(_FORWARD + "ema_update topk update_usage", _FORWARD_NAMES + "update_codebook"),
-    "update_codebook": _known(
+    "forward": known(_FORWARD + "ema_update topk update_usage", _FORWARD_NAMES + "update_codebook"),
+    "update_codebook": known(
         _AVERAGES + " ema_update",
         _UPDATES + "default ema_update has_dead_code_replacement track_cluster_size_and_embed_avg",
     ),
-    "track_cluster_size_and_embed_avg": _known(_AVERAGES, _AVERAGES_NAMES + "masked_fill rearrange"),
+    "track_cluster_size_and_embed_avg": known(_AVERAGES, _AVERAGES_NAMES + "masked_fill rearrange"),
 }
 _CODEBOOK_BEFORE = {
-    "forward": _known(_FORWARD + "ema_update topk", _FORWARD_NAMES + "update_ema_part"),
-    "update_ema_part": _known(_AVERAGES, _AVERAGES_NAMES + _UPDATES),
+    "forward": known(_FORWARD + "ema_update topk", _FORWARD_NAMES + "update_ema_part"),
+    "update_ema_part": known(_AVERAGES, _AVERAGES_NAMES + _UPDATES),
 }
-_GUMBEL_SAMPLE = _known(
+_GUMBEL_SAMPLE = known(
     "temperature stochastic straight_through dim training topk",
     "F argmax detach dtype exists gumbel_noise indices one_hot shape softmax topk type",
 )
@@ -269,8 +265,8 @@ _GUMBEL_SAMPLE = _known(
 def _codebook_refusal(codebook: object) -> str | None:
     if not isinstance(codebook, nn.Module):
         return f"_codebook: expected a module, got {type(codebook).__name__}"
-    known = _CODEBOOK if hasattr(codebook, "update_codebook") else _CODEBOOK_BEFORE
-    for name, method in known.items():
+    methods = _CODEBOOK if hasattr(codebook, "update_codebook") else _CODEBOOK_BEFORE
+    for name, method in methods.items():
         function = getattr(type(codebook), name, None)
         if getattr(function, "__name__", None) == "forward":
             function = inspect.unwrap(function)  # its decorator is autocast
@@ -306,7 +302,7 @@ QUANTIZER = Target(
         "commitment_weight", "learnable_codebook",
     ),
     methods={
-        "forward": _known(
+        "forward": known(
             "x indices mask lens topk sample_codebook_temp freeze_codebook return_loss_breakdown codebook_transform_fn "
             "ema_update_weight accum_ema_update ema_update",
             "F LossBreakdown _codebook accept_3d_fmap accept_image_fmap backward channel_last "
