@@ -9,12 +9,13 @@ from torch import nn
 
 from tests.helpers.rounding import assert_as_near
 from var_kernels import swap
+from var_kernels.swap import diffusers_norms
 from var_kernels.swap.structure import replaced
 
 pytest.importorskip("diffusers")
 
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
-from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from diffusers.models.transformers import transformer_flux
 
 from tests.helpers.foreign_diffusers import MODELS, check, converted, make, step
 
@@ -43,6 +44,26 @@ def test_everything_is_swapped(name):
     report = swap.apply(model, strict=True)
     assert sorted({entry.cls for entry in report.swapped}) == CLASSES[name]
     assert list(model.state_dict()) == keys
+
+
+# How often a forward of two blocks of each kind calls our two ops.
+OPS = {"dit": (2, 2), "pixart": (4, 0), "sd3": (5, 3), "sd3.5": (6, 3), "flux": (7, 4), "sana": (4, 0)}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_our_ops_are_called(name, autocast, monkeypatch):
+    model, inputs = make(name)
+    calls = []
+    for op in ("adaln_layer_norm", "gated_residual_adaln"):
+        function = getattr(diffusers_norms, op)
+        monkeypatch.setattr(
+            diffusers_norms,
+            op,
+            lambda *args, op=op, function=function, **kwargs: calls.append(op) or function(*args, **kwargs),
+        )
+    with swap.applied(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(**inputs)
+    assert (calls.count("adaln_layer_norm"), calls.count("gated_residual_adaln")) == OPS[name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -161,7 +182,7 @@ def test_image_adapters_of_flux():
     model, inputs = make("flux")
     torch.manual_seed(1)
     for block in model.transformer_blocks:
-        processor = FluxIPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=16)
+        processor = transformer_flux.FluxIPAdapterAttnProcessor(hidden_size=32, cross_attention_dim=16)
         block.attn.set_processor(processor)
     block, adapter = model.transformer_blocks[0], [torch.randn(2, 4, 16)]
     hidden = {

@@ -117,6 +117,17 @@ def test_chunks_in_another_order_are_skipped():
     assert "in another order" in skipped.reason
 
 
+def test_code_that_leaves_a_module_out_is_skipped_by_name():
+    class Other(AdaLayerNormContinuous):
+        def forward(self, x, conditioning_embedding):
+            scale, shift = torch.chunk(self.linear(conditioning_embedding.to(x.dtype)), 2, dim=1)
+            return self.norm(x) * (1 + scale)[:, None, :] + shift[:, None, :]
+
+    with pytest.warns(UserWarning):
+        [skipped] = swap.apply(Other(24, 24, elementwise_affine=False)).skipped
+    assert skipped.reason == "its forward does not use silu, which the known one does"
+
+
 def test_a_hook_on_a_norm_is_a_reason_before_the_swap_and_fires_after_it():
     norm = AdaLayerNormZero(24)
     inputs = norm_inputs(norm)

@@ -13,7 +13,7 @@ from torch import nn
 from . import diffusers_norms
 from .diffusers_norms import gated_sum_and_norm, modulated, norm_difference
 from .gated_sum import gated_sum
-from .structure import Target, known, left_to_the_original
+from .structure import Target, exactly, left_to_the_original
 
 
 def _flux(
@@ -178,10 +178,11 @@ FLUX = Target(
     attributes=_TWO_STREAMS,
     others=("use_dual_attention", "attn2"),
     methods={
-        "forward": known(
+        "forward": exactly(
             "hidden_states encoder_hidden_states temb image_rotary_emb joint_attention_kwargs",
-            "attn clip dtype ff ff_context float16 len norm1 norm1_context norm2 norm2_context torch unsqueeze",
+            "attn clip dtype ff ff_context float16 norm1 norm1_context norm2 norm2_context torch unsqueeze",
             "gate_msa shift_mlp scale_mlp gate_mlp c_gate_msa c_shift_mlp c_scale_mlp c_gate_mlp",
+            optional="len",  # where there are image adapters
         )
     },
     refusal=lambda module: norm_difference(module, "norm2", "norm2_context"),
@@ -192,7 +193,7 @@ FLUX_SINGLE = Target(
     part="adaln",
     attributes=("norm", "proj_mlp", "act_mlp", "proj_out", "attn"),
     methods={
-        "forward": known(
+        "forward": exactly(
             "hidden_states encoder_hidden_states temb image_rotary_emb joint_attention_kwargs",
             "act_mlp attn cat clip dtype float16 norm proj_mlp proj_out shape torch unsqueeze",
             "residual gate mlp_hidden_states attn_output",
@@ -205,7 +206,7 @@ JOINT = Target(
     part="adaln",
     attributes=(*_TWO_STREAMS, "use_dual_attention", "context_pre_only", "attn2", "_chunk_size"),
     methods={
-        "forward": known(
+        "forward": exactly(
             "hidden_states encoder_hidden_states temb joint_attention_kwargs",
             "_chunk_dim _chunk_size _chunked_feed_forward attn attn2 context_pre_only ff ff_context norm1 "
             "norm1_context norm2 norm2_context unsqueeze use_dual_attention",
@@ -222,7 +223,7 @@ BASIC = Target(
                 "_chunk_size"),
     condition=lambda module: module.norm_type in ("ada_norm_zero", "ada_norm_single"),
     methods={
-        "forward": known(
+        "forward": exactly(
             "hidden_states attention_mask encoder_hidden_states encoder_attention_mask timestep "
             "cross_attention_kwargs class_labels added_cond_kwargs",
             "ValueError _chunk_dim _chunk_size _chunked_feed_forward attn1 attn2 chunk copy dtype ff fuser get logger "
@@ -240,7 +241,7 @@ SANA = Target(
     attributes=("norm1", "attn1", "norm2", "attn2", "ff", "scale_shift_table"),
     others=("norm_type",),
     methods={
-        "forward": known(
+        "forward": exactly(
             "hidden_states attention_mask encoder_hidden_states encoder_attention_mask timestep height width",
             "attn1 attn2 chunk dtype ff flatten norm1 norm2 permute reshape scale_shift_table shape to unflatten",
             "shift_msa scale_msa gate_msa shift_mlp scale_mlp gate_mlp",

@@ -7,7 +7,7 @@ https://github.com/huggingface/diffusers.
 from __future__ import annotations
 
 import contextlib
-from functools import cache, reduce
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,15 @@ from torch.autograd import forward_ad
 
 from ..adaln_layer_norm import adaln_layer_norm, gated_residual_adaln
 from ..native.library import autocast_dtype
-from .gated_sum import gated_sum
-from .structure import Target, known, layer_norm_difference
+from .gated_sum import are_ordinary, gated_sum
+from .structure import Target, exactly, layer_norm_difference
 
 # ---- the formulas ------------------------------------------------------------------------------------------------
 
 # `FP32LayerNorm`, which is a LayerNorm that computes in fp32, as our ops do.
-_FP32_FORWARD = known("inputs", "F bias dtype eps float layer_norm normalized_shape to weight", "origin_dtype")
+_FP32_FORWARD = exactly("inputs", "F bias dtype eps float layer_norm normalized_shape to weight", "origin_dtype")
 
 
-@cache
 def _is_fp32_norm(cls: type) -> bool:
     return issubclass(cls, nn.LayerNorm) and _FP32_FORWARD.difference("forward", cls.forward) is None
 
@@ -47,7 +46,7 @@ def _fits(self: nn.Module, name: str, x: torch.Tensor, *modulations: torch.Tenso
     """
     return (
         x.dim() == 3
-        and all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in (x, *modulations))
+        and are_ordinary(x, *modulations)
         and forward_ad._current_level < 0
         and layer_norm_difference(self, name, _is_layer_norm) is None
         and x.shape[2:] == getattr(self, name).normalized_shape
@@ -92,6 +91,7 @@ def gated_sum_and_norm(
     autocast = autocast_dtype(x.device.type) is not None
     if (
         branch.shape != x.shape
+        or not are_ordinary(branch)
         or not (autocast or _promoted(scale, shift) == dtype)
         or not _fits(self, name, x, gate, scale, shift)
     ):
@@ -165,7 +165,7 @@ ZERO = Target(
     attributes=(*_ADAPTIVE_NORM, "emb"),
     condition=_makes(6),
     methods={
-        "forward": known(
+        "forward": exactly(
             "x timestep class_labels hidden_dtype emb", "chunk emb linear norm silu",
             "shift_msa scale_msa gate_msa shift_mlp scale_mlp gate_mlp",
         )
@@ -179,7 +179,7 @@ ZERO_SINGLE = Target(
     attributes=_ADAPTIVE_NORM,
     others=("emb",),
     condition=_makes(3),
-    methods={"forward": known("x emb", "chunk linear norm silu", "shift_msa scale_msa gate_msa")},
+    methods={"forward": exactly("x emb", "chunk linear norm silu", "shift_msa scale_msa gate_msa")},
     refusal=_norm_refusal,
     replacements={"forward": _ada_zero_single},
 )
@@ -190,7 +190,7 @@ ZERO_X = Target(
     others=("emb",),
     condition=_makes(9),
     methods={
-        "forward": known(
+        "forward": exactly(
             "hidden_states emb", "chunk linear norm silu",
             "shift_msa scale_msa gate_msa shift_mlp scale_mlp gate_mlp shift_msa2 scale_msa2 gate_msa2",
         )
@@ -205,7 +205,7 @@ CONTINUOUS = Target(
     others=("emb",),
     condition=_makes(2),
     methods={
-        "forward": known("x conditioning_embedding", "chunk dtype linear norm silu to torch", "scale shift")
+        "forward": exactly("x conditioning_embedding", "chunk dtype linear norm silu to torch", "scale shift")
     },
     refusal=_norm_refusal,
     replacements={"forward": _ada_continuous},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._C import _functorch
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
@@ -11,16 +12,12 @@ from ..native.library import needs_grad, raw_ops
 
 
 class _GatedSum(torch.autograd.Function):
-    generate_vmap_rule = True
-
+    # Without a setup_context, whose arguments PyTorch would bind for 60 µs at each call.
     @staticmethod
-    def forward(x, branch, gate, backend):
-        return torch.addcmul(x, branch, gate)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, branch, gate, ctx.backend = inputs
+    def forward(ctx, x, branch, gate, backend):
+        ctx.backend = backend
         ctx.save_for_backward(branch, gate)
+        return torch.addcmul(x, branch, gate)
 
     @staticmethod
     @once_differentiable
@@ -35,18 +32,25 @@ class _GatedSum(torch.autograd.Function):
         return grad, dbranch, dgate, None
 
 
+def are_ordinary(*tensors: torch.Tensor) -> bool:
+    """Whether these are no subclasses of tensors such as DTensor, for which our ops have no rules."""
+    return all([type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in tensors])
+
+
 def gated_sum(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """x + gate * branch for tensors that PyTorch can broadcast, computed in fp32 and rounded once.
+    """x + gate * branch for tensors that PyTorch can broadcast, computed in fp32 and rounded once to the widest dtype.
 
     In PyTorch, the product and its two gradients are tensors like x that are written and read again.
     """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, branch.dtype), gate.dtype)
+    x, branch, gate = x.to(dtype), branch.to(dtype), gate.to(dtype)
     if (
         x.dim() == 3
         and x.numel() > 0
-        and x.dtype == branch.dtype == gate.dtype
         and x.shape == branch.shape
         and gate.shape in ((x.shape[0], 1, x.shape[2]), (1, 1, x.shape[2]))
-        and all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (x, branch, gate))
+        and are_ordinary(x, branch, gate)
+        and _functorch.peek_interpreter_stack() is None  # torch.func needs a setup_context
         and forward_ad._current_level < 0
         and needs_grad(x, branch, gate)
     ):

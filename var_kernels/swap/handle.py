@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from . import diffusers, infinity, var
+from . import diffusers, infinity, var, vector_quantize
 from .structure import LEFT, Target, replaced
 
-TARGETS: tuple[Target, ...] = (*var.TARGETS, *infinity.TARGETS, *diffusers.TARGETS)
+TARGETS: tuple[Target, ...] = (*var.TARGETS, *infinity.TARGETS, *diffusers.TARGETS, *vector_quantize.TARGETS)
 
 
 class Swapped(NamedTuple):

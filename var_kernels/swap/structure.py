@@ -17,13 +17,14 @@ from torch import nn
 class Method:
     """What is known of a method of a foreign class.
 
-    `parameters` are its names after `self`, `names` all attributes and globals that its code may use, and `variables`
-    local variables that it assigns in this order.
+    `parameters` are its names after `self`, `names` all attributes and globals that its code may use, of which it uses
+    the `required` ones, and `variables` local variables that it assigns in this order.
     """
 
     parameters: tuple[str, ...]
     names: frozenset[str]
     variables: tuple[str, ...] = ()
+    required: frozenset[str] = frozenset()
 
     def difference(self, name: str, function: object) -> str | None:
         """Why `function`, the method `name` of a class, is not this method; None if it is."""
@@ -33,8 +34,11 @@ class Method:
         found = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
         if found != self.parameters:
             return f"its {name} takes ({', '.join(found)}), expected ({', '.join(self.parameters)})"
-        if unknown := sorted(set(_names(code)) - self.names):
+        names = set(_names(code))
+        if unknown := sorted(names - self.names):
             return f"its {name} uses {', '.join(unknown)}, which the known one does not"
+        if unused := sorted(self.required - names):
+            return f"its {name} does not use {', '.join(unused)}, which the known one does"
         if missing := [variable for variable in self.variables if variable not in code.co_varnames]:
             return f"its {name} has no variable {missing[0]}"
         if self.variables != tuple(variable for variable in code.co_varnames if variable in self.variables):
@@ -43,8 +47,14 @@ class Method:
 
 
 def known(parameters: str, names: str, variables: str = "") -> Method:
-    """The `Method` of these names, which spaces separate."""
+    """The `Method` of these names, which spaces separate. Its code may do without some of `names`."""
     return Method(tuple(parameters.split()), frozenset(names.split()), tuple(variables.split()))
+
+
+def exactly(parameters: str, names: str, variables: str = "", optional: str = "") -> Method:
+    """The `Method` of these names, which spaces separate. Its code uses all `names`, and perhaps the optional ones."""
+    required = frozenset(names.split())
+    return Method(tuple(parameters.split()), required | set(optional.split()), tuple(variables.split()), required)
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -60,10 +70,15 @@ def _names(code: CodeType) -> Iterator[str]:
 LEFT = "_calls_left_to_the_original"
 
 
-def left_to_the_original(module: nn.Module, method: str, reason: str, *args, **kwargs):
-    """Calls the method that `module` had before the swap, because of `reason`, which the report shows."""
+def count_as_left(module: nn.Module, reason: str) -> None:
+    """Counts a call that `module` leaves to its own code because of `reason`, which the report shows."""
     counts = vars(module).setdefault(LEFT, {})
     counts[reason] = counts.get(reason, 0) + 1
+
+
+def left_to_the_original(module: nn.Module, method: str, reason: str, *args, **kwargs):
+    """Calls the method that `module` had before the swap, because of `reason`, which the report shows."""
+    count_as_left(module, reason)
     return getattr(type(module), method)(module, *args, **kwargs)
 
 
@@ -115,6 +130,7 @@ class Target:
     refusal: Callable[[nn.Module], str | None] = lambda module: None
     others: tuple[str, ...] = ()
     condition: Callable[[nn.Module], bool] = lambda module: True
+    versions: str = ""
 
     def __post_init__(self) -> None:
         # A pickle stores a bound method by its name, so that a loaded model has the method of its own class.
@@ -137,7 +153,7 @@ class Target:
             if replaced(module, name):
                 return f"its {name} was replaced by other code"
             if difference := method.difference(name, getattr(type(module), name)):
-                return difference
+                return f"{difference}; known: {self.versions}" if self.versions else difference
         return self.refusal(module)
 
     def is_swapped(self, module: nn.Module) -> bool:

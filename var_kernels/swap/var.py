@@ -18,6 +18,7 @@ from ..multi_scale_quantize import multi_scale_quantize, next_scale_input, phi_i
 from ..qk_norm_cache import qk_norm_cache
 from .adaln_parts import drop_path_refusal, norm_refusal, with_drop_path
 from .block_causal import BlockCausalBias, schedule_of
+from .gated_sum import gated_sum
 from .kv_cache import append, keep, rows_with_room
 from .structure import Target, known, left_to_the_original, must_be_called
 
@@ -129,7 +130,7 @@ def _block(self: nn.Module, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias) -
         residual, h = gated_residual_adaln(x, branch, *(part.to(x.dtype) for part in (gate, scale2, shift2)), eps=eps)
     branch = self.ffn(h)
     gate = with_drop_path(self, gamma2, len(x), torch.promote_types(branch.dtype, gamma2.dtype))
-    return torch.addcmul(residual, branch, gate)
+    return gated_sum(residual, branch, gate)
 
 
 def _head_norm(self: nn.Module, x_BLC: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
