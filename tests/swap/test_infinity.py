@@ -489,6 +489,19 @@ def test_modules_with_hooks_that_would_not_be_called_keep_them(inner, fused, ski
     assert swap.apply(model).skipped == entries
 
 
+@pytest.mark.parametrize("path", ["blocks.0.ln_wo_grad", "blocks.0.drop_path", "head_nm.ln_wo_grad"])
+def test_hooks_that_come_after_the_swap_fire(path):
+    model, fired = make(schedules=SCHEDULES, drop_path_rate=0.5), []
+    expected = step(model)
+    with swap.applied(model) as report:
+        model.get_submodule(path).register_forward_hook(lambda *args: fired.append(path))
+        found = step(model)
+        assert fired and [*report.left_to_the_original] == [
+            (path.rpartition(".")[0], f"{path.rpartition('.')[2]} has hooks, which would not be called")
+        ]
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
 def test_hooks_of_modules_fire():
     model = make(schedules=SCHEDULES, block_chunks=2).eval()
     fired = []

@@ -328,6 +328,28 @@ def test_modules_with_hooks_that_would_not_be_called_keep_them(inner):
     assert skipped == ("blocks.0", "AdaLNSelfAttn", f"{inner} has hooks, which would not be called")
 
 
+@pytest.mark.parametrize("path", ["blocks.0.ln_wo_grad", "blocks.0.drop_path", "head_nm.ln_wo_grad"])
+def test_hooks_that_come_after_the_swap_fire(path):
+    model, fired = make(drop_path=0.5), []
+    x = torch.randn(3, 65, 8)
+    expected = step(model, x)
+    with swap.applied(model) as report:
+        model.get_submodule(path).register_forward_hook(lambda *args: fired.append(path))
+        found = step(model, x)
+        assert fired and [*report.left_to_the_original] == [
+            (path.rpartition(".")[0], f"{path.rpartition('.')[2]} has hooks, which would not be called")
+        ]
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inner", ["embedding", "quant_resi.qresi_ls.1"])
+def test_a_quantizer_of_which_a_module_has_hooks_keeps_its_code(inner):
+    model = make()
+    model.vae_quant_proxy[0].get_submodule(inner).register_forward_hook(lambda *args: None)
+    [skipped] = swap.apply(model).skipped
+    assert skipped[1:] == ("VectorQuantizer2", "quant_resi or embedding has hooks, which would not be called")
+
+
 def test_copies_are_swapped_and_pickles_are_not():
     model = make()
     _, tokens = inputs_of(model)

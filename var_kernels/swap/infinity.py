@@ -161,6 +161,9 @@ def _block(
     scale_schedule=None, rope2d_freqs_grid=None, scale_ind: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """`CrossAttnBlock.forward`: the gate of cross-attention, the residual sum and the last norm are one op."""
+    options = (attn_bias_or_two_vector, attn_fn, scale_schedule, rope2d_freqs_grid)
+    if reason := _block_refusal(self):  # since the swap
+        return left_to_the_original(self, "forward", reason, x, cond_BD, ca_kv, *options, scale_ind)
     with torch.autocast("cuda", enabled=False):
         if self.shared_aln:
             modulation = self.ada_gss + cond_BD
@@ -169,7 +172,6 @@ def _block(
     gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
     eps = self.ln_wo_grad.eps if self.fused_norm_func is None else self.norm_eps
     h = fused_ada_layer_norm(self.C, eps, x, scale1, shift1)
-    options = (attn_bias_or_two_vector, attn_fn, scale_schedule, rope2d_freqs_grid)
     if self.checkpointing_sa_only and self.training:
         branch = checkpoint(self.sa, h, *options, use_reentrant=False)
     elif self.fused_norm_func is None:  # the original hands scale_ind on in the other case only
@@ -195,8 +197,11 @@ def _plus(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, dtype: torc
 
 def _head_norm(self: nn.Module, x_BLC: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
     """`AdaLNBeforeHead.forward`."""
+    reason = _norm_refusal(self)  # since the swap
     if self.fused_norm_func is None and x_BLC.dtype in (torch.bfloat16, torch.float16):
-        return left_to_the_original(self, "forward", f"a norm in {x_BLC.dtype}", x_BLC, cond_BD)
+        reason = f"a norm in {x_BLC.dtype}"
+    if reason:
+        return left_to_the_original(self, "forward", reason, x_BLC, cond_BD)
     scale, shift = self.ada_lin(cond_BD).view(-1, 1, 2, self.C).unbind(2)
     eps = self.ln_wo_grad.eps if self.fused_norm_func is None else self.norm_eps
     return fused_ada_layer_norm(self.C, eps, x_BLC, scale, shift)

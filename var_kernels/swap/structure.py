@@ -88,13 +88,15 @@ def replaced(module: nn.Module, name: str) -> bool:
     return own is not None and getattr(own, "__func__", own) is not getattr(type(module), name)
 
 
+def must_be_called(module: nn.Module) -> bool:
+    """Whether a call of the module is more than the forward of its class."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or replaced(module, "forward")
+
+
 def hooks_of(module: nn.Module, name: str) -> str | None:
     """Why `module` can't do without calling its module `name`, None if it can."""
-    inner = getattr(module, name)
-    hooks = (inner._forward_hooks, inner._forward_pre_hooks, inner._backward_hooks, inner._backward_pre_hooks)
-    if any(hooks) or replaced(inner, "forward"):
-        return f"{name} has hooks, which would not be called"
-    return None
+    return f"{name} has hooks, which would not be called" if must_be_called(getattr(module, name)) else None
 
 
 def _is_layer_norm(norm: nn.Module) -> bool:

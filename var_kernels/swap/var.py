@@ -20,7 +20,7 @@ from .adaln_parts import drop_path_refusal, norm_refusal, with_drop_path
 from .block_causal import BlockCausalBias, schedule_of
 from .gated_sum import gated_sum
 from .kv_cache import append, keep, rows_with_room
-from .structure import Target, known, left_to_the_original
+from .structure import Target, known, left_to_the_original, must_be_called
 
 # ---- attention ---------------------------------------------------------------------------------------------------
 
@@ -115,6 +115,8 @@ ATTENTION = Target(
 
 def _block(self: nn.Module, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias) -> torch.Tensor:
     """`AdaLNSelfAttn.forward`: the gate of attention, the residual sum and the second norm are one op."""
+    if reason := _block_refusal(self):  # since the swap
+        return left_to_the_original(self, "forward", reason, x, cond_BD, attn_bias)
     if self.shared_aln:
         modulation = self.ada_gss + cond_BD
     else:
@@ -133,6 +135,8 @@ def _block(self: nn.Module, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias) -
 
 def _head_norm(self: nn.Module, x_BLC: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:
     """`AdaLNBeforeHead.forward`."""
+    if reason := norm_refusal(self):  # since the swap
+        return left_to_the_original(self, "forward", reason, x_BLC, cond_BD)
     scale, shift = (part.to(x_BLC.dtype) for part in self.ada_lin(cond_BD).view(-1, 1, 2, self.C).unbind(2))
     return adaln_layer_norm(x_BLC, scale, shift, eps=self.ln_wo_grad.eps)
 
@@ -345,6 +349,8 @@ def _quantizer_refusal(module: nn.Module) -> str | None:
             return f"quant_resi: expected 3 x 3 convolutions, got {type(phi).__name__}"
         if phi.kernel_size != (3, 3) or phi.bias is None or phi.resi_ratio != phis[0].resi_ratio:
             return "quant_resi: expected 3 x 3 convolutions with a bias and one ratio"
+    if any(map(must_be_called, (*phis, module.embedding))):
+        return "quant_resi or embedding has hooks, which would not be called"
     scales = len(module.v_patch_nums)
     for k in range(scales if scales > 1 else 0):
         if module.quant_resi[k / (scales - 1)] is not phis[phi_index(k, scales, len(phis))]:
