@@ -308,6 +308,18 @@ def test_code_that_computes_something_else_is_skipped_by_name():
     assert reasons[""] == "the attention of its blocks is not swapped"
 
 
+def test_code_that_leaves_a_part_out_is_skipped_by_name():
+    class Unscaled(type(make().head_nm)):
+        def forward(self, x_BLC, cond_BD):
+            scale, shift = self.ada_lin(cond_BD).view(-1, 1, 2, self.C).unbind(2)
+            return self.ln_wo_grad(x_BLC).mul(scale).add_(shift)
+
+    model = make()
+    model.head_nm.__class__ = Unscaled
+    [skipped] = swap.apply(model).skipped
+    assert skipped.path == "head_nm" and skipped.reason.startswith("its forward does not use add,")
+
+
 def test_gates_and_shifts_in_another_order_are_skipped():
     class Other(type(make().blocks[0])):
         def forward(self, x, cond_BD, attn_bias):

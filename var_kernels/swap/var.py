@@ -20,7 +20,7 @@ from .adaln_parts import drop_path_refusal, norm_refusal, with_drop_path
 from .block_causal import BlockCausalBias, schedule_of
 from .gated_sum import gated_sum
 from .kv_cache import append, keep, rows_with_room
-from .structure import Target, known, left_to_the_original, must_be_called
+from .structure import Target, exactly, left_to_the_original, must_be_called
 
 # ---- attention ---------------------------------------------------------------------------------------------------
 
@@ -94,17 +94,18 @@ ATTENTION = Target(
         "num_heads", "head_dim", "using_flash", "using_xform", "caching", "cached_k", "cached_v", "kv_caching",
     ),
     methods={
-        "forward": known(
+        "forward": exactly(
             "x attn_bias",
-            # The last line is that of FlexVAR, whose masks may be larger than the sequence.
-            "F attn_drop attn_l2_norm cached_k cached_v caching cat clamp_max dtype exp expand flash_attn_func float32 "
-            "head_dim linear mat_qkv max_scale_mul memory_efficient_attention mul normalize num_heads permute proj "
-            "proj_drop q_bias reshape scale scale_mul_1H11 shape slow_attn to torch training transpose unbind "
-            "using_flash using_xform v_bias view weight zero_k_bias "
-            "ones device",
+            "F attn_drop attn_l2_norm cached_k cached_v caching cat clamp_max exp head_dim linear mat_qkv "
+            "max_scale_mul mul normalize num_heads proj proj_drop q_bias scale scale_mul_1H11 training v_bias weight "
+            "zero_k_bias",
             "qkv q k v",
+            # The last line is that of FlexVAR, whose masks may be larger than the sequence.
+            "dtype expand flash_attn_func float32 memory_efficient_attention permute reshape shape slow_attn to torch "
+            "transpose unbind using_flash using_xform view "
+            "ones device",
         ),
-        "kv_caching": known("enable", "cached_k cached_v caching"),
+        "kv_caching": exactly("enable", "cached_k cached_v caching"),
     },
     refusal=_attention_refusal,
     replacements={"forward": _attention},
@@ -150,10 +151,11 @@ BLOCK = Target(
     part="adaln",
     attributes=("attn", "ffn", "ln_wo_grad", "shared_aln", "drop_path", "C"),
     methods={
-        "forward": known(
+        "forward": exactly(
             "x cond_BD attn_bias",
-            "C ada_gss ada_lin add add_ attn drop_path ffn ln_wo_grad mul mul_ shared_aln unbind view",
+            "ada_gss ada_lin add attn drop_path ffn ln_wo_grad mul shared_aln",
             "gamma1 gamma2 scale1 scale2 shift1 shift2",
+            "C add_ mul_ unbind view",
         )
     },
     refusal=_block_refusal,
@@ -164,7 +166,7 @@ HEAD = Target(
     part="adaln",
     attributes=("ln_wo_grad", "ada_lin", "C", "D"),
     methods={
-        "forward": known("x_BLC cond_BD", "C ada_lin add add_ ln_wo_grad mul unbind view", "scale shift"),
+        "forward": exactly("x_BLC cond_BD", "ada_lin add ln_wo_grad mul", "scale shift", "C add_ unbind view"),
     },
     refusal=norm_refusal,
     replacements={"forward": _head_norm},
@@ -206,12 +208,12 @@ MODEL = Target(
     part="attention",
     attributes=("blocks", "begin_ends", "prog_si", _MASK),
     methods={
-        "forward": known(
+        "forward": exactly(
             "label_B x_BLCv_wo_first_l",
-            "AdaLNSelfAttn L Linear amp attn_bias_for_masking autocast begin_ends bias blocks cat class_emb "
-            "cond_drop_rate cuda device dtype enumerate expand first_l float forward get_logits isinstance lvl_1L "
-            "lvl_embed matmul new_ones nn num_classes parameters pos_1LC pos_start prog_si rand requires_grad shape "
-            "shared_ada_lin to torch unsqueeze view weight where word_embed",
+            "attn_bias_for_masking begin_ends blocks class_emb get_logits pos_start prog_si shared_ada_lin word_embed",
+            optional="AdaLNSelfAttn L Linear amp autocast bias cat cond_drop_rate cuda device dtype enumerate expand "
+            "first_l float forward isinstance lvl_1L lvl_embed matmul new_ones nn num_classes parameters pos_1LC rand "
+            "requires_grad shape to torch unsqueeze view weight where",
         )
     },
     refusal=_model_refusal,
@@ -364,29 +366,31 @@ QUANTIZER = Target(
     attributes=("vocab_size", "Cvae", "using_znorm", "v_patch_nums", "quant_resi", "ema_vocab_hit_SV", "record_hit",
                 "beta", "embedding", "prog_si"),
     methods={
-        "forward": known(
+        "forward": exactly(
             "f_BChw ret_usages",
-            "F T add_ addmm_ all_reduce amp argmax argmin autocast beta bincount clone contiguous copy_ cuda data "
-            "detach device dist dtype ema_vocab_hit_SV embedding enumerate float float32 get_world_size initialized "
-            "interpolate item len mean mse_loss mul mul_ normalize numel permute quant_resi record_hit reshape shape "
-            "square sum tdist torch training using_znorm v_patch_nums view vocab_size wait weight zeros zeros_like",
+            "F argmax argmin beta embedding interpolate mse_loss normalize quant_resi square using_znorm v_patch_nums",
+            optional="T add_ addmm_ all_reduce amp autocast bincount clone contiguous copy_ cuda data detach device "
+            "dist dtype ema_vocab_hit_SV enumerate float float32 get_world_size initialized item len mean mul mul_ "
+            "numel permute record_hit reshape shape sum tdist torch training view vocab_size wait weight zeros "
+            "zeros_like",
         ),
-        "embed_to_fhat": known(
+        "embed_to_fhat": exactly(
             "ms_h_BChw all_to_max_scale last_one",
-            "Cvae F add_ append clone enumerate float32 interpolate len new_zeros quant_resi shape torch v_patch_nums",
+            "F interpolate quant_resi v_patch_nums",
+            optional="Cvae add_ append clone enumerate float32 len new_zeros shape torch",
         ),
-        "f_to_idxBl_or_fhat": known(
+        "f_to_idxBl_or_fhat": exactly(
             "f_BChw to_fhat v_patch_nums",
-            "F T add_ addmm_ append argmax argmin clone contiguous data detach embedding enumerate int interpolate "
-            "isinstance len normalize permute prog_si quant_resi reshape shape square sub_ sum torch using_znorm "
-            "v_patch_nums view weight zeros_like",
+            "F argmax argmin embedding interpolate normalize prog_si quant_resi square using_znorm v_patch_nums",
+            optional="T add_ addmm_ append clone contiguous data detach enumerate int isinstance len permute reshape "
+            "shape sub_ sum torch view weight zeros_like",
         ),
-        "idxBl_to_var_input": known(
+        "idxBl_to_var_input": exactly(
             "gt_ms_idx_Bl",
-            "Cvae F add_ append cat embedding float32 interpolate len new_zeros prog_si quant_resi range shape torch "
-            "transpose transpose_ v_patch_nums view",
+            "Cvae F cat embedding interpolate prog_si quant_resi v_patch_nums",
+            optional="add_ append float32 len new_zeros range shape torch transpose transpose_ view",
         ),
-        "get_next_autoregressive_input": known("si SN f_hat h_BChw", "F add_ interpolate quant_resi v_patch_nums"),
+        "get_next_autoregressive_input": exactly("si SN f_hat h_BChw", "F add_ interpolate quant_resi v_patch_nums"),
     },
     refusal=_quantizer_refusal,
     replacements={
