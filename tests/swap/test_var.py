@@ -323,8 +323,12 @@ def test_code_that_leaves_a_part_out_is_skipped_by_name():
 def test_gates_and_shifts_in_another_order_are_skipped():
     class Other(type(make().blocks[0])):
         def forward(self, x, cond_BD, attn_bias):
-            shift1, shift2, gamma1, gamma2, scale1, scale2 = self.ada_lin(cond_BD).view(-1, 1, 6, self.C).unbind(2)
-            return x + self.attn(x * scale1 + shift1, attn_bias=attn_bias) * gamma1 * gamma2 * scale2 * shift2
+            modulation = self.ada_gss + cond_BD if self.shared_aln else self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
+            shift1, shift2, gamma1, gamma2, scale1, scale2 = modulation.unbind(2)
+            h = self.ln_wo_grad(x).mul(scale1.add(1)).add_(shift1)
+            x = x + self.drop_path(self.attn(h, attn_bias=attn_bias).mul_(gamma1))
+            h = self.ln_wo_grad(x).mul(scale2.add(1)).add_(shift2)
+            return x + self.drop_path(self.ffn(h).mul(gamma2))
 
     model = make()
     model.blocks[1].__class__ = Other
