@@ -18,6 +18,7 @@ TIERS = {
     "emulated": "the GPU kernels on a CPU: CUDA C++ in the emulation, Triton in its interpreter, PTX",
     "evidence": "machine code, planted faults, races, sanitizers, lower instruction sets, builds by nvcc, compilations",
     "packaging": "installations and builds in fresh environments, programs in processes of their own",
+    "swaps": "models of other packages, before and after our ops are swapped in",
     "gpu": "needs a GPU",
 }
 # The tier of all tests in the files that match. Single tests of other files have the marker of a tier in their code.
@@ -33,8 +34,11 @@ _PATHS = {
     ),
     "packaging": (
         "tests/packaging/test_installation.py", "tests/packaging/test_packaging.py", "tests/packaging/test_cache.py",
-        "tests/cli/test_console.py", "tests/cli/test_two_writers.py", "tests/swap/test_check.py",
-        "tests/swap/test_hub.py",
+        "tests/cli/test_console.py", "tests/cli/test_two_writers.py",
+    ),
+    "swaps": (
+        "tests/swap/test_diffusers*.py", "tests/swap/test_vector_quantize.py", "tests/swap/test_residual_vq.py",
+        "tests/swap/test_check.py", "tests/swap/test_hub.py",
     ),
     "gpu": ("tests/kernels/test_gpu.py",),
 }  # fmt: skip
