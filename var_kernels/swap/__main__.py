@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..native.build import replace_unprintable
 from . import hub
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -130,4 +131,5 @@ def _times(row: dict) -> tuple[str, str, str]:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     app()

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..native.build import replace_unprintable
 from . import handle
 
 SIZES = {"small": {"depth": 2, "ch": 32}, "d16": {"depth": 16, "ch": 160}}
@@ -206,4 +207,5 @@ def answer(make: Callable, compare: Callable, peak_memory: Callable) -> None:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     answer(make, compare, peak_memory)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..native.build import replace_unprintable
 from .checkout import Rows, Step, answer, gradients_of, paired, peak_of
 
 # The sides of the token maps, and the width: VAR-d36 at 512 pixels, and a model of d16's width at 1024 pixels.
@@ -71,4 +72,5 @@ def peak_memory(inputs: Inputs, batch: int, swapped: bool) -> int:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     answer(make, compare, peak_memory)

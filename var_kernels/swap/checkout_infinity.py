@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..native.build import replace_unprintable
 from .checkout import Rows, Step, answer, distance, gradients_of, listed, paired, peak_of
 from .flash_attn import provide_flash_attn
 from .infinity import MODEL, vectors_of
@@ -188,4 +189,5 @@ def peak_memory(setup: Setup, batch: int, swapped: bool) -> int:
 
 
 if __name__ == "__main__":
+    replace_unprintable()
     answer(make, compare, peak_memory)
