@@ -57,12 +57,7 @@ def flash_attn_func(
         NotImplementedError: for what only flash-attn has: dropout beside a mask, window_size, softcap, alibi_slopes,
             return_attn_probs.
     """
-    for argument, given, default in (
-        ("window_size", tuple(window_size), (-1, -1)), ("softcap", softcap, 0.0), ("alibi_slopes", alibi_slopes, None),
-        ("return_attn_probs", return_attn_probs, False),
-    ):  # fmt: skip
-        if given != default:
-            raise NotImplementedError(f"{argument}: expected {default}, got {given}")
+    _refuse(window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes, return_attn_probs=return_attn_probs)
     for argument, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(argument, tensor, rank=4)
     # Infinity looks for its fork by a local variable of this name.
@@ -77,6 +72,20 @@ def flash_attn_func(
         raise NotImplementedError(f"dropout_p: expected 0 beside a mask, got {dropout_p}")
     lens = [k.shape[1]] if lens is None else lens
     return block_causal_attention(*by_heads, lens, softmax_scale=softmax_scale).transpose(1, 2).contiguous()
+
+
+# What flash-attn has and these functions have not: the values that ask for nothing.
+_WITHOUT = {
+    "causal": False, "window_size": (-1, -1), "softcap": 0.0, "alibi_slopes": None, "return_attn_probs": False,
+}  # fmt: skip
+
+
+def _refuse(**options: object) -> None:
+    """NotImplementedError for the first option that asks for what only flash-attn has."""
+    for argument, given in options.items():
+        given = tuple(given) if argument == "window_size" else given
+        if given != _WITHOUT[argument]:
+            raise NotImplementedError(f"{argument}: expected {_WITHOUT[argument]}, got {given}")
 
 
 def _scales(visible, invisible, queries: int, keys: int) -> list[int] | None:
@@ -135,12 +144,10 @@ def flash_attn_varlen_kvpacked_func(
         TypeError, ValueError: for wrong arguments, and lengths that don't add up.
         NotImplementedError: for causal, window_size, softcap, alibi_slopes, return_attn_probs.
     """
-    for argument, given, default in (
-        ("causal", causal, False), ("window_size", tuple(window_size), (-1, -1)), ("softcap", softcap, 0.0),
-        ("alibi_slopes", alibi_slopes, None), ("return_attn_probs", return_attn_probs, False),
-    ):  # fmt: skip
-        if given != default:
-            raise NotImplementedError(f"{argument}: expected {default}, got {given}")
+    _refuse(
+        causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+        return_attn_probs=return_attn_probs,
+    )  # fmt: skip
     check_tensor("q", q, rank=3)
     check_tensor("kv", kv, rank=4)
     check(kv.shape[1] == 2, "kv", "shape (Lk, 2, Hkv, D)", tuple(kv.shape))
