@@ -17,11 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from .._checks import check
 from ..adaln_layer_norm import adaln_layer_norm, gated_residual_adaln
-from ..block_causal_attention import MAX_HEAD_DIM, block_causal_attention
+from ..block_causal_attention import block_causal_attention
 from . import flex_attn
-from .adaln_parts import drop_path_refusal, norm_refusal, with_drop_path
 from .block_causal import padded_schedule_of, schedule_of_ends, schedule_of_starts
+from .gated_sum import gated_sum
 from .kv_cache import append
+from .parts import drop_path_refusal, head_dim_refusal, modulations, norm_refusal, with_drop_path
 from .structure import Target, known, left_to_the_original
 
 # ---- attention ---------------------------------------------------------------------------------------------------
@@ -102,12 +103,6 @@ def _block_causal_and_padding(
     return torch.cat((out, v[:, :, :1].to(out.dtype).expand(-1, -1, padding, -1)), dim=2)
 
 
-def _attention_refusal(module: nn.Module) -> str | None:
-    if module.head_dim > MAX_HEAD_DIM:
-        return f"head dimension {module.head_dim}, at most {MAX_HEAD_DIM} is supported"
-    return None
-
-
 _OPTIONS = "attn_bias_or_two_vector attn_fn scale_schedule rope2d_freqs_grid scale_ind"
 
 ATTENTION = Target(
@@ -129,7 +124,7 @@ ATTENTION = Target(
         ),
         "kv_caching": known("enable", "cached_k cached_v caching"),
     },
-    refusal=_attention_refusal,
+    refusal=head_dim_refusal,
     replacements={"forward": _attention},
 )  # fmt: skip
 
@@ -165,11 +160,7 @@ def _block(
     if reason := _block_refusal(self):  # since the swap
         return left_to_the_original(self, "forward", reason, x, cond_BD, ca_kv, *options, scale_ind)
     with torch.autocast("cuda", enabled=False):
-        if self.shared_aln:
-            modulation = self.ada_gss + cond_BD
-        else:
-            modulation = self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
-    gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulations(self, cond_BD)
     eps = self.ln_wo_grad.eps if self.fused_norm_func is None else self.norm_eps
     h = fused_ada_layer_norm(self.C, eps, x, scale1, shift1)
     if self.checkpointing_sa_only and self.training:
@@ -192,7 +183,7 @@ def _block(
 
 
 def _plus(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.addcmul(x, branch, gate).to(dtype)
+    return gated_sum(x, branch, gate).to(dtype)
 
 
 def _head_norm(self: nn.Module, x_BLC: torch.Tensor, cond_BD: torch.Tensor) -> torch.Tensor:

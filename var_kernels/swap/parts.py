@@ -1,11 +1,28 @@
-"""What the AdaLN blocks of several repositories have in common: a norm without weights, and stochastic depth."""
+"""What attention and AdaLN blocks of several repositories have in common: what they compute alike, and refuse alike."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from ..block_causal_attention import MAX_HEAD_DIM
 from .structure import hooks_of, layer_norm_difference
+
+
+def head_dim_refusal(module: nn.Module) -> str | None:
+    """Why our attention can't serve `module.head_dim`, None if it can."""
+    if module.head_dim > MAX_HEAD_DIM:
+        return f"head dimension {module.head_dim}, at most {MAX_HEAD_DIM} is supported"
+    return None
+
+
+def modulations(module: nn.Module, condition: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The six modulations (B or 1, 1, C) of a block: two gates, two scales, two shifts.
+
+    The condition is that of the block's own linear layer or, for a shared AdaLN, the six modulations of all blocks.
+    """
+    six = module.ada_gss + condition if module.shared_aln else module.ada_lin(condition).view(-1, 1, 6, module.C)
+    return six.unbind(2)
 
 
 def with_drop_path(module: nn.Module, gate: torch.Tensor, samples: int, dtype: torch.dtype) -> torch.Tensor:

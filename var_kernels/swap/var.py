@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..adaln_layer_norm import adaln_layer_norm, gated_residual_adaln
-from ..block_causal_attention import MAX_HEAD_DIM, block_causal_attention
+from ..block_causal_attention import block_causal_attention
 from ..multi_scale_quantize import multi_scale_quantize, next_scale_input, phi_index
 from ..qk_norm_cache import qk_norm_cache
-from .adaln_parts import drop_path_refusal, norm_refusal, with_drop_path
 from .block_causal import BlockCausalBias, schedule_of
 from .gated_sum import gated_sum
 from .kv_cache import append, keep, rows_with_room
+from .parts import drop_path_refusal, head_dim_refusal, modulations, norm_refusal, with_drop_path
 from .structure import Target, exactly, left_to_the_original, must_be_called
 
 # ---- attention ---------------------------------------------------------------------------------------------------
@@ -80,12 +80,6 @@ def _append(self: nn.Module, qkv: torch.Tensor, factor: torch.Tensor | None) -> 
     return q, *(keep(self, *cache, end, tokens_first) for cache in (("cached_k", k_rows), ("cached_v", v_rows)))
 
 
-def _attention_refusal(module: nn.Module) -> str | None:
-    if module.head_dim > MAX_HEAD_DIM:
-        return f"head dimension {module.head_dim}, at most {MAX_HEAD_DIM} is supported"
-    return None
-
-
 ATTENTION = Target(
     name="attention of VAR",
     part="attention",
@@ -107,7 +101,7 @@ ATTENTION = Target(
         ),
         "kv_caching": exactly("enable", "cached_k cached_v caching"),
     },
-    refusal=_attention_refusal,
+    refusal=head_dim_refusal,
     replacements={"forward": _attention},
 )  # fmt: skip
 
@@ -118,11 +112,7 @@ def _block(self: nn.Module, x: torch.Tensor, cond_BD: torch.Tensor, attn_bias) -
     """`AdaLNSelfAttn.forward`: the gate of attention, the residual sum and the second norm are one op."""
     if reason := _block_refusal(self):  # since the swap
         return left_to_the_original(self, "forward", reason, x, cond_BD, attn_bias)
-    if self.shared_aln:
-        modulation = self.ada_gss + cond_BD
-    else:
-        modulation = self.ada_lin(cond_BD).view(-1, 1, 6, self.C)
-    gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = modulations(self, cond_BD)
     eps = self.ln_wo_grad.eps
     h = adaln_layer_norm(x, scale1.to(x.dtype), shift1.to(x.dtype), eps=eps)
     branch = self.attn(h, attn_bias=attn_bias)
@@ -180,11 +170,10 @@ _MASK = "attn_bias_for_masking"
 
 def _model(self: nn.Module, *args, **kwargs) -> torch.Tensor:
     """`VAR.forward`. Its code finds an object that stands for the mask, of which no converted copy is made."""
-    mask = self._buffers[_MASK]
-    lens = schedule_of(mask, mask.shape[-1])
-    if isinstance(lens, str) or not all(ATTENTION.is_swapped(block.attn) for block in self.blocks):
+    if _model_refusal(self):  # since the swap
         return type(self).forward(self, *args, **kwargs)
-    vars(self)[_MASK] = BlockCausalBias(lens, mask)
+    mask = self._buffers[_MASK]
+    vars(self)[_MASK] = BlockCausalBias(schedule_of(mask, mask.shape[-1]), mask)
     try:
         return type(self).forward(self, *args, **kwargs)
     finally:
