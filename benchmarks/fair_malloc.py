@@ -1,9 +1,7 @@
-"""Fair allocation: a setting of the C library's malloc with which page faults do not count as speed of kernels.
+"""Fair allocation, for which pytest is restarted with settings of malloc (`var_kernels._malloc`).
 
-By default glibc returns large freed blocks to the system, so every call that allocates a large temporary pays for
-faulting its pages in again. This cost belongs to the allocator's settings, and is largest for the provider with the
-most temporaries. With large thresholds memory is kept and reused. Malloc reads the thresholds when a process starts, so
-pytest must be restarted with them.
+Without it, the page faults of temporaries count as speed of kernels. They belong to the allocator's settings, and are
+most for the provider with the most temporaries.
 """
 
 from __future__ import annotations
@@ -15,13 +13,10 @@ import sys
 
 import pytest
 
-TUNABLES = ("glibc.malloc.mmap_threshold=1073741824", "glibc.malloc.trim_threshold=4294967296")
-_VARIABLE = "GLIBC_TUNABLES"
+from var_kernels._malloc import TUNABLES, fair_environment, is_fair, plain_environment
 
-
-def is_fair() -> bool:
-    """Whether this process started with the thresholds."""
-    return set(TUNABLES) <= set(os.environ.get(_VARIABLE, "").split(":"))
+__all__ = ["TUNABLES", "fair_environment", "faults_per_call", "is_fair", "mode", "plain_environment",
+           "restart_if_needed"]  # fmt: skip
 
 
 def mode() -> str:
@@ -29,21 +24,6 @@ def mode() -> str:
     if is_fair():
         return "fair allocation (freed memory is kept: " + ":".join(TUNABLES) + ")"
     return "plain allocation (page faults of temporaries are part of the times)"
-
-
-def fair_environment() -> dict[str, str]:
-    """This environment with the thresholds added to the tunables that the user has set."""
-    others = [item for item in os.environ.get(_VARIABLE, "").split(":") if item and item not in TUNABLES]
-    return {**os.environ, _VARIABLE: ":".join([*others, *TUNABLES])}
-
-
-def plain_environment() -> dict[str, str]:
-    """This environment without the thresholds."""
-    others = [item for item in os.environ.get(_VARIABLE, "").split(":") if item and item not in TUNABLES]
-    environment = {**os.environ, _VARIABLE: ":".join(others)}
-    if not others:
-        del environment[_VARIABLE]
-    return environment
 
 
 def restart_if_needed(config: pytest.Config) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from enum import Enum
@@ -15,13 +14,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .._malloc import fair_environment
 from ..native.build import replace_unprintable
 from . import hub
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-# With these, malloc keeps freed memory, so that page faults of temporaries are not part of the times.
-_KEEP_MEMORY = "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
 
 
 class Size(str, Enum):
@@ -83,15 +80,12 @@ def check(
         sizes = ", ".join(known.value for known in repository.modules)
         raise typer.BadParameter(f"expected {sizes} for {repository.name}, got {size.value}", param_hint="--size")
     command = [sys.executable, "-m", f"var_kernels.swap.{repository.modules[size]}", str(path), size.value, str(batch)]
-    environment = dict(os.environ)
-    if platform.libc_ver()[0] == "glibc":
-        environment["GLIBC_TUNABLES"] = _KEEP_MEMORY
     console = Console()
     with console.status(f"running {path} before and after the swap"):
         answers = [
             subprocess.run([*command, *options], env=env, capture_output=True, text=True)
             for options, env in (
-                (["compare", str(seconds)], environment), (["memory", "before"], os.environ),
+                (["compare", str(seconds)], fair_environment()), (["memory", "before"], os.environ),
                 (["memory", "after"], os.environ),
             )
         ]  # fmt: skip
