@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.helpers import foreign_infinity
-from tests.helpers.foreign_infinity import FlexAttn, make
+from tests.helpers.caches import assert_going_back_overwrites_nothing
+from tests.helpers.foreign_infinity import make
 from tests.helpers.rounding import assert_as_near
 from var_kernels import swap
 from var_kernels.swap.infinity import vectors_of
@@ -251,18 +252,8 @@ def test_caches_have_the_layout_and_content_of_the_original(flash, autocast):
 def test_a_cache_to_which_somebody_goes_back_is_not_overwritten():
     model = make(schedules=SCHEDULES)
     attention = model.blocks[0].sa.eval()
-    first, second, other = torch.randn(3, 2, 4, 32).unbind(0)
     with swap.applied(model), torch.no_grad():
-        attention.kv_caching(True)
-        attention(first, None)
-        short = attention.cached_k, attention.cached_v
-        attention(second, None)
-        long = attention.cached_k, attention.cached_v
-        before = [cache.clone() for cache in long]
-        attention.cached_k, attention.cached_v = short
-        attention(other, None)
-        assert all(torch.equal(cache, kept) for cache, kept in zip(long, before, strict=True))
-        assert not torch.equal(attention.cached_k, long[0])
+        assert_going_back_overwrites_nothing(attention)
 
 
 def test_a_cache_of_another_batch_is_refused_as_by_the_original():
@@ -383,56 +374,6 @@ def test_vectors_beside_a_cache_get_to_code_that_needs_a_mask_as_a_mask():
         model.blocks[0].sa.kv_caching(True)
         torch.testing.assert_close(step(model)[0], expected, rtol=1e-4, atol=1e-4)
         assert report.left_to_the_original == {("blocks.0.sa", "a mask beside a cache"): 1}
-
-
-def flex_inputs(queries, keys):
-    torch.manual_seed(2)
-    return [torch.randn(2, 2, length, 8, requires_grad=True) for length in (queries, keys, keys)]
-
-
-@pytest.mark.parametrize(("mask", "length", "queries", "keys", "auto_padding"), [
-    ("var", 47, 47, 47, False), ("var", 64, 64, 64, False), ("causal", 47, 47, 47, False),
-    ("var", 128, 47, 47, True), ("var", 128, 17, 17, True), ("var_infer_mask_with_kv_cache", 128, 30, 47, True),
-    ("var_infer_mask_with_kv_cache", 128, 30, 60, True),
-], ids=str)  # fmt: skip
-def test_flex_attention(mask, length, queries, keys, auto_padding):
-    attention = FlexAttn(SCHEDULES[0], mask, length, auto_padding)
-    q, k, v = flex_inputs(queries, keys)
-    expected = attention(q, k, v, scale=0.7)
-    with swap.applied(attention) as report:
-        assert [entry.target for entry in report.swapped] == ["FlexAttn of Infinity"]
-        found = attention(q, k, v, scale=0.7)
-        assert not report.left_to_the_original
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    gradients = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (found, expected)]
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(("mask", "queries", "keys"), [
-    ("var", 20, 20), ("var", 12, 17), ("var_infer_mask_with_kv_cache", 8, 20),
-], ids=str)  # fmt: skip
-def test_padded_keys_that_queries_see_are_left_to_flex_attention(mask, queries, keys):
-    attention = FlexAttn(SCHEDULES[0], mask, 128, auto_padding=True)
-    q, k, v = flex_inputs(queries, keys)
-    expected = attention(q, k, v)
-    with swap.applied(attention) as report:
-        assert torch.equal(attention(q, k, v), expected)
-        assert f"{queries} queries and {keys} keys beside" in str(report)
-
-
-def test_flex_attention_with_another_mask_is_skipped():
-    attention = FlexAttn(SCHEDULES[0], "var", 47)
-    attention.mask_mod = lambda b, h, q_idx, kv_idx: q_idx == kv_idx
-    with pytest.warns(UserWarning, match="its mask is <lambda>"):
-        swap.apply(attention)
-
-    def var_mask_mod(b, h, q_idx, kv_idx):
-        return q_idx == kv_idx
-
-    attention.mask_mod = var_mask_mod
-    with pytest.warns(UserWarning, match="its mask is not block-causal"):
-        swap.apply(attention)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from tests.helpers.caches import assert_going_back_overwrites_nothing
 from tests.helpers.foreign_var import make
 from tests.helpers.rounding import assert_as_near
 from var_kernels import swap
@@ -135,18 +136,8 @@ def test_caches_have_the_layout_and_content_of_the_original(model):
 @pytest.mark.parametrize("attn_l2_norm", [False, True], ids=["plain", "norm"])
 def test_a_cache_to_which_somebody_goes_back_is_not_overwritten(using_xform, attn_l2_norm):
     attention = make(using_xform=using_xform, attn_l2_norm=attn_l2_norm).blocks[0].attn.eval()
-    first, second, other = torch.randn(3, 2, 4, 32).unbind(0)
     with swap.applied(attention), torch.no_grad():
-        attention.kv_caching(True)
-        attention(first, None)
-        short = attention.cached_k, attention.cached_v
-        attention(second, None)
-        long = attention.cached_k, attention.cached_v
-        before = [cache.clone() for cache in long]
-        attention.cached_k, attention.cached_v = short
-        attention(other, None)
-        assert all(torch.equal(cache, kept) for cache, kept in zip(long, before, strict=True))
-        assert not torch.equal(attention.cached_k, long[0])
+        assert_going_back_overwrites_nothing(attention)
 
 
 @pytest.mark.parametrize("attn_l2_norm", [False, True], ids=["plain", "norm"])
